@@ -1,0 +1,2361 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.9,<2.14",
+#     "transformers>=5.17,<6",
+#     "accelerate>=1.10",
+#     "pandas>=2.2",
+#     "scipy>=1.13",
+#     "matplotlib>=3.9",
+#     "seaborn>=0.13.2",
+#     "tqdm>=4.66",
+# ]
+# ///
+"""Can a token use fewer experts? Benjamini-Hochberg (BH) against Top-K routing, measured.
+
+A mixture-of-experts (MoE) language model sends every token to a fixed number K of its experts. This script
+replaces that fixed number by a decision per token and layer: each expert's router score becomes a p-value,
+and the BH step-up procedure decides how many experts stand out from the ones the model would not have chosen.
+Dropped experts are really skipped. Configurations x prompts are run, timed, checkpointed, tested and reported.
+
+    python run_bh_experiments.py --model models/olmoe-mini          # the embedded model: no download, no GPU
+    python run_bh_experiments.py                                    # OLMoE-1B-7B-0924 from the hub
+    python run_bh_experiments.py --analyze-only --output results    # redo tables, plots and report from the CSV
+
+    from run_bh_experiments import BHExperimentRunner, analyze_results
+    runner = BHExperimentRunner("models/olmoe-mini", output_dir="results")
+    frame = runner.run_full_experiment_suite(max_new_tokens=50)
+
+Contents, in reading order
+    1   Settings and routing configurations      what is varied
+    2   Prompts                                  what is fed in
+    3   Nulls                                    score -> p-value -> table of critical scores
+    4   Selection                                p-values -> how many experts
+    5   The seam                                 routers found, patched, recorded, restored; calibration
+    6   Checkpoints                              nothing finished is lost
+    7   BHExperimentRunner                       configurations x prompts -> rows
+    8   Analysis                                 rows -> paired tests
+    9   Figures
+    10  Report
+    11  Command line
+
+Words used throughout
+    T tokens (batch and positions flattened) · E experts of a layer · L MoE layers · K candidates the router
+    is asked for (`max_k`) · q gate probability, softmax(logits / temperature) · s score, log q · p p-value ·
+    alpha the false-discovery-rate level · null: how scores of irrelevant experts are distributed.
+    An expert is *irrelevant* for a token when the model's own Top-K leaves it out. That is a definition made by
+    the model, not a truth about usefulness: alpha bounds how many such experts are picked, not any loss of quality.
+
+Reference: Y. Benjamini and Y. Hochberg, "Controlling the false discovery rate: a practical and powerful approach
+to multiple testing", J. R. Statist. Soc. B 57 (1995), 289-300; the step-up rule is its equation (1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger("bh_experiments")
+
+
+class UserError(ValueError):
+    """A mistake in what was asked for; the message says what is allowed. The command line exits with 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 1. Settings and routing configurations
+# ---------------------------------------------------------------------------------------------------------
+
+DEFAULT_MODEL = "allenai/OLMoE-1B-7B-0924"
+DEFAULT_OUTPUT = "./results"
+DEFAULT_MAX_TOKENS = 50
+DEFAULT_CHECKPOINT_INTERVAL = 5
+DEFAULT_SEED = 0
+CALIBRATION_SEQUENCES = 32  # sequences of calibration text ...
+CALIBRATION_LENGTH = 128  # ... and tokens in each; the first position of each is left out
+SIGNIFICANCE_LEVEL = 0.05  # for the tests in the report; unrelated to a configuration's alpha
+BASELINE = "topk_8"
+
+# method       "topk": the best k experts, always; "bh": as many as the step-up rejects, within [min_k, max_k]
+# alpha        false-discovery-rate level of the step-up
+# temperature  router logits are divided by it before the softmax that gives the scores (not the weights)
+# p_values     the null behind the p-values, see section 3: "empirical", "flat" or "softmax"
+ROUTING_CONFIGS: dict[str, dict[str, Any]] = {
+    "topk_8": {
+        "method": "topk",
+        "k": 8,
+        "description": "Fixed Top-K, the baseline: the model's own K, which is 8 in OLMoE",
+    },
+    "bh_strict": {
+        "method": "bh",
+        "alpha": 0.01,
+        "temperature": 1.0,
+        "min_k": 1,
+        "max_k": 8,
+        "p_values": "empirical",
+        "description": "BH at a strict level: few false discoveries, few experts",
+    },
+    "bh_moderate": {
+        "method": "bh",
+        "alpha": 0.05,
+        "temperature": 1.0,
+        "min_k": 1,
+        "max_k": 8,
+        "p_values": "empirical",
+        "description": "BH at the customary level",
+    },
+    "bh_loose": {
+        "method": "bh",
+        "alpha": 0.10,
+        "temperature": 1.0,
+        "min_k": 1,
+        "max_k": 8,
+        "p_values": "empirical",
+        "description": "BH at a loose level: more experts",
+    },
+    "bh_adaptive": {
+        "method": "bh",
+        "alpha": 0.05,
+        "temperature": 2.0,
+        "min_k": 1,
+        "max_k": 8,
+        "p_values": "empirical",
+        "description": "BH on temperature-calibrated scores: logits halved before the softmax",
+    },
+}
+
+METHODS = {"topk": ("k",), "bh": ("alpha", "temperature", "min_k", "max_k", "p_values")}
+P_VALUES = ("empirical", "flat", "softmax")
+CONFIG_FIELDS = ("method", "k", "alpha", "temperature", "min_k", "max_k", "p_values")
+CONFIG_DEFAULTS = {"k": 8, "alpha": 0.05, "temperature": 1.0, "min_k": 1, "max_k": 8, "p_values": "empirical"}
+
+
+def _choice(what: str, value: Any, allowed: Sequence[str]) -> Any:
+    """`value` if it is one of `allowed`, else a UserError that suggests the nearest."""
+    import difflib
+
+    if value in allowed:
+        return value
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f' Did you mean "{near[0]}"?' if near else ""
+    raise UserError(f"unknown {what} {value!r}.{hint} Available: {', '.join(allowed)}")
+
+
+def resolve_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A routing configuration with its defaults filled in and its values checked.
+
+    Returns a dict with exactly CONFIG_FIELDS (None where the method has no such field) and `description`.
+    Raises UserError naming configuration, field, value and what is allowed.
+    """
+    config = {field: value for field, value in config.items() if value is not None}
+    fields = METHODS[_choice(f"method in configuration {name!r}", config.get("method"), tuple(METHODS))]
+    unknown = set(config) - {"method", "description", *fields}
+    if unknown:
+        raise UserError(
+            f"configuration {name!r}: {', '.join(sorted(unknown))} does not apply to method "
+            f"{config['method']!r}, which takes {', '.join(fields)}"
+        )
+    full = {
+        field: config.get(field, CONFIG_DEFAULTS[field]) if field in fields else None
+        for field in CONFIG_FIELDS[1:]
+    }
+    full = {"method": config["method"], **full, "description": config.get("description", "")}
+
+    def check(field: str, valid: Callable[[Any], bool], allowed: str) -> None:
+        value = full[field]
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if field in fields and not (is_number and math.isfinite(value) and valid(value)):
+            raise UserError(f"configuration {name!r}: {field} = {value!r}, but it must be {allowed}")
+
+    check("k", lambda k: isinstance(k, int) and k >= 1, "a whole number of at least 1")
+    check("alpha", lambda a: 0 < a <= 1, "a number in (0, 1]")
+    check("temperature", lambda t: t > 0, "a number above 0")
+    check("min_k", lambda k: isinstance(k, int) and k >= 1, "a whole number of at least 1")
+    check(
+        "max_k",
+        lambda k: isinstance(k, int) and k >= full["min_k"],
+        f"a whole number of at least min_k = {full['min_k']}",
+    )
+    if "p_values" in fields:
+        _choice(f"p_values in configuration {name!r}", full["p_values"], P_VALUES)
+    return full
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 2. Prompts
+# ---------------------------------------------------------------------------------------------------------
+
+# Each prompt carries a continuation written for this script, so that quality can be scored on text that no
+# model had a part in. Ids are stable: results are paired by them.
+TEST_PROMPTS: list[dict[str, str]] = [
+    {
+        "id": "simple_cat",
+        "text": "The cat sat on the",
+        "category": "simple",
+        "description": "the shortest everyday sentence",
+        "reference": " mat in front of the fire and washed its paws. Outside the rain fell on the garden, "
+        "and the wind moved the branches of the old apple tree. After a while the cat lay "
+        "down, closed its eyes and went to sleep. When the children came home from school "
+        "they found it there, warm and quiet, and they did not wake it.",
+    },
+    {
+        "id": "simple_story",
+        "text": "Once upon a time, there was a",
+        "category": "simple",
+        "description": "the opening of a fairy tale",
+        "reference": " poor woodcutter who lived with his daughter at the edge of a great forest. Every "
+        "morning he went out to cut wood, and every evening she cooked a soup of roots and "
+        "herbs. One winter the snow was so deep that he could not find the path home. Then a "
+        "grey fox came out of the trees and showed him the way.",
+    },
+    {
+        "id": "simple_capital",
+        "text": "The capital of France is",
+        "category": "simple",
+        "description": "a single fact",
+        "reference": " Paris, a city on the river Seine in the north of the country. It has been the seat "
+        "of government for most of the time since the Middle Ages. More than two million "
+        "people live in the city itself, and many more in the towns around it. Visitors come "
+        "to see its museums, its churches and the iron tower that was built in 1889.",
+    },
+    {
+        "id": "medium_linked_list",
+        "text": "In computer science, a linked list is a linear collection of elements in which each element",
+        "category": "medium",
+        "description": "a definition from computer science",
+        "reference": " points to the next one. Each node holds a value and a reference to its successor, "
+        "and the last node refers to nothing. Because the nodes need not lie beside each "
+        "other in memory, an element can be inserted or removed without moving the others. "
+        "The price is that there is no direct access: to reach the tenth element, the "
+        "program must follow the list from its head.",
+    },
+    {
+        "id": "medium_climate",
+        "text": "Climate change refers to long-term shifts in temperature and weather patterns that",
+        "category": "medium",
+        "description": "a definition from earth science",
+        "reference": " can be seen over decades or longer. Some of these changes are natural, for example "
+        "those caused by variations in the activity of the sun or by large volcanic "
+        "eruptions. Since the nineteenth century, however, the main cause has been the "
+        "burning of coal, oil and gas, which releases carbon dioxide into the air. The gas "
+        "holds back heat that would otherwise leave the earth.",
+    },
+    {
+        "id": "medium_crash",
+        "text": "The stock market crashed in 1929 because the prices of shares had risen",
+        "category": "medium",
+        "description": "a cause from economic history",
+        "reference": " far above the value of the companies behind them. Many people had bought shares "
+        "with borrowed money, and hoped to pay back the loan when prices went up. When "
+        "prices began to fall, the banks asked for their money, and owners had to sell at "
+        "any price. In a few days of October, a large part of the savings of the country was "
+        "lost.",
+    },
+    {
+        "id": "complex_arithmetic",
+        "text": "A baker sells rolls in boxes of twelve. On Monday she sells seven boxes and five single "
+        "rolls, and on Tuesday twice as many rolls as on Monday. Find the total number of rolls "
+        "sold, step by step. First,",
+        "category": "complex",
+        "description": "arithmetic, step by step",
+        "reference": " find the number of rolls sold on Monday. Seven boxes of twelve rolls are 84 rolls, "
+        "and with the five single rolls this makes 89 rolls. Second, find the number sold on "
+        "Tuesday. Twice 89 is 178. Third, add the two numbers: 89 and 178 are 267. The baker "
+        "therefore sold 267 rolls in total on the two days.",
+    },
+    {
+        "id": "complex_renaissance",
+        "text": "Compare the Renaissance with the Enlightenment. Both periods changed the way in which "
+        "people in Europe thought about knowledge, but they differed in their sources. While the "
+        "Renaissance",
+        "category": "complex",
+        "description": "a comparison from the history of ideas",
+        "reference": " looked back to the art and the writings of Greece and Rome, the Enlightenment "
+        "looked forward and put its trust in reason and experiment. The first gave new life "
+        "to painting, sculpture and the study of old languages. The second gave rise to the "
+        "modern sciences, to the idea of natural rights, and to the demand that a government "
+        "should answer to the people it rules.",
+    },
+    {
+        "id": "complex_learning",
+        "text": "Explain the difference between supervised and unsupervised learning. In supervised "
+        "learning, the algorithm is given examples together with the correct answers. In "
+        "unsupervised learning, on the other hand,",
+        "category": "complex",
+        "description": "a comparison from machine learning",
+        "reference": " there are no answers, and the algorithm has to find structure in the data by "
+        "itself. It may group similar examples into clusters, or look for a small number of "
+        "directions that explain most of the variation. The first kind is used when the aim "
+        "is to predict a known quantity, such as a price. The second is used to explore data "
+        "before one knows what to ask.",
+    },
+    {
+        "id": "domain_decorators",
+        "text": "In Python, a decorator is a function that takes another function as its argument and",
+        "category": "domain_specific",
+        "description": "programming: Python decorators",
+        "reference": " returns a new function in its place. The new function usually calls the original "
+        "one and does something before or after the call, for example writing a message to a "
+        "log or measuring the time. The at sign in front of the definition is only a short "
+        "form: it calls the decorator and binds the result to the same name. Several "
+        "decorators can be applied, and the one nearest to the function is applied first.",
+    },
+    {
+        "id": "domain_mitochondria",
+        "text": "Mitochondria are organelles found in the cells of most plants and animals. Their main "
+        "function is to",
+        "category": "domain_specific",
+        "description": "biology: mitochondria",
+        "reference": " release energy from food in a form that the cell can use. Inside the inner "
+        "membrane, a chain of proteins passes electrons from one to the next and pumps "
+        "protons across the membrane. When the protons flow back, their energy is used to "
+        "make a molecule called ATP. Mitochondria have their own small circle of DNA, which "
+        "in most animals is inherited only from the mother.",
+    },
+    {
+        "id": "domain_uncertainty",
+        "text": "The uncertainty principle of quantum mechanics states that the position and the momentum "
+        "of a particle",
+        "category": "domain_specific",
+        "description": "physics: the uncertainty principle",
+        "reference": " cannot both be known exactly at the same time. The more precisely the position is "
+        "fixed, the less precisely the momentum is determined, and the other way round. This "
+        "is not a defect of the measuring instruments but a property of nature: a wave that "
+        "is confined to a small region must be made of many wavelengths. For large objects "
+        "the effect is far too small to be noticed.",
+    },
+]
+
+
+def resolve_prompt(prompt: Mapping[str, Any]) -> dict[str, str]:
+    """A prompt with id, text, category, description and reference; only `text` is needed. Raises UserError."""
+    text = prompt.get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(
+            f"prompt {prompt.get('id', dict(prompt))!r} has no text: it needs a non-empty string under 'text'"
+        )
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    defaults = {"id": f"prompt_{digest[:12]}", "category": "none", "description": "", "reference": ""}
+    return {**defaults, **prompt}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 3. Nulls: score -> p-value -> table of critical scores
+# ---------------------------------------------------------------------------------------------------------
+#
+# A null says how large the score of an irrelevant expert may be by chance. Each null gives p-values for
+# scores
+# and, the other way round, the smallest score that reaches a given p-value. The second form is what runs
+# inside
+# the model: for a fixed null, p_(k) <= k alpha / E is the same event as s_(k) >= c_k, so a table of E
+# critical
+# scores per layer replaces all p-values.
+
+
+def gate_scores(router_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Scores s = log softmax(logits / temperature), at least float32: [..., E] -> [..., E]."""
+    dtype = torch.promote_types(router_logits.dtype, torch.float32)
+    return torch.log_softmax(router_logits.to(dtype) / temperature, dim=-1)
+
+
+@dataclass(frozen=True)
+class FlatNull:
+    """Closed form: the gate vector of an irrelevant set of experts is uniform on the simplex.
+
+    A flat Dirichlet over E experts has Beta(1, E - 1) marginals, so the upper-tail p-value of a gate probability
+    q is exactly (1 - q)^(E - 1). It needs no data. Real routers are more peaked than this null, and all
+    probabilities of one token sum to 1, so it is strict: few experts are kept.
+    """
+
+    num_experts: int
+
+    def p_values(self, scores: Tensor) -> Tensor:
+        """[..., E] scores -> [..., E] p-values in float64."""
+        if self.num_experts == 1:  # Beta(1, 0): the only expert always has q = 1
+            return torch.ones_like(scores, dtype=torch.float64)
+        return torch.exp((self.num_experts - 1) * torch.log1p(-scores.double().exp().clamp(max=1)))
+
+    def critical_scores(self, levels: Tensor) -> Tensor:
+        """[E] p-value levels -> [E] smallest scores whose p-value is at most the level, float64."""
+        if self.num_experts == 1:
+            return torch.where(levels < 1, math.inf, -math.inf).double()
+        return torch.log(-torch.expm1(levels.double().log() / (self.num_experts - 1)))
+
+
+@dataclass(frozen=True)
+class SoftmaxNull:
+    """p = 1 - q, as in an earlier attempt. Degenerate, kept for the record.
+
+    The k best probabilities sum to at most 1, so q_(k) <= 1/k and p_(k) >= 1 - 1/k, whatever the logits: past
+    rank 1 no level below 1/2 is ever reached, and BH returns min_k for every customary alpha.
+    """
+
+    num_experts: int
+
+    def p_values(self, scores: Tensor) -> Tensor:
+        """[..., E] scores -> [..., E] values in float64."""
+        return -torch.expm1(scores.double())
+
+    def critical_scores(self, levels: Tensor) -> Tensor:
+        """[E] levels -> [E] smallest scores that reach them, float64."""
+        return torch.log1p(-levels.double())
+
+
+class EmpiricalNull:
+    """The scores that irrelevant experts really had, on calibration text: p = (1 + #{null >= s}) / (n0 + 1).
+
+    This is the p-value of a permutation test (Phipson and Smyth 2010): never 0, and valid when the tested score
+    is exchangeable with the null scores. The smallest p-value is 1 / (n0 + 1), so a level alpha over E experts
+    needs n0 + 1 >= E / alpha.
+    """
+
+    def __init__(self, null_scores: Tensor):
+        """`null_scores`: [n0] scores of (token, expert) pairs outside the model's own Top-K, any order."""
+        self.null_scores = null_scores.detach().float().flatten().sort().values
+        self.n0 = self.null_scores.numel()
+        if self.n0 == 0 or not torch.isfinite(self.null_scores).all():
+            raise UserError(f"an empirical null needs finite scores; got {self.n0} scores")
+
+    def smallest_alpha(self, num_experts: int) -> float:
+        """The smallest alpha at which BH over `num_experts` can reject a single expert."""
+        return num_experts / (self.n0 + 1)
+
+    def p_values(self, scores: Tensor) -> Tensor:
+        """[..., E] scores -> [..., E] p-values in float64."""
+        null = self.null_scores.to(scores.device)
+        below = torch.searchsorted(null, scores.float().contiguous(), side="left")
+        return (1 + self.n0 - below).double() / (self.n0 + 1)
+
+    def critical_scores(self, levels: Tensor) -> Tensor:
+        """[E] levels -> [E] smallest float32 scores whose p-value is at most the level; inf where none is."""
+        counts = torch.arange(self.n0 + 1, dtype=torch.float64)
+        reachable = (1 + counts) / (self.n0 + 1)  # the p-value when `count` null scores reach s, ascending
+        allowed = (
+            torch.searchsorted(reachable, levels.double().cpu(), side="right") - 1
+        )  # most null scores at or above s
+        # At most m null scores reach s when s lies above the (m + 1)-th largest of them.
+        above = self.null_scores.flip(0).cpu()
+        bound = above[allowed.clamp(0, self.n0 - 1)]
+        critical = torch.nextafter(bound, torch.tensor(math.inf))
+        critical = critical.masked_fill(allowed < 0, math.inf).masked_fill(allowed >= self.n0, -math.inf)
+        return critical
+
+
+Null = FlatNull | SoftmaxNull | EmpiricalNull
+
+# ---------------------------------------------------------------------------------------------------------
+# 4. Selection: p-values -> how many experts
+# ---------------------------------------------------------------------------------------------------------
+
+
+def _last_true(mask: Tensor) -> Tensor:
+    """Position, counted from 1, of the last True along the last axis; 0 where there is none. [..., D] -> [...]."""
+    return (mask * torch.arange(1, mask.shape[-1] + 1, device=mask.device)).amax(-1)
+
+
+def bh_levels(alpha: float, num_experts: int) -> Tensor:
+    """The step-up line k alpha / E for k = 1..E, float64: [E]."""
+    return torch.arange(1, num_experts + 1, dtype=torch.float64) * alpha / num_experts
+
+
+def bh_rejections(p_values: Tensor, alpha: float) -> Tensor:
+    """Number of hypotheses that BH rejects: the largest k with p_(k) <= k alpha / E (1995, eq. 1).
+
+    p_values: [..., E] in [0, 1]; returns int64 [...]. Controls the FDR at alpha for independent or positively
+    dependent (PRDS) p-values; under any dependence the bound is alpha * (1 + 1/2 + ... + 1/E).
+    """
+    ranked = p_values.double().sort(dim=-1).values
+    return _last_true(ranked <= bh_levels(alpha, p_values.shape[-1]).to(ranked.device))
+
+
+def count_rejections(scores: Tensor, critical: Tensor, depth: int) -> Tensor:
+    """The same number from scores and a table of critical scores: the largest k with s_(k) >= c_k.
+
+    scores: [T, E]; critical: [E], non-increasing; returns int64 [T]. Exact up to `depth`; where more than `depth` are
+    rejected, any number of at least `depth` may be returned, because the caller keeps no more than that.
+    Only the `depth` best scores are ranked. A token can reject more although rank `depth` fails its own level,
+    so the tokens where that is still open, s_(depth) >= c_E, are ranked in full.
+    """
+    depth = min(depth, scores.shape[-1])
+    ranked = scores.topk(depth).values  # [T, depth]
+    rejections = _last_true(ranked >= critical[:depth])  # [T]
+    open_rows = (rejections < depth) & (ranked[:, -1] >= critical[-1])
+    if depth < scores.shape[-1] and open_rows.any():
+        rejections[open_rows] = _last_true(scores[open_rows].sort(dim=-1, descending=True).values >= critical)
+    return rejections
+
+
+def benjamini_hochberg_routing(
+    router_logits: Tensor,
+    alpha: float = 0.05,
+    temperature: float = 1.0,
+    min_k: int = 1,
+    max_k: int = 8,
+    null: Null | None = None,
+    return_stats: bool = False,
+) -> tuple[Tensor, ...]:
+    """Select experts for each token by the Benjamini-Hochberg step-up, clipped to [min_k, max_k].
+
+    router_logits: [..., E], any floating dtype; -inf marks an expert that may not be chosen, NaN and +inf are
+        refused. All arithmetic is float32 or better.
+    alpha: false-discovery-rate level in (0, 1]. temperature: divides the logits before the softmax, > 0.
+    min_k, max_k: floor and cap of the number of experts; E is a cap in any case.
+    null: gives the p-values; FlatNull(E), the closed form, when None; pass a calibrated EmpiricalNull otherwise.
+
+    Returns
+        routing_weights [..., E]: softmax(logits / temperature) over the selected experts, zero elsewhere, sum 1.
+        selected_experts [..., max_k]: int64, best first, padded with -1; ties go to the lower index.
+        num_selected [...]: int64.
+        With return_stats also a dict: p_values [..., E], thresholds [E] = k alpha / E, rejections [...] before
+        floor and cap.
+
+    Raises ValueError for arguments outside these ranges.
+
+    Assumption: each p-value is uniform or larger for an irrelevant expert, and the p-values of a token are
+    independent or positively dependent. They come from one hidden state, so this cannot be shown; the worst case is
+    in `bh_rejections`. The guarantee is about irrelevant experts picked, not about quality lost.
+
+    >>> weights, experts, count = benjamini_hochberg_routing(torch.tensor([9.0, 5.0, 0.0, 0.0]), alpha=0.5)
+    >>> experts.tolist(), int(count)
+    ([0, -1, -1, -1], 1)
+    """
+    if not router_logits.is_floating_point() or router_logits.ndim == 0 or router_logits.shape[-1] == 0:
+        raise UserError(
+            f"router_logits must be floating point [..., E]; got {router_logits.dtype} "
+            f"{tuple(router_logits.shape)}"
+        )
+    if torch.isnan(router_logits).any() or torch.isposinf(router_logits).any():
+        raise UserError("router_logits must not contain NaN or +inf")
+    if torch.isneginf(router_logits).all(dim=-1).any():
+        raise UserError("router_logits has a token whose experts are all -inf; at least one must be allowed")
+    settings = {"method": "bh", "alpha": alpha, "temperature": temperature, "min_k": min_k, "max_k": max_k}
+    resolve_config("benjamini_hochberg_routing", settings)
+    num_experts = router_logits.shape[-1]
+    scores = gate_scores(router_logits, temperature)  # [..., E]
+    p_values = (null or FlatNull(num_experts)).p_values(scores)  # [..., E]
+    rejections = bh_rejections(p_values, alpha)  # [...]
+    num_selected = torch.minimum(rejections.clamp(min_k, max_k), torch.isfinite(scores).sum(-1))
+
+    ranked = scores.sort(dim=-1, descending=True, stable=True)
+    kept = torch.arange(num_experts, device=scores.device) < num_selected.unsqueeze(-1)  # [..., E], by rank
+    kept_weights = torch.softmax(ranked.values.masked_fill(~kept, -math.inf), dim=-1)
+    routing_weights = torch.zeros_like(scores).scatter(-1, ranked.indices, kept_weights)
+    experts_by_rank = ranked.indices.masked_fill(~kept, -1)
+    selected_experts = nn.functional.pad(experts_by_rank, (0, max(0, max_k - num_experts)), value=-1)[
+        ..., :max_k
+    ]
+    if not return_stats:
+        return routing_weights, selected_experts, num_selected
+    thresholds = bh_levels(alpha, num_experts)
+    return (
+        routing_weights,
+        selected_experts,
+        num_selected,
+        {
+            "p_values": p_values,
+            "thresholds": thresholds,
+            "rejections": rejections,
+        },
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 5. The seam: routers found, patched, recorded, restored; calibration
+# ---------------------------------------------------------------------------------------------------------
+#
+# A transformers MoE block calls a router, which returns (logits [T, E], weights [T, K], indices [T, K]),
+# and hands
+# weights and indices to an experts module. The seam wraps both on the instance. The router is asked for its
+# K best
+# candidates, so that scoring, bias, grouping and scaling stay the model's own; the rule says how many stay;
+# the
+# weights of the others become zero. The experts see only the pairs with a weight. So a zero weight *is* a
+# dropped
+# expert: nothing else passes between the two, and any other reader of the router's output sees a valid
+# routing.
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One router and the experts it feeds, as found in a model."""
+
+    name: str
+    router: nn.Module
+    experts: nn.Module
+    num_experts: int
+    own_k: int
+
+
+def find_moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The MoE layers of a transformers model, in order, by the architecture's own declaration.
+
+    `_can_record_outputs["router_logits"]` of a model class names its router class; no list of architectures is
+    needed. Raises UserError where no router is declared, or where none has a `top_k` and `experts` beside it.
+    """
+    router_classes: list[type] = []
+    for module in model.modules():
+        declared = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
+        for recorder in declared if isinstance(declared, (list, tuple)) else [declared]:
+            router_classes.append(getattr(recorder, "target_class", recorder))
+    router_classes = [cls for cls in router_classes if isinstance(cls, type)]
+
+    layers = []
+    for name, router in model.named_modules():
+        if not isinstance(router, tuple(router_classes)):
+            continue
+        experts = getattr(model.get_submodule(name.rpartition(".")[0]), "experts", None)
+        num_experts = getattr(router, "num_experts", None)
+        if (
+            isinstance(experts, nn.Module)
+            and isinstance(num_experts, int)
+            and isinstance(getattr(router, "top_k", None), int)
+        ):
+            layers.append(MoELayer(name, router, experts, num_experts, router.top_k))
+    if not layers:
+        raise UserError(
+            f"{type(model).__name__} has no router that this script can patch: it needs a "
+            "mixture-of-experts model of transformers >= 5.17 whose router has `top_k` and returns "
+            "(logits, weights, indices), for example OLMoE"
+        )
+    return layers
+
+
+@contextlib.contextmanager
+def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute on an instance; afterwards put back exactly what the instance held, or nothing."""
+    held = module.__dict__.get(name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        if held is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, held)
+
+
+def _renormalizes(layer: MoELayer) -> bool:
+    """Whether the router scales its weights to a fixed sum, found by looking at the sums it returns.
+
+    For a zero hidden state no gate is saturated, so the sum of the best one and the sum of the best few agree
+    only when the router normalises. OLMoE does not; Mixtral and gpt-oss do.
+    """
+    parameter = next(layer.router.parameters())
+    hidden_size = getattr(layer.router, "hidden_dim", parameter.shape[-1])
+    silent = torch.zeros(1, hidden_size, dtype=parameter.dtype, device=parameter.device)
+    sums = []
+    for k in (1, max(2, layer.own_k)):
+        with _replaced(layer.router, "top_k", min(k, layer.num_experts)), torch.no_grad():
+            sums.append(layer.router.forward(silent)[1].sum().item())
+    return abs(sums[1] - sums[0]) <= 0.01 * abs(sums[0])
+
+
+def _adaptive_router(
+    layer: MoELayer, config: Mapping[str, Any], critical: Tensor, on_rejections: Callable
+) -> Callable:
+    """A `forward` for the router: its own candidates, those beyond the BH count with weight zero."""
+    forward, renormalizes = layer.router.forward, _renormalizes(layer)
+    temperature, min_k, max_k = (
+        config["temperature"],
+        config["min_k"],
+        min(config["max_k"], layer.num_experts),
+    )
+
+    @functools.wraps(forward)
+    def adaptive_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, indices = forward(*args, **kwargs)  # [T, E], [T, K], [T, K]
+        rejections = count_rejections(
+            gate_scores(logits, temperature), critical.to(logits.device), max_k
+        )  # [T]
+        on_rejections(rejections)
+        # Half of the architectures return candidates unsorted: the rank of a candidate is that of its weight.
+        order = weights.argsort(dim=-1, descending=True, stable=True)
+        kept_by_rank = torch.arange(weights.shape[-1], device=weights.device) < rejections.clamp(
+            min_k, max_k
+        ).unsqueeze(-1)
+        kept = torch.empty_like(kept_by_rank).scatter_(-1, order, kept_by_rank)  # [T, K]
+        kept_weights = weights.masked_fill(~kept, 0)
+        if renormalizes:
+            # As if the model had been asked for fewer: the kept weights take over the sum.
+            # Exactly 1 when all are kept.
+            kept_weights = kept_weights * (weights.sum(-1, keepdim=True) / kept_weights.sum(-1, keepdim=True))
+        return logits, kept_weights, indices
+
+    return adaptive_forward
+
+
+def _skipping_experts(experts: nn.Module) -> Callable:
+    """A `forward` for the experts module that computes only the (token, expert) pairs whose weight is not zero.
+
+    Each kept pair becomes one row with K = 1, so the model's own experts do the work on every back end. With nothing
+    dropped the original runs as it is and the result is bit-identical.
+    """
+    forward = experts.forward
+
+    @functools.wraps(forward)
+    def skipping_forward(
+        hidden: Tensor, indices: Tensor, weights: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        kept = weights != 0  # [T, K]
+        if kept.all():
+            return forward(hidden, indices, weights, *args, **kwargs)
+        token, slot = kept.nonzero(as_tuple=True)  # [P] pairs
+        pairs = forward(
+            hidden[token], indices[token, slot, None], weights[token, slot, None], *args, **kwargs
+        )  # [P, H]
+        # Sum over slots instead of index_add_, whose order on a GPU changes from run to run.
+        padded = pairs.new_zeros(*weights.shape, pairs.shape[-1])  # [T, K, H]
+        padded[token, slot] = pairs
+        return padded.sum(dim=1)
+
+    return skipping_forward
+
+
+class RoutingRecorder:
+    """Router statistics by PyTorch forward hooks: sums on the device, O(L E) whatever the number of tokens.
+
+    counts [L, E + 1]: tokens by number of experts that ran. use [L, E]: times each expert ran.
+    no_rejection [L]: tokens for which BH rejected nothing. All int64.
+    """
+
+    def __init__(self, layers: Sequence[MoELayer]):
+        self.layers = layers
+        width = max(layer.num_experts for layer in layers)
+        devices = [next(layer.router.parameters()).device for layer in layers]
+        self._counts = [torch.zeros(width + 1, dtype=torch.int64, device=device) for device in devices]
+        self._use = [torch.zeros(width, dtype=torch.int64, device=device) for device in devices]
+        self._no_rejection = [torch.zeros((), dtype=torch.int64, device=device) for device in devices]
+
+    def hook(self, index: int) -> Callable:
+        """A forward hook for the router of layer `index`."""
+        counts, use = self._counts[index], self._use[index]
+
+        def record(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            _, weights, indices = output
+            kept = (weights != 0).long()  # [T, K]
+            per_token = kept.sum(-1)
+            counts.index_add_(0, per_token, torch.ones_like(per_token))
+            use.index_add_(0, indices.flatten(), kept.flatten())
+
+        return record
+
+    def on_rejections(self, index: int) -> Callable:
+        """A function that takes the rejections [T] of layer `index` before floor and cap."""
+        no_rejection = self._no_rejection[index]
+        return lambda rejections: no_rejection.add_((rejections == 0).sum())
+
+    @property
+    def counts(self) -> Tensor:
+        return torch.stack([counts.cpu() for counts in self._counts])
+
+    @property
+    def use(self) -> Tensor:
+        return torch.stack([use.cpu() for use in self._use])
+
+    def summary(self, config: Mapping[str, Any]) -> dict[str, float | int | None]:
+        """The statistics of a result row; see the README for each formula. All None when no token was routed."""
+        counts, use = self.counts.double(), self.use.double()  # [L, E + 1], [L, E]
+        histogram = counts.sum(0)  # [E + 1]
+        decisions = histogram.sum().item()  # tokens x layers
+        columns = (
+            "avg_experts_per_token std_experts_per_token min_experts max_experts expert_utilization_cv "
+            "expert_utilization_max_min_ratio floor_frac cap_frac zero_rejection_frac"
+        )
+        if not decisions:
+            return dict.fromkeys(columns.split())
+        number = torch.arange(len(histogram), dtype=torch.float64)
+        mean = (histogram @ number).item() / decisions
+        variance = (histogram @ (number - mean) ** 2).item() / decisions
+        present = histogram.nonzero().flatten()
+        adaptive = config["method"] != "topk"
+        cap = min(config["max_k"], len(histogram) - 1) if adaptive else None
+        no_rejection = sum(tensor.item() for tensor in self._no_rejection)
+        return {
+            "avg_experts_per_token": mean,
+            "std_experts_per_token": math.sqrt(variance),
+            "min_experts": int(present[0]),
+            "max_experts": int(present[-1]),
+            "expert_utilization_cv": (use.std(dim=1, correction=0) / use.mean(dim=1)).mean().item(),
+            # An unused expert counts as used once, so that the ratio stays finite.
+            "expert_utilization_max_min_ratio": (use.amax(1) / use.amin(1).clamp(min=1)).mean().item(),
+            "floor_frac": histogram[config["min_k"]].item() / decisions if adaptive else None,
+            "cap_frac": histogram[cap].item() / decisions if adaptive else None,
+            "zero_rejection_frac": no_rejection / decisions if adaptive else None,
+        }
+
+
+@contextlib.contextmanager
+def patched_routing(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    calibration: Calibration | None = None,
+    layers: Sequence[MoELayer] | None = None,
+) -> Iterator[RoutingRecorder]:
+    """Route `model` by `config` inside the `with` block; yields the recorder of what was routed.
+
+    Reversible and local: instance attributes and hooks only, put back in reverse order whatever happens inside.
+    `calibration` is needed for p_values "empirical". Raises UserError for a model that is patched already.
+
+        with patched_routing(model, ROUTING_CONFIGS["bh_moderate"], calibration) as recorder:
+            model.generate(**inputs)
+    """
+    config = resolve_config("routing", config)
+    layers = layers or find_moe_layers(model)
+    recorder = RoutingRecorder(layers)
+    with contextlib.ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            if hasattr(layer.router, "_bh_patched"):
+                raise UserError(
+                    f"router {layer.name} is patched already: leave the first `with` block before the next "
+                    "one"
+                )
+            stack.enter_context(_replaced(layer.router, "_bh_patched", True))
+            if config["method"] == "topk":
+                width = config["k"]
+            else:
+                width = config["max_k"]
+                critical = critical_scores(config, layer.num_experts, index, calibration)
+                critical = critical.to(next(layer.router.parameters()).device)
+                routed = _adaptive_router(layer, config, critical, recorder.on_rejections(index))
+                stack.enter_context(_replaced(layer.router, "forward", routed))
+                stack.enter_context(_replaced(layer.experts, "forward", _skipping_experts(layer.experts)))
+            # config.num_experts_per_tok has no effect after loading; the router's own attribute has.
+            stack.enter_context(_replaced(layer.router, "top_k", min(width, layer.num_experts)))
+            stack.enter_context(layer.router.register_forward_hook(recorder.hook(index)))
+        yield recorder
+
+
+def critical_scores(
+    config: Mapping[str, Any], num_experts: int, layer_index: int, calibration: Calibration | None
+) -> Tensor:
+    """The table c_1 >= ... >= c_E of one layer for a resolved `bh` configuration: float32 [E]."""
+    levels = bh_levels(config["alpha"], num_experts)
+    if config["p_values"] != "empirical":
+        null = FlatNull(num_experts) if config["p_values"] == "flat" else SoftmaxNull(num_experts)
+        return null.critical_scores(levels).float()
+    if calibration is None:
+        raise UserError(
+            'p_values "empirical" needs a calibration: pass calibrate(model, ...), or use p_values "flat"'
+        )
+    null = calibration.null(layer_index, config["temperature"])
+    if config["alpha"] < null.smallest_alpha(num_experts):
+        raise UserError(
+            f"alpha = {config['alpha']:g} needs n0 + 1 >= E / alpha = {num_experts / config['alpha']:,.0f} "
+            f"null scores a layer; the calibration has n0 = {null.n0:,}, enough for alpha >= "
+            f"{null.smallest_alpha(num_experts):.2g}. Use a larger alpha, a longer --calibration-text, or "
+            "--p-values flat"
+        )
+    return calibration.critical_scores(layer_index, config["temperature"], config["alpha"])
+
+
+class Calibration:
+    """What the unpatched routers did on calibration text: the source of the empirical nulls.
+
+    logits [L, N, E] float32 and own [L, N, K] int16 (the experts the model chose) for N tokens. Both are kept, not
+    the scores, so that one forward pass serves every temperature.
+    """
+
+    def __init__(self, logits: Tensor, own: Tensor, about: Mapping[str, Any]):
+        self.logits, self.own, self.about = logits, own, dict(about)
+        self._nulls: dict[tuple, EmpiricalNull] = {}
+        self._tables: dict[tuple, Tensor] = {}
+
+    def null(self, layer_index: int, temperature: float) -> EmpiricalNull:
+        """The null of one layer: the scores of all pairs outside the model's own Top-K."""
+        key = (layer_index, temperature)
+        if key not in self._nulls:
+            scores = gate_scores(self.logits[layer_index], temperature)  # [N, E]
+            outside = torch.ones_like(scores, dtype=torch.bool).scatter(
+                1, self.own[layer_index].long(), False
+            )
+            self._nulls[key] = EmpiricalNull(scores[outside])
+        return self._nulls[key]
+
+    def critical_scores(self, layer_index: int, temperature: float, alpha: float) -> Tensor:
+        """The table of critical scores [E] of one layer, built once."""
+        key = (layer_index, temperature, alpha)
+        if key not in self._tables:
+            levels = bh_levels(alpha, self.logits.shape[-1])
+            self._tables[key] = self.null(layer_index, temperature).critical_scores(levels)
+        return self._tables[key]
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors, whole or not at all."""
+        from safetensors.torch import save_file
+
+        part = path.with_name(path.name + ".part")
+        save_file({"logits": self.logits, "own": self.own}, part, metadata={"about": json.dumps(self.about)})
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: Path, about: Mapping[str, Any]) -> Calibration | None:
+        """The calibration cached at `path` if it was made from exactly `about`, else None."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                if json.loads((file.metadata() or {}).get("about", "null")) == about:
+                    return cls(file.get_tensor("logits"), file.get_tensor("own"), about)
+        except (OSError, SafetensorError, ValueError) as error:
+            if path.exists():
+                logger.warning("%s is not readable (%s); calibrating again", path, error)
+        return None
+
+
+def _forked_rng(seed: int) -> contextlib.ExitStack:
+    """Seed the global generators inside a `with` block and put their state back afterwards."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.random.fork_rng())
+    torch.manual_seed(seed)
+    return stack
+
+
+def sample_calibration_text(model: nn.Module, tokenizer: Any, seed: int) -> Tensor:
+    """Text that the model itself writes, from its first token on: int64 [CALIBRATION_SEQUENCES, CALIBRATION_LENGTH].
+
+    Plain sampling at temperature 1 over the whole vocabulary, so that the text is the model's own distribution.
+    """
+    first = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    device = next(model.parameters()).device
+    start = torch.full((CALIBRATION_SEQUENCES, 1), first, dtype=torch.int64, device=device)
+    new_tokens = CALIBRATION_LENGTH - 1
+    settings = _generation_config(tokenizer, new_tokens, do_sample=True, top_k=0)
+    with _forked_rng(seed), torch.inference_mode():
+        return model.generate(
+            input_ids=start, attention_mask=torch.ones_like(start), generation_config=settings
+        )
+
+
+def read_calibration_text(path: Path, tokenizer: Any) -> Tensor:
+    """CALIBRATION_SEQUENCES windows spread evenly over a text file: int64 [S, CALIBRATION_LENGTH], S at least 1."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--calibration-text {path}: {error}") from error
+    tokens = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
+    windows = len(tokens) // CALIBRATION_LENGTH
+    if not windows:
+        raise UserError(
+            f"--calibration-text {path}: {len(tokens)} tokens, but at least {CALIBRATION_LENGTH} are needed"
+        )
+    take = torch.linspace(0, windows - 1, min(windows, CALIBRATION_SEQUENCES)).round().long()
+    return tokens[: windows * CALIBRATION_LENGTH].view(windows, CALIBRATION_LENGTH)[take]
+
+
+def calibrate(
+    model: nn.Module,
+    tokenizer: Any,
+    seed: int = DEFAULT_SEED,
+    text_path: Path | None = None,
+    batch_size: int = 4,
+) -> Calibration:
+    """Record the unpatched routers on text sampled from the model, or on a file: the first position of each
+    sequence is left out, because its routing is an outlier in every layer.
+    """
+    layers = find_moe_layers(model)
+    if text_path is None:
+        tokens = sample_calibration_text(model, tokenizer, seed)
+    else:
+        tokens = read_calibration_text(text_path, tokenizer)
+    seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
+
+    def capture(index: int, length: int) -> Callable:
+        def record(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            logits, _, indices = (part.unflatten(0, (-1, length))[:, 1:].flatten(0, 1) for part in output)
+            seen[index].append((logits.float().cpu(), indices.to("cpu", torch.int16)))
+
+        return record
+
+    with contextlib.ExitStack() as stack, torch.inference_mode():
+        for index, layer in enumerate(layers):
+            stack.enter_context(layer.router.register_forward_hook(capture(index, tokens.shape[1])))
+        for batch in tokens.to(next(model.parameters()).device).split(batch_size):
+            model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
+    logits = torch.stack([torch.cat([part[0] for part in parts]) for parts in seen])
+    own = torch.stack([torch.cat([part[1] for part in parts]) for parts in seen])
+    return Calibration(logits, own, {})
+
+
+def _generation_config(tokenizer: Any, new_tokens: int, **options: Any) -> Any:
+    """Exactly `new_tokens` tokens: an early end of text is not allowed, so that clocks compare equal work."""
+    from transformers import GenerationConfig
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return GenerationConfig(
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+        **options,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 6. Checkpoints
+# ---------------------------------------------------------------------------------------------------------
+
+
+def strict_json(value: Any) -> Any:
+    """`value` as plain JSON data: tensors and numpy scalars become numbers, NaN and infinities become None."""
+    if isinstance(value, Mapping):
+        return {str(key): strict_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict_json(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file in one step, so that a reader or a crash never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+class Checkpoint:
+    """The finished experiments of a run: a JSON file that is valid at every moment and grows in O(1).
+
+    The file ends in "\\n]}\\n". An append overwrites that end with the next row and a new end, in one write, so a
+    killed process loses nothing; `sync_every` rows are forced to the disk together, which bounds what a power cut
+    can take. A torn end, one row at most, is cut off when the file is opened again.
+    """
+
+    SCHEMA = 1
+    END = b"\n]}\n"
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], sync_every: int, resume: bool):
+        """Open or create. Raises UserError, touching nothing, where the file is of another run or not a checkpoint.
+
+        settings: what every row of the run has in common; a run resumes only with equal settings.
+        """
+        self.path, self.settings, self.sync_every = path, strict_json(settings), sync_every
+        self.rows: list[dict[str, Any]] = []
+        self._unsynced = 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not resume:
+            aside = path.with_name(f"{path.stem}.{datetime.now():%Y%m%d-%H%M%S}.json")
+            os.replace(path, aside)
+            logger.info("earlier results were set aside as %s", aside)
+        if path.exists():
+            self._read()
+        else:
+            self._create()
+        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 - stays open for appending
+        self._end = self._file.seek(-len(self.END), os.SEEK_END)
+
+    def _create(self) -> None:
+        head = json.dumps(self.settings, allow_nan=False)
+        rows = ",\n".join(json.dumps(row, allow_nan=False) for row in self.rows)
+        body = f'{{"schema": {self.SCHEMA},\n"settings": {head},\n"results": [' + (
+            "\n" + rows if rows else ""
+        )
+        write_whole(self.path, body + self.END.decode())
+
+    def _read(self) -> None:
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        torn = False
+        try:
+            content = json.loads(text)
+        except ValueError:
+            content, torn = self._salvage(text), True
+        if not isinstance(content, dict) or not {"schema", "settings", "results"} <= set(content):
+            raise UserError(
+                f"{self.path} is not a checkpoint of this script; move it away or choose another --output"
+            )
+        if content["schema"] != self.SCHEMA:
+            raise UserError(
+                f"{self.path} has checkpoint schema {content['schema']}, this script writes {self.SCHEMA}; "
+                "use the script that wrote it, or choose another --output"
+            )
+        stored = content["settings"]
+        differing = [key for key in {**stored, **self.settings} if stored.get(key) != self.settings.get(key)]
+        if differing:
+            what = "; ".join(
+                f"{key} is {stored.get(key)!r} there, {self.settings.get(key)!r} here" for key in differing
+            )
+            raise UserError(
+                f"{self.path.parent.parent} holds results of another run: {what}. "
+                "Choose another --output, or --no-resume to set those results aside"
+            )
+        self.rows = content["results"]
+        if torn:
+            logger.warning(
+                "%s had a torn end; %d finished experiments were saved from it", self.path, len(self.rows)
+            )
+        if torn or not text.endswith(self.END.decode()):
+            self._create()
+
+    @staticmethod
+    def _salvage(text: str) -> dict[str, Any] | None:
+        """The content of a torn file: its header and every row that is still whole."""
+        head, found, tail = text.partition('\n"results": [')
+        try:
+            content = json.loads(head.rstrip().rstrip(",") + "}") if found else None
+        except ValueError:
+            return None
+        if isinstance(content, dict):
+            content["results"] = []
+            for line in tail.splitlines():
+                try:
+                    row = json.loads(line.rstrip().rstrip(","))
+                except ValueError:
+                    continue
+                if isinstance(row, dict):
+                    content["results"].append(row)
+        return content
+
+    def append(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Add one finished experiment; returns the row as a reader of the file will see it."""
+        text = json.dumps(strict_json(row), allow_nan=False)
+        data = (",\n" if self.rows else "\n").encode() + text.encode()
+        self._file.seek(self._end)
+        self._file.write(data + self.END)
+        self._end += len(data)
+        self.rows.append(json.loads(text))
+        self._unsynced += 1
+        if self._unsynced >= self.sync_every:
+            self.sync()
+        return self.rows[-1]
+
+    def sync(self) -> None:
+        """Force all rows to the disk."""
+        os.fsync(self._file.fileno())
+        self._unsynced = 0
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 7. BHExperimentRunner
+# ---------------------------------------------------------------------------------------------------------
+
+# Every column of bh_routing_results.csv, in order; the README gives each formula.
+IDENTITY_COLUMNS = ("config_name", "prompt_id", "prompt_category", "prompt_text", "status", "error")
+TEXT_COLUMNS = ("generated_text", "full_text")
+COUNT_COLUMNS = ("num_input_tokens", "num_output_tokens")
+ROUTING_COLUMNS = (
+    "avg_experts_per_token",
+    "std_experts_per_token",
+    "min_experts",
+    "max_experts",
+    "expert_utilization_cv",
+    "expert_utilization_max_min_ratio",
+    "floor_frac",
+    "cap_frac",
+    "zero_rejection_frac",
+)
+CLOCK_COLUMNS = (  # the only ones that differ when the same experiment is run again
+    "inference_time_sec",
+    "tokens_per_sec",
+    "time_to_first_token_sec",
+    "decode_sec_per_token",
+    "peak_memory_gb",
+    "timestamp",
+)
+SETTING_COLUMNS = (
+    "model_name",
+    "device",
+    "dtype",
+    "seed",
+    "max_new_tokens",
+    "torch_version",
+    "transformers_version",
+)
+RESULT_COLUMNS = (
+    *IDENTITY_COLUMNS,
+    *TEXT_COLUMNS,
+    *COUNT_COLUMNS,
+    *ROUTING_COLUMNS,
+    *CLOCK_COLUMNS,
+    *CONFIG_FIELDS,
+    *SETTING_COLUMNS,
+)
+STRING_COLUMNS = {
+    *IDENTITY_COLUMNS,
+    *TEXT_COLUMNS,
+    "timestamp",
+    "method",
+    "p_values",
+    "model_name",
+    "device",
+    "dtype",
+} | {
+    "torch_version",
+    "transformers_version",
+}
+
+
+def read_results(path: Path) -> pd.DataFrame:
+    """The results CSV of a run as it was written. Raises UserError where there is none or it is not one."""
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist: run the experiments first, or name their folder with --output"
+        )
+    try:
+        header = pd.read_csv(path, nrows=0).columns
+        numbers = [column for column in header if column not in STRING_COLUMNS]
+        # A generated text may well be "NA" or "null": only number columns have missing values.
+        frame = pd.read_csv(
+            path,
+            dtype=dict.fromkeys(set(header) & STRING_COLUMNS, str),
+            keep_default_na=False,
+            na_values=dict.fromkeys(numbers, [""]),
+        )
+    except (ValueError, pd.errors.ParserError) as error:
+        raise UserError(f"{path} is not a results CSV: {error}") from error
+    missing = {"config_name", "prompt_id", "status", *ROUTING_COLUMNS} - set(header)
+    if missing:
+        raise UserError(f"{path} is not a results CSV of this script: it lacks {', '.join(sorted(missing))}")
+    return frame
+
+
+def choose_device(device: str) -> torch.device:
+    """ "auto" is CUDA where there is one. Raises UserError for "cuda" where there is none."""
+    _choice("device", device, ("auto", "cuda", "cpu"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device 'cuda' was asked for, but torch sees no CUDA GPU; use --device cpu or auto")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(device: torch.device, use_fp16: bool) -> torch.dtype:
+    """bfloat16 where the hardware computes in it, else float16 on a GPU and float32 on a CPU."""
+    if not use_fp16:
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_model(model_name: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """Model and tokenizer from a folder or the hub: safetensors only, no remote code. Raises UserError."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_name, dtype=dtype, device_map=str(device), use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--model {model_name} cannot be loaded: {reason} (give a folder with config.json and "
+            "safetensors, or the name of a hub model; offline, use models/olmoe-mini)"
+        ) from error
+    return model.eval(), tokenizer
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """16 hex digits that name the weights: every tensor's name and shape and up to 1,024 of its values, spread evenly."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, tensor in model.state_dict().items():
+        values = tensor.detach().flatten()
+        sample = values[:: max(1, values.numel() // 1024)].double().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Write the log of this script to `path` as well, inside the `with` block; nested blocks write once."""
+    path = path.resolve()
+    if any(getattr(handler, "baseFilename", None) == str(path) for handler in logger.handlers):
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        handler.close()
+
+
+class _FirstTokenClock:
+    """A logits processor that changes nothing and notes when the prefill was done."""
+
+    def __init__(self, synchronize: Callable[[], None]):
+        self.synchronize, self.time = synchronize, None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.time is None:
+            self.synchronize()
+            self.time = time.perf_counter()
+        return scores
+
+
+class BHExperimentRunner:
+    """Runs routing configurations x prompts on one model and keeps what it measured.
+
+        runner = BHExperimentRunner("models/olmoe-mini", output_dir="results/mini")
+        frame = runner.run_full_experiment_suite(max_new_tokens=50)
+
+    model_name: folder or hub name. output_dir: where results, checkpoint and log go.
+    checkpoint_interval: every finished experiment is written at once; this many are forced to the disk together.
+    device: "auto", "cuda" or "cpu". use_fp16: 16-bit weights where the hardware computes in them, see `choose_dtype`.
+    model, tokenizer: a model that is loaded already; device and dtype are then its own.
+    calibration_text: a text file for the empirical nulls; without it the model writes its own text.
+    seed: for the sampled calibration text; decoding is greedy and needs none.
+
+    Raises UserError for a model without routers to patch, an unknown device, or a model that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model_name: str = DEFAULT_MODEL,
+        output_dir: str | Path = DEFAULT_OUTPUT,
+        checkpoint_interval: int = DEFAULT_CHECKPOINT_INTERVAL,
+        device: str = "auto",
+        use_fp16: bool = True,
+        *,
+        model: nn.Module | None = None,
+        tokenizer: Any = None,
+        calibration_text: str | Path | None = None,
+        seed: int = DEFAULT_SEED,
+    ):
+        if (model is None) != (tokenizer is None):
+            raise UserError(
+                "a ready model and its tokenizer go together: pass both model= and tokenizer=, or neither"
+            )
+        if checkpoint_interval < 1:
+            raise UserError(f"checkpoint_interval = {checkpoint_interval}, but it must be at least 1")
+        self.model_name, self.output_dir, self.seed = model_name, Path(output_dir), seed
+        self.checkpoint_interval = checkpoint_interval
+        self.calibration_text = Path(calibration_text) if calibration_text else None
+        if model is None:
+            chosen = choose_device(device)
+            model, tokenizer = load_model(model_name, chosen, choose_dtype(chosen, use_fp16))
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.device = next(model.parameters()).device
+        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        self.layers = find_moe_layers(model)
+        self.checkpoint: Checkpoint | None = None
+        self._calibration: Calibration | None = None
+        self._routing = contextlib.ExitStack()
+
+    def __repr__(self) -> str:
+        first = self.layers[0]
+        return (
+            f"BHExperimentRunner({self.model_name!r}, {len(self.layers)} MoE layers x {first.num_experts} "
+            f"experts, top-{first.own_k}, {self.dtype} on {self.device}, "
+            f"output_dir={str(self.output_dir)!r})"
+        )
+
+    # Routing: one configuration at a time, for work outside the suite
+
+    def _apply_routing_config(self, config: Mapping[str, Any]) -> RoutingRecorder:
+        """Route by `config` until the next call or `_restore_original_routing`; returns the live recorder."""
+        self._restore_original_routing()
+        return self._routing.enter_context(
+            patched_routing(self.model, config, self._calibration_for(config), self.layers)
+        )
+
+    def _patch_bh_routing(self, alpha: float, temperature: float, min_k: int, max_k: int) -> RoutingRecorder:
+        """Route by BH with these settings and the empirical null."""
+        bounds = {"min_k": min_k, "max_k": max_k}
+        return self._apply_routing_config(
+            {"method": "bh", "alpha": alpha, "temperature": temperature, **bounds}
+        )
+
+    def _restore_original_routing(self) -> None:
+        """Put the model back exactly as it was; harmless when nothing is patched."""
+        self._routing.close()
+
+    # Calibration
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return model_fingerprint(self.model)
+
+    @property
+    def calibration(self) -> Calibration:
+        """The calibration of this model: from memory, from the output folder, or made now."""
+        if self._calibration is None:
+            about = {
+                **self._shared_settings(),
+                "sequences": CALIBRATION_SEQUENCES,
+                "length": CALIBRATION_LENGTH,
+            }
+            path = self.output_dir / "calibration.safetensors"
+            self._calibration = Calibration.load(path, about)
+            if self._calibration is None:
+                start = time.perf_counter()
+                made = calibrate(self.model, self.tokenizer, self.seed, self.calibration_text)
+                self._calibration = Calibration(made.logits, made.own, about)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._calibration.save(path)
+                null = self._calibration.null(0, 1.0)
+                logger.info(
+                    "calibrated on %d tokens of %s in %.1f s: n0 = %d null scores a layer, enough for "
+                    "alpha >= %.2g",
+                    made.logits.shape[1],
+                    self.calibration_text or "text sampled from the model",
+                    time.perf_counter() - start,
+                    null.n0,
+                    null.smallest_alpha(self.layers[0].num_experts),
+                )
+        return self._calibration
+
+    def _calibration_for(self, config: Mapping[str, Any]) -> Calibration | None:
+        needed = (
+            config["method"] == "bh" and config.get("p_values", CONFIG_DEFAULTS["p_values"]) == "empirical"
+        )
+        return self.calibration if needed else None
+
+    def _shared_settings(self) -> dict[str, Any]:
+        """What decides the numbers, besides configuration and prompt."""
+        text = self.calibration_text
+        source = (
+            "sampled from the model" if text is None else hashlib.sha256(text.read_bytes()).hexdigest()[:16]
+        )
+        return {
+            "model": self.fingerprint,
+            "dtype": self.dtype,
+            "device": self.device.type,
+            "seed": self.seed,
+            "calibration_text": source,
+        }
+
+    # Experiments
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _generate(
+        self, inputs: Mapping[str, Tensor], max_new_tokens: int
+    ) -> tuple[Tensor, dict[str, float | None]]:
+        """Greedy decoding of exactly `max_new_tokens` tokens, timed: output ids [S + n] and the clock columns."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        clock = _FirstTokenClock(self._synchronize)
+        self._synchronize()
+        start = time.perf_counter()
+        with torch.inference_mode():
+            output = self.model.generate(
+                **inputs,
+                generation_config=_generation_config(self.tokenizer, max_new_tokens, do_sample=False),
+                logits_processor=[clock],
+            )
+        self._synchronize()
+        end = time.perf_counter()
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
+        return output[0], {
+            "inference_time_sec": end - start,
+            "tokens_per_sec": max_new_tokens / (end - start),
+            "time_to_first_token_sec": clock.time - start,
+            "decode_sec_per_token": (end - clock.time) / (max_new_tokens - 1) if max_new_tokens > 1 else None,
+            "peak_memory_gb": peak,
+        }
+
+    def _row(
+        self, config_name: str, config: Mapping[str, Any], prompt: Mapping[str, Any], tokens: int
+    ) -> dict[str, Any]:
+        """The part of a result row that is known before the experiment."""
+        import transformers
+
+        return dict.fromkeys(RESULT_COLUMNS) | {
+            "config_name": config_name,
+            "prompt_id": prompt["id"],
+            "prompt_category": prompt["category"],
+            "prompt_text": prompt["text"],
+            "status": "ok",
+            "error": "",
+            **{field: config[field] for field in CONFIG_FIELDS},
+            "model_name": self.model_name,
+            "device": str(self.device)
+            if self.device.type == "cpu"
+            else torch.cuda.get_device_name(self.device),
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "max_new_tokens": tokens,
+            "torch_version": torch.__version__,
+            "transformers_version": transformers.__version__,
+            "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+
+    def run_single_experiment(
+        self,
+        config_name: str,
+        config: Mapping[str, Any],
+        prompt_data: Mapping[str, Any],
+        max_new_tokens: int = DEFAULT_MAX_TOKENS,
+    ) -> dict[str, Any]:
+        """Generate from one prompt under one configuration; returns a result row with RESULT_COLUMNS as keys.
+
+        The routing statistics cover every token that was routed: the prompt and all generated tokens but the last.
+        The model is unpatched afterwards, whatever happened. Raises UserError for a prompt that does not fit.
+        """
+        config, prompt = self._resolve(config_name, config), resolve_prompt(prompt_data)
+        inputs = self.tokenizer(prompt["text"], return_tensors="pt").to(self.device)
+        inputs = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        length, context = (
+            inputs["input_ids"].shape[1],
+            getattr(self.model.config, "max_position_embeddings", math.inf),
+        )
+        if not length:
+            raise UserError(f"prompt {prompt['id']!r} has no tokens")
+        if length + max_new_tokens > context:
+            raise UserError(
+                f"prompt {prompt['id']!r}: {length} tokens and {max_new_tokens} new ones exceed the "
+                f"model's context of {context}"
+            )
+        row = self._row(config_name, config, prompt, max_new_tokens)
+        self._restore_original_routing()
+        with patched_routing(self.model, config, self._calibration_for(config), self.layers) as recorder:
+            output, clock = self._generate(inputs, max_new_tokens)
+        text = self.tokenizer.decode(output[length:], skip_special_tokens=True)
+        return row | {
+            "generated_text": text,
+            "full_text": prompt["text"] + text,
+            "num_input_tokens": length,
+            "num_output_tokens": len(output) - length,
+            **recorder.summary(config),
+            **clock,
+        }
+
+    def _resolve(self, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+        """`resolve_config`, with the model's own K in the built-in baseline, whose 8 is OLMoE's."""
+        config = resolve_config(name, config)
+        if name == BASELINE and config == resolve_config(BASELINE, ROUTING_CONFIGS[BASELINE]):
+            config["k"] = self.layers[0].own_k
+        return config
+
+    def run_full_experiment_suite(
+        self,
+        routing_configs: Mapping[str, Mapping[str, Any]] | None = None,
+        test_prompts: Sequence[Mapping[str, Any]] | None = None,
+        max_new_tokens: int = DEFAULT_MAX_TOKENS,
+        resume: bool = True,
+    ) -> pd.DataFrame:
+        """Run every configuration on every prompt; returns one row each, in that order, and writes the CSV.
+
+        Configurations take turns within each prompt, so that a machine that slows down slows all of them alike.
+        With `resume`, what the output folder already holds is not run again; without, it is set aside. A failed
+        experiment becomes a row with status "error". Ctrl-C keeps what is finished and is passed on.
+        """
+        configs = ROUTING_CONFIGS if routing_configs is None else routing_configs
+        prompts = [
+            resolve_prompt(prompt) for prompt in (TEST_PROMPTS if test_prompts is None else test_prompts)
+        ]
+        configs = {name: self._resolve(name, config) for name, config in configs.items()}
+        if not configs or not prompts:
+            raise UserError("a suite needs at least one configuration and one prompt")
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens = {max_new_tokens}, but it must be at least 1")
+        repeated = pd.Series([prompt["id"] for prompt in prompts])
+        if repeated.duplicated().any():
+            raise UserError(
+                f"prompt ids must differ; {repeated[repeated.duplicated()].iloc[0]!r} occurs twice"
+            )
+        plan = [(name, prompt) for prompt in prompts for name in configs]
+
+        with log_to(self.output_dir / "experiment_log.txt"):
+            settings = {**self._shared_settings(), "max_new_tokens": max_new_tokens}
+            path = self.output_dir / "checkpoints" / "latest_checkpoint.json"
+            self.checkpoint = Checkpoint(path, settings, self.checkpoint_interval, resume)
+            try:
+                finished = {(row["config_name"], row["prompt_id"]): row for row in self.checkpoint.rows}
+                for name, prompt in plan:
+                    self._check_same(finished.get((name, prompt["id"])), configs[name], prompt)
+                pending = [(name, prompt) for name, prompt in plan if (name, prompt["id"]) not in finished]
+                logger.info(
+                    "%r: %d experiments, %d of them finished already",
+                    self,
+                    len(plan),
+                    len(plan) - len(pending),
+                )
+                if pending:
+                    self._warm_up(configs, prompts[0], min(max_new_tokens, 4))
+                    self._run_pending(pending, configs, max_new_tokens, finished)
+            finally:
+                self._save_checkpoint()
+                self.checkpoint.close()
+            rows = [finished[name, prompt["id"]] for name, prompt in plan]
+            frame = pd.DataFrame(rows, columns=list(RESULT_COLUMNS))
+            write_whole(self.output_dir / "bh_routing_results.csv", frame.to_csv(index=False))
+            failed = int((frame["status"] != "ok").sum())
+            logger.info(
+                "%d experiments in %s, %d failed",
+                len(frame),
+                self.output_dir / "bh_routing_results.csv",
+                failed,
+            )
+        return frame
+
+    def _check_same(
+        self, row: Mapping[str, Any] | None, config: Mapping[str, Any], prompt: Mapping[str, Any]
+    ) -> None:
+        """A finished row must be of the same configuration and prompt as what is now asked for under its name."""
+        wanted = {"prompt_text": prompt["text"], **config}
+        for column in ("prompt_text", *CONFIG_FIELDS) if row else ():
+            if row[column] != wanted[column]:
+                raise UserError(
+                    f"{self.output_dir} holds {row['config_name']!r} x {prompt['id']!r} with {column} = "
+                    f"{row[column]!r}, now it is {wanted[column]!r}. Choose another --output, or "
+                    "--no-resume to set those results aside"
+                )
+
+    def _warm_up(
+        self, configs: Mapping[str, Mapping[str, Any]], prompt: Mapping[str, Any], tokens: int
+    ) -> None:
+        """Calibrate and touch every code path once, so that no experiment pays for it. Failures show up later, as rows."""
+        for name, config in configs.items():
+            with contextlib.suppress(Exception):
+                self.run_single_experiment(name, config, prompt, tokens)
+
+    def _run_pending(
+        self,
+        pending: Sequence[tuple[str, Mapping[str, Any]]],
+        configs: Mapping[str, Mapping[str, Any]],
+        max_new_tokens: int,
+        finished: dict[tuple[str, str], dict[str, Any]],
+    ) -> None:
+        from tqdm.auto import tqdm
+
+        with tqdm(pending, unit="experiment", disable=None) as progress:
+            for name, prompt in progress:
+                progress.set_description(name)
+                try:
+                    row = self.run_single_experiment(name, configs[name], prompt, max_new_tokens)
+                except Exception as error:  # one failed experiment must not end the suite
+                    logger.error("%s x %s failed: %s: %s", name, prompt["id"], type(error).__name__, error)
+                    logger.debug("where it failed", exc_info=True)
+                    row = self._row(name, configs[name], prompt, max_new_tokens)
+                    row |= {"status": "error", "error": f"{type(error).__name__}: {error}"}
+                    if self.device.type == "cuda":
+                        torch.cuda.empty_cache()  # after an out-of-memory error the next experiment starts clean
+                finished[name, prompt["id"]] = self.checkpoint.append(row)
+
+    def _save_checkpoint(self) -> None:
+        """Force everything finished so far to the disk."""
+        if self.checkpoint is not None:
+            self.checkpoint.sync()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 8. Analysis
+# ---------------------------------------------------------------------------------------------------------
+
+# What is summarised and tested: column -> (title, unit, digits in tables)
+METRICS: dict[str, tuple[str, str, int]] = {
+    "avg_experts_per_token": ("Experts per token and layer", "experts", 2),
+    "inference_time_sec": ("Inference time", "s", 3),
+    "decode_sec_per_token": ("Decode time per token", "s", 4),
+    "tokens_per_sec": ("Throughput", "tokens/s", 1),
+    "expert_utilization_cv": ("Load imbalance (CV over experts)", "", 2),
+    "expert_utilization_max_min_ratio": ("Most to least used expert", "", 1),
+}
+
+# What an earlier attempt expected of OLMoE-1B-7B without measuring it: (configurations, quantity, low,
+# high, unit)
+HYPOTHESES = (
+    (("bh_strict",), "avg_experts_per_token", 3.5, 4.5),
+    (("bh_moderate",), "avg_experts_per_token", 4.5, 5.5),
+    (("bh_loose",), "avg_experts_per_token", 5.5, 6.5),
+    (("bh_adaptive",), "avg_experts_per_token", 4.0, 5.0),
+    (("bh_strict", "bh_moderate", "bh_loose", "bh_adaptive"), "slowdown_percent", 5.0, 15.0),
+    (("bh_strict", "bh_moderate", "bh_loose", "bh_adaptive"), "experts_p_value", 0.0, 0.001),
+    (("bh_strict", "bh_moderate", "bh_loose", "bh_adaptive"), "experts_abs_d", 0.8, math.inf),
+    (("topk_8",), "expert_utilization_cv", 0.25, 0.35),
+    (("bh_strict", "bh_moderate", "bh_loose", "bh_adaptive"), "expert_utilization_cv", 0.20, 0.30),
+)
+EXPECTED_SUITE_MINUTES = {"RTX 3090": (15, 20), "T4": (25, 35), "16 CPU cores": (90, 120)}
+
+
+def paired_comparison(baseline: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """Paired tests of `other` against `baseline`, item by item.
+
+    Student's t and Wilcoxon's signed rank test, both two-sided, and Cohen's d for paired samples, the mean of the
+    differences over their standard deviation (d_z; Lakens 2013, eq. 6). Where a test says nothing, its entries are
+    None and `reason` says why; that is decided before the test is called.
+    """
+    from scipy import stats
+
+    pairs = pd.DataFrame({"baseline": baseline, "other": other}).dropna()
+    difference = pairs["other"] - pairs["baseline"]
+    n, spread = len(pairs), float(difference.std(ddof=1)) if len(pairs) > 1 else math.nan
+    scale = float(pairs.abs().to_numpy().max()) if n else 0.0
+    constant = n > 1 and spread <= 1e-12 * scale
+    result: dict[str, Any] = dict.fromkeys(
+        (
+            "t_statistic",
+            "p_value",
+            "wilcoxon_statistic",
+            "wilcoxon_p_value",
+            "cohens_d",
+            "ci95_low",
+            "ci95_high",
+            "reason",
+        )
+    )
+    result |= {
+        "n_pairs": n,
+        "mean_baseline": float(pairs["baseline"].mean()) if n else None,
+        "mean": float(pairs["other"].mean()) if n else None,
+        "mean_difference": float(difference.mean()) if n else None,
+        "median_ratio": float((pairs["other"] / pairs["baseline"]).median())
+        if n and (pairs["baseline"] > 0).all()
+        else None,
+    }
+    if n < 2:
+        return result | {"reason": f"{n} complete pairs; a paired test needs at least 2"}
+    if constant and abs(float(difference.mean())) <= 1e-12 * scale:
+        return result | {"reason": "no pair differs"}
+    if not constant:
+        t_test = stats.ttest_rel(pairs["other"], pairs["baseline"])
+        interval = t_test.confidence_interval(0.95)
+        result |= {
+            "t_statistic": float(t_test.statistic),
+            "p_value": float(t_test.pvalue),
+            "ci95_low": float(interval.low),
+            "ci95_high": float(interval.high),
+            "cohens_d": float(difference.mean()) / spread,
+        }
+    else:
+        result["reason"] = "every pair differs by the same amount: t and d are infinite"
+    wilcoxon = stats.wilcoxon(difference)
+    return result | {
+        "wilcoxon_statistic": float(wilcoxon.statistic),
+        "wilcoxon_p_value": float(wilcoxon.pvalue),
+    }
+
+
+def adjust_p_values(tests: Sequence[dict[str, Any]]) -> None:
+    """Add BH-adjusted p-values over the family of all `tests`, t and Wilcoxon apart, and `significant`."""
+    from scipy import stats
+
+    for key in ("p_value", "wilcoxon_p_value"):
+        known = [test for test in tests if test[key] is not None]
+        for test in tests:
+            test[f"{key}_adjusted"] = None
+        if known:
+            for test, adjusted in zip(
+                known, stats.false_discovery_control([t[key] for t in known]), strict=True
+            ):
+                test[f"{key}_adjusted"] = float(adjusted)
+    for test in tests:
+        adjusted = test["p_value_adjusted"]
+        test["significant"] = None if adjusted is None else adjusted < SIGNIFICANCE_LEVEL
+
+
+def _describe(values: pd.Series) -> dict[str, Any]:
+    values = values.dropna()
+    if values.empty:
+        return dict.fromkeys(("mean", "std", "median", "min", "max")) | {"n": 0}
+    return {
+        "mean": values.mean(),
+        "std": values.std(ddof=1) if len(values) > 1 else None,
+        "median": values.median(),
+        "min": values.min(),
+        "max": values.max(),
+        "n": len(values),
+    }
+
+
+def _order(values: pd.Series) -> list[str]:
+    """Distinct values in order of appearance: configurations and categories keep the order they were run in."""
+    return list(dict.fromkeys(values))
+
+
+def choose_baseline(frame: pd.DataFrame) -> str:
+    """The configuration that the others are compared with: `topk_8`, else the widest Top-K, else the first."""
+    names = _order(frame["config_name"])
+    if BASELINE in names:
+        return BASELINE
+    static = frame[frame["method"] == "topk"] if "method" in frame else frame.iloc[:0]
+    return (
+        static.sort_values("k", ascending=False, kind="stable")["config_name"].iloc[0]
+        if len(static)
+        else names[0]
+    )
+
+
+def check_hypotheses(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each expectation of the earlier attempt beside what was measured; `held` is None where nothing was measured."""
+    rows = []
+    for names, quantity, low, high in HYPOTHESES:
+        for name in names:
+            summary = analysis["summary_by_config"].get(name)
+            tests = analysis["statistical_tests"].get(name, {})
+            experts, time_test = tests.get("avg_experts_per_token", {}), tests.get("inference_time_sec", {})
+            if summary is None:
+                measured = None
+            elif quantity in METRICS:
+                measured = summary[quantity]["mean"]
+            elif quantity == "slowdown_percent":
+                measured = (
+                    None if time_test.get("median_ratio") is None else 100 * (time_test["median_ratio"] - 1)
+                )
+            elif quantity == "experts_p_value":
+                measured = experts.get("p_value")
+            else:
+                measured = None if experts.get("cohens_d") is None else abs(experts["cohens_d"])
+            held = None if measured is None else low <= measured <= high
+            bounds = {"low": low, "high": None if high == math.inf else high}
+            rows.append(
+                {"configuration": name, "quantity": quantity, **bounds, "measured": measured, "held": held}
+            )
+    return rows
+
+
+def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
+    """Summaries and paired tests of a results table; also written to `analysis_summary.json` as strict JSON.
+
+    df: rows of `run_full_experiment_suite` or `read_results`. Rows with status "error" are counted and left out.
+    Pairs are formed by prompt_id, never by row order.
+
+    Returns a dict with baseline, n_experiments, n_failed, summary_by_config, summary_by_category,
+    statistical_tests (configuration -> metric -> tests against the baseline) and hypotheses.
+    Raises UserError when no row is left.
+    """
+    done = df[df["status"] == "ok"] if "status" in df else df
+    if done.empty:
+        raise UserError(f"nothing to analyse: none of {len(df)} experiments finished")
+    baseline = choose_baseline(done)
+    by_config = {name: done[done["config_name"] == name] for name in _order(done["config_name"])}
+    measured = {name: rows.set_index("prompt_id") for name, rows in by_config.items()}
+    tests = {
+        name: {
+            metric: paired_comparison(*measured[baseline][metric].align(rows[metric], join="inner"))
+            for metric in METRICS
+        }
+        for name, rows in measured.items()
+        if name != baseline
+    }
+    adjust_p_values([test for by_metric in tests.values() for test in by_metric.values()])
+    analysis = {
+        "baseline": baseline,
+        "n_experiments": len(df),
+        "n_failed": len(df) - len(done),
+        "n_prompts": int(done["prompt_id"].nunique()),
+        "summary_by_config": {
+            name: {metric: _describe(rows[metric]) for metric in METRICS} for name, rows in by_config.items()
+        },
+        "summary_by_category": {
+            category: {
+                name: {metric: _describe(rows[metric]) for metric in METRICS}
+                for name, rows in (
+                    (name, rows[rows["prompt_category"] == category]) for name, rows in by_config.items()
+                )
+            }
+            for category in _order(done["prompt_category"])
+        },
+        "statistical_tests": tests,
+    }
+    analysis["hypotheses"] = check_hypotheses(analysis)
+    analysis = strict_json(analysis)
+    write_whole(
+        Path(output_dir) / "analysis_summary.json", json.dumps(analysis, indent=2, allow_nan=False) + "\n"
+    )
+    return analysis
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 9. Figures
+# ---------------------------------------------------------------------------------------------------------
+#
+# Each plot_* draws into given axes and returns them; saving is done in one place, `create_visualizations`.
+
+
+def _axes(ax: Any) -> Any:
+    import matplotlib.pyplot as plt
+
+    return ax if ax is not None else plt.subplots(figsize=(7, 4.2), layout="constrained")[1]
+
+
+def _plot_bars(frame: pd.DataFrame, column: str, ax: Any, spread: str) -> Any:
+    """One bar per configuration with its prompts as dots, so that a mean never hides its spread."""
+    import seaborn as sns
+
+    ax, order = _axes(ax), _order(frame["config_name"])
+    estimator, interval = ("median", ("pi", 50)) if spread == "quartiles" else ("mean", ("ci", 95))
+    common = {"data": frame, "x": "config_name", "y": column, "order": order, "ax": ax}
+    palette = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
+    sns.barplot(**common, hue="config_name", palette=palette, legend=False, estimator=estimator, errorbar=interval,
+                seed=0, alpha=0.75, capsize=0.15, err_kws={"linewidth": 1.2, "color": "0.2"})  # fmt: skip
+    sns.stripplot(**common, color="0.25", size=3, alpha=0.6, jitter=0.12)
+    note = "median and quartiles" if spread == "quartiles" else "mean and 95 % interval"
+    ax.set(xlabel="", title=f"{METRICS[column][0]}: {note} over {frame['prompt_id'].nunique()} prompts")
+    ax.tick_params(axis="x", rotation=20 if len(order) > 6 else 0)
+    return ax
+
+
+def plot_avg_experts(frame: pd.DataFrame, ax: Any = None) -> Any:
+    """Mean experts per token and layer, by configuration."""
+    ax = _plot_bars(frame, "avg_experts_per_token", ax, "interval")
+    ax.set(ylabel="experts per token and layer", ylim=(0, None))
+    return ax
+
+
+def plot_inference_time(frame: pd.DataFrame, ax: Any = None) -> Any:
+    """Median time of a whole generation, by configuration."""
+    ax = _plot_bars(frame, "inference_time_sec", ax, "quartiles")
+    ax.set(ylabel="seconds per prompt", ylim=(0, None))
+    return ax
+
+
+def plot_utilization_cv(frame: pd.DataFrame, ax: Any = None) -> Any:
+    """Imbalance of expert use, by configuration; 0 is perfect balance."""
+    ax = _plot_bars(frame, "expert_utilization_cv", ax, "interval")
+    ax.set(ylabel="CV of use over experts, mean of layers", ylim=(0, None))
+    return ax
+
+
+def plot_experts_by_category(frame: pd.DataFrame, ax: Any = None) -> Any:
+    """Distribution over prompts of mean experts, by prompt category and configuration."""
+    import seaborn as sns
+
+    ax = _axes(ax)
+    order = _order(frame["config_name"])
+    sns.boxplot(frame, x="prompt_category", y="avg_experts_per_token", hue="config_name", hue_order=order, ax=ax,
+                palette=sns.color_palette("colorblind", len(order)), linewidth=0.9, fliersize=2.5, gap=0.15)  # fmt: skip
+    ax.set(xlabel="", ylabel="experts per token and layer", title="Experts by prompt category")
+    sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
+    return ax
+
+
+def plot_experts_vs_latency(frame: pd.DataFrame, ax: Any = None) -> Any:
+    """Mean experts against decode time per token: one dot a prompt, one cross a configuration's medians."""
+    import seaborn as sns
+
+    ax = _axes(ax)
+    order = _order(frame["config_name"])
+    palette = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
+    data = frame.assign(latency=frame["decode_sec_per_token"] * 1000)
+    common = {
+        "x": "avg_experts_per_token",
+        "y": "latency",
+        "hue": "config_name",
+        "hue_order": order,
+        "palette": palette,
+    }
+    sns.scatterplot(data, **common, s=22, alpha=0.7, ax=ax)
+    medians = (
+        data.groupby("config_name", sort=False)[["avg_experts_per_token", "latency"]].median().reset_index()
+    )
+    sns.scatterplot(medians, **common, s=160, marker="X", edgecolor="white", legend=False, ax=ax, zorder=4)
+    ax.set(xlabel="experts per token and layer", ylabel="decode time, ms per token", ylim=(0, None))
+    ax.set_title("Experts against latency (cross: medians of a configuration)")
+    sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
+    return ax
+
+
+PLOTS: dict[str, tuple[Callable, str]] = {  # file name -> how it is drawn, what it shows
+    "avg_experts_comparison": (plot_avg_experts, "Experts per token and layer"),
+    "inference_time_comparison": (plot_inference_time, "Inference time"),
+    "expert_utilization_cv": (plot_utilization_cv, "Balance of expert use"),
+    "experts_by_category": (plot_experts_by_category, "Experts by prompt category"),
+    "experts_vs_latency": (plot_experts_vs_latency, "Experts against latency"),
+}
+
+
+def create_visualizations(df: pd.DataFrame, output_dir: str | Path) -> list[Path]:
+    """Draw every plot in PLOTS into `output_dir`/plots as PNG at 300 DPI; returns the paths."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    done = df[df["status"] == "ok"] if "status" in df else df
+    if done.empty:
+        raise UserError(f"nothing to draw: none of {len(df)} experiments finished")
+    folder = Path(output_dir) / "plots"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
+        for name, (draw, _) in PLOTS.items():
+            figure, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
+            try:
+                draw(done, ax)
+                sns.despine(figure, left=True)
+                path = folder / f"{name}.png"
+                # No creation date or version in the file: the same results give the same bytes.
+                figure.savefig(path, dpi=300, metadata={"Software": None})
+                paths.append(path)
+            finally:
+                plt.close(figure)
+    return paths
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 10. Report
+# ---------------------------------------------------------------------------------------------------------
+
+
+def _number(value: Any, digits: int = 2) -> str:
+    return "–" if value is None or pd.isna(value) else f"{value:.{digits}f}"
+
+
+def _p(value: float | None) -> str:
+    return "–" if value is None else "< 0.0001" if value < 0.0001 else f"{value:.4f}"
+
+
+def _cell(value: Any) -> str:
+    """Text of a run in a Markdown table: no character of it can end the cell, the row or the table."""
+    text = " ".join(str(value).split())
+    for mark in "\\`*_{}[]<>|#":
+        text = text.replace(mark, "\\" + mark)
+    return text.replace("\\<", "&lt;").replace("\\>", "&gt;")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; first column left, others right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _summary_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """One sentence per configuration with what was measured; a difference is claimed only where it is significant."""
+    base, sentences = analysis["baseline"], []
+    for name, tests in analysis["statistical_tests"].items():
+        experts, clock = tests["avg_experts_per_token"], tests["inference_time_sec"]
+        if experts["mean"] is None:
+            continue
+        saved = 100 * (1 - experts["mean"] / experts["mean_baseline"])
+        text = f"`{name}` ran {experts['mean']:.2f} experts per token and layer, {abs(saved):.0f} % "
+        text += f"{'fewer' if saved >= 0 else 'more'} than `{base}`"
+        if clock["median_ratio"] is not None:
+            text += f"; its inference time was {clock['median_ratio']:.2f} times the baseline's (median "
+            "over prompts)"
+            if clock["significant"]:
+                slower = clock["mean_difference"] > 0
+                text += (
+                    f", {'slower' if slower else 'faster'} with adjusted p {_p(clock['p_value_adjusted'])}"
+                )
+            else:
+                text += ", a difference this run cannot tell from noise"
+        sentences.append(text + ".")
+    return sentences
+
+
+def _hypothesis_rows(analysis: Mapping[str, Any]) -> list[list[str]]:
+    titles = {
+        "slowdown_percent": "slower than the baseline, %",
+        "experts_p_value": "paired t-test on experts, p",
+        "experts_abs_d": "effect on experts, absolute d",
+    }
+    rows = []
+    for item in analysis["hypotheses"]:
+        title = titles.get(item["quantity"]) or METRICS[item["quantity"]][0]
+        high = item["high"]
+        expected = (
+            f"> {item['low']:g}"
+            if high is None
+            else f"{item['low']:g} to {high:g}"
+            if item["low"]
+            else f"< {high:g}"
+        )
+        measured = (
+            _p(item["measured"]) if item["quantity"] == "experts_p_value" else _number(item["measured"])
+        )
+        held = {True: "yes", False: "no", None: "not measured"}[item["held"]]
+        rows.append([f"`{item['configuration']}`: {title}", expected, measured, held])
+    return rows
+
+
+def _conclusions(analysis: Mapping[str, Any]) -> list[str]:
+    """What follows from the numbers, and what does not."""
+    lines, tests, base = [], analysis["statistical_tests"], analysis["baseline"]
+    faster = [
+        n
+        for n, t in tests.items()
+        if t["inference_time_sec"]["significant"] and t["inference_time_sec"]["mean_difference"] < 0
+    ]
+    slower = [
+        n
+        for n, t in tests.items()
+        if t["inference_time_sec"]["significant"] and t["inference_time_sec"]["mean_difference"] > 0
+    ]
+    for names, word in ((faster, "faster"), (slower, "slower")):
+        if names:
+            lines.append(
+                f"{word.capitalize()} than `{base}` on this machine: {', '.join(f'`{n}`' for n in names)}."
+            )
+    if tests and not faster and not slower:
+        lines.append(f"No configuration was significantly faster or slower than `{base}` on this machine.")
+    stuck = [
+        name
+        for name, summary in analysis["summary_by_config"].items()
+        if name != base and summary["avg_experts_per_token"]["max"] == summary["avg_experts_per_token"]["min"]
+    ]
+    if stuck:
+        lines.append(
+            f"{', '.join(f'`{n}`' for n in stuck)} ran the same number of experts on every prompt: this "
+            "rule does not adapt. With `p_values` = softmax that is expected, see `SoftmaxNull` in the "
+            "script; otherwise choose another alpha."
+        )
+    held = [item["held"] for item in analysis["hypotheses"] if item["held"] is not None]
+    lines.append(f"{sum(held)} of {len(held)} measured expectations of the earlier attempt held.")
+    lines.append(
+        "Experts and seconds say nothing about quality. Before using fewer experts, compare the quality "
+        "of the text at the compute that was really spent."
+    )
+    if analysis["n_prompts"] < 30:
+        lines.append(
+            f"{analysis['n_prompts']} prompts detect large effects only; use more prompts for small ones."
+        )
+    return lines
+
+
+def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], output_path: str | Path) -> Path:
+    """Write REPORT.md: every number in it comes from `df` or `analysis`. Plots are linked beside the report."""
+    output_path = Path(output_path)
+    done = df[df["status"] == "ok"]
+    first, base = done.iloc[0], analysis["baseline"]
+    configs = _order(df["config_name"])
+    minutes = done["inference_time_sec"].sum() / 60
+    machine = f"{first['dtype']} on {first['device']}"
+    failed = f" {analysis['n_failed']} failed and are left out." if analysis["n_failed"] else ""
+
+    summary = []
+    for name, values in analysis["summary_by_config"].items():
+        experts, rows = values["avg_experts_per_token"], done[done["config_name"] == name]
+        summary.append([
+            f"`{name}`", f"{_number(experts['mean'])} ± {_number(experts['std'])}",
+            f"{_number(rows['min_experts'].min(), 0)} to {_number(rows['max_experts'].max(), 0)}",
+            *(_number(100 * rows[share].mean(), 1) for share in ("floor_frac", "cap_frac", "zero_rejection_frac")),
+            _number(values["inference_time_sec"]["median"], 3), _number(1000 * values["decode_sec_per_token"]["median"], 2),
+            _number(values["expert_utilization_cv"]["mean"]), _number(values["expert_utilization_max_min_ratio"]["mean"], 1),
+        ])  # fmt: skip
+
+    tests = [
+        [
+            f"`{name}`: {METRICS[metric][0].lower()}", str(test["n_pairs"]), _number(test["mean_difference"], METRICS[metric][2] + 1),
+            f"{_number(test['ci95_low'], METRICS[metric][2] + 1)} to "
+            f"{_number(test['ci95_high'], METRICS[metric][2] + 1)}",
+            _number(test["median_ratio"]), _p(test["p_value"]), _p(test["p_value_adjusted"]), _p(test["wilcoxon_p_value_adjusted"]),
+            _number(test["cohens_d"]), {True: "yes", False: "no", None: test["reason"]}[test["significant"]],
+        ]
+        for name, by_metric in analysis["statistical_tests"].items()
+        for metric, test in by_metric.items()
+    ]  # fmt: skip
+
+    categories = [
+        [
+            _cell(category),
+            *(
+                _number(by_config[name]["avg_experts_per_token"]["mean"])
+                for name in analysis["summary_by_config"]
+            ),
+        ]
+        for category, by_config in analysis["summary_by_category"].items()
+    ]
+    details = [
+        [
+            f"`{name}`",
+            *(
+                "–"
+                if pd.isna(row[f]) or row[f] == ""
+                else f"{row[f]:g}"
+                if isinstance(row[f], float)
+                else str(row[f])
+                for f in CONFIG_FIELDS
+            ),
+        ]
+        for name, row in df.drop_duplicates("config_name").set_index("config_name").iterrows()
+    ]
+    settings = [
+        [_cell(column), _cell(", ".join(_order(df[column].astype(str))))]
+        for column in SETTING_COLUMNS
+        if column in df
+    ]
+    failures = df[df["status"] != "ok"]
+    parts = [
+        "# BH routing against Top-K: report\n",
+        "## Executive summary\n",
+        f"{_cell(first['model_name'])}, {machine}: {len(configs)} configurations x {analysis['n_prompts']} "
+        f"prompts, {int(first['max_new_tokens'])} new tokens each, {minutes:.1f} minutes of "
+        f"inference.{failed}\n",
+        "\n".join(f"- {sentence}" for sentence in _summary_sentences(analysis)) + "\n",
+        "## Summary by configuration\n",
+        _table(
+            ["configuration", "experts, mean ± sd", "range", "at floor, %", "at cap, %", "no rejection, %", "time, s",
+             "decode, ms/token", "load CV", "max/min use"], summary,
+        ),  # fmt: skip
+        "Experts: mean and standard deviation over prompts of the mean over tokens and layers; range: "
+        "fewest and most experts that any token got in any layer. At floor, at cap, no rejection: shares "
+        "of (token, layer) decisions. Times are medians.\n",
+        "## Statistical tests\n",
+        f"Each configuration against `{base}`, paired by prompt. Interval and p: Student's t on the "
+        "differences. Adjusted: Benjamini-Hochberg over all tests of this table. d: mean difference over "
+        f"its standard deviation. Significant: adjusted p of the t-test below {SIGNIFICANCE_LEVEL:g}. A "
+        "difference in experts says that the rule did something, not that it did good.\n",
+        _table(
+            ["comparison", "pairs", "difference", "95 % interval", "ratio, median", "p", "p adjusted", "Wilcoxon p adjusted",
+             "d", "significant"], tests,
+        ) if tests else "Only one configuration was run: there is nothing to compare.\n",  # fmt: skip
+        "## Performance by category\n",
+        "Mean experts per token and layer.\n",
+        _table(["category", *(f"`{name}`" for name in analysis["summary_by_config"])], categories),
+        "## Plots\n",
+        "\n".join(f"### {title}\n\n![{title}](plots/{name}.png)\n" for name, (_, title) in PLOTS.items()),
+        "## What was expected, and what was measured\n",
+        "An earlier attempt wrote these expectations down for OLMoE-1B-7B-0924 without measuring them. "
+        f"Measured here on {_cell(first['model_name'])}.\n",
+        _table(["expectation", "expected", "measured", "held"], _hypothesis_rows(analysis)),
+        f"Suite time: {minutes:.1f} minutes of inference here, {machine}; expected for OLMoE-1B-7B: "
+        + "; ".join(f"{low} to {high} minutes on {where}" for where, (low, high) in EXPECTED_SUITE_MINUTES.items()) + ".\n",
+        "## Conclusions and recommendations\n",
+        "\n".join(f"- {line}" for line in _conclusions(analysis)) + "\n",
+        "## Configuration details\n",
+        _table(["configuration", *CONFIG_FIELDS], details),
+        _table(["setting", "value"], settings),
+        "In a `bh` configuration with `p_values` = empirical, an expert counts as irrelevant for a token "
+        "when the model's own Top-K leaves it out; alpha bounds the expected share of such experts among "
+        "those picked, under independence or positive dependence of a token's p-values. It bounds no loss "
+        "of quality.\n",
+    ]  # fmt: skip
+    if len(failures):
+        rows = [[_cell(r.config_name), _cell(r.prompt_id), _cell(r.error)] for r in failures.itertuples()]
+        parts += ["## Failed experiments\n", _table(["configuration", "prompt", "error"], rows)]
+    write_whole(output_path, "\n".join(parts))
+    return output_path
+
+
+def write_report(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
+    """Analysis, plots and report of a results table, into `output_dir`; returns the analysis."""
+    analysis = analyze_results(df, output_dir)
+    create_visualizations(df, output_dir)
+    generate_markdown_report(df, analysis, Path(output_dir) / "REPORT.md")
+    return analysis
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 11. Command line
+# ---------------------------------------------------------------------------------------------------------
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log lines above the progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm.auto import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="run_bh_experiments.py",
+        description="Compare Benjamini-Hochberg expert routing with Top-K in a mixture-of-experts language model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", default=DEFAULT_MODEL, help="folder or hub name of the model")
+    add("--output", type=Path, default=Path(DEFAULT_OUTPUT), help="folder for results")
+    add("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, help="new tokens per experiment")
+    add("--checkpoint-interval", type=int, default=DEFAULT_CHECKPOINT_INTERVAL,
+        help="finished experiments forced to the disk together; each is written at once")  # fmt: skip
+    add(
+        "--no-resume",
+        action="store_true",
+        help="set earlier results in --output aside instead of going on from them",
+    )
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs")
+    add(
+        "--no-fp16",
+        action="store_true",
+        help="float32 instead of bfloat16 (float16 where the GPU has no bfloat16)",
+    )
+    add(
+        "--p-values",
+        choices=P_VALUES,
+        help="null for every bh configuration, instead of the configuration's own",
+    )
+    add(
+        "--calibration-text",
+        type=Path,
+        metavar="FILE",
+        help="text for the empirical null, instead of the model's own",
+    )
+    add("--seed", type=int, default=DEFAULT_SEED, help="for sampling the calibration text")
+    add(
+        "--analyze-only", action="store_true", help="redo analysis, plots and report from the CSV in --output"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """What the command line asks for; returns the exit code: 0, or 1 when an experiment failed."""
+    if args.analyze_only:
+        df = read_results(args.output / "bh_routing_results.csv")
+    else:
+        configs = {
+            name: config | {"p_values": args.p_values}
+            if args.p_values and config["method"] == "bh"
+            else config
+            for name, config in ROUTING_CONFIGS.items()
+        }
+        for option, value in (
+            ("--max-tokens", args.max_tokens),
+            ("--checkpoint-interval", args.checkpoint_interval),
+        ):
+            if value < 1:
+                raise UserError(f"{option} {value}: it must be at least 1")
+        if args.calibration_text and not args.calibration_text.is_file():
+            raise UserError(f"--calibration-text {args.calibration_text}: there is no such file")
+        runner = BHExperimentRunner(
+            args.model,
+            args.output,
+            args.checkpoint_interval,
+            args.device,
+            use_fp16=not args.no_fp16,
+            calibration_text=args.calibration_text,
+            seed=args.seed,
+        )
+        df = runner.run_full_experiment_suite(
+            configs, max_new_tokens=args.max_tokens, resume=not args.no_resume
+        )
+    with log_to(args.output / "experiment_log.txt"):
+        write_report(df, args.output)
+        logger.info("report: %s", args.output / "REPORT.md")
+    return 1 if (df["status"] != "ok").any() else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 1 some experiments failed, 2 a mistake in the call, 130 Ctrl-C."""
+    args = build_parser().parse_args(argv)
+    console = _ConsoleHandler(logging.INFO)
+    logger.addHandler(console)
+    logger.setLevel(logging.INFO)
+    try:
+        return run(args)
+    except UserError as error:
+        logger.error("error: %s", error)
+        return 2
+    except KeyboardInterrupt:
+        logger.error("interrupted; what is finished is saved. The same command goes on from there.")
+        return 130
+    finally:
+        logger.removeHandler(console)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
