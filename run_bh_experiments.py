@@ -17,11 +17,12 @@
 A mixture-of-experts (MoE) language model sends every token to a fixed number K of its experts. This script
 replaces that fixed number by a decision per token and layer: each expert's router score becomes a p-value,
 and the BH step-up procedure decides how many experts stand out from the ones the model would not have chosen.
-Dropped experts are really skipped. Configurations x prompts are run, timed, checkpointed, tested and reported.
+Dropped experts are really skipped. Configurations x prompts are run, timed, checkpointed, tested and
+reported.
 
     python run_bh_experiments.py --model models/olmoe-mini          # the embedded model: no download, no GPU
-    python run_bh_experiments.py                                    # OLMoE-1B-7B-0924 from the hub
-    python run_bh_experiments.py --analyze-only --output results    # redo tables, plots and report from the CSV
+    python run_bh_experiments.py                                    # OLMoE-1B-7B-0924 from the hub python
+    run_bh_experiments.py --analyze-only --output results    # redo tables, plots and report from the CSV
 
     from run_bh_experiments import BHExperimentRunner, analyze_results
     runner = BHExperimentRunner("models/olmoe-mini", output_dir="results")
@@ -43,20 +44,23 @@ Contents, in reading order
 Words used throughout
     T tokens (batch and positions flattened) · E experts of a layer · L MoE layers · K candidates the router
     is asked for (`max_k`) · q gate probability, softmax(logits / temperature) · s score, log q · p p-value ·
-    alpha the false-discovery-rate level · null: how scores of irrelevant experts are distributed.
-    An expert is *irrelevant* for a token when the model's own Top-K leaves it out. That is a definition made by
-    the model, not a truth about usefulness: alpha bounds how many such experts are picked, not any loss of quality.
+    alpha the false-discovery-rate level · null: how scores of irrelevant experts are distributed. An expert
+    is *irrelevant* for a token when the model's own Top-K leaves it out. That is a definition made by the
+    model, not a truth about usefulness: alpha bounds how many such experts are picked, not any loss of
+    quality.
 
-Reference: Y. Benjamini and Y. Hochberg, "Controlling the false discovery rate: a practical and powerful approach
-to multiple testing", J. R. Statist. Soc. B 57 (1995), 289-300; the step-up rule is its equation (1).
+Reference: Y. Benjamini and Y. Hochberg, "Controlling the false discovery rate: a practical and powerful
+approach to multiple testing", J. R. Statist. Soc. B 57 (1995), 289-300; the step-up rule is its equation (1).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -94,58 +98,38 @@ CALIBRATION_LENGTH = 128  # ... and tokens in each; the first position of each i
 SIGNIFICANCE_LEVEL = 0.05  # for the tests in the report; unrelated to a configuration's alpha
 BASELINE = "topk_8"
 
-# method       "topk": the best k experts, always; "bh": as many as the step-up rejects, within [min_k, max_k]
+# method       "topk": the best k experts, always; "bh": as many as the step-up rejects, within [min_k,
+# max_k]
 # alpha        false-discovery-rate level of the step-up
 # temperature  router logits are divided by it before the softmax that gives the scores (not the weights)
 # p_values     the null behind the p-values, see section 3: "empirical", "flat" or "softmax"
+_BH = {"method": "bh", "temperature": 1.0, "min_k": 1, "max_k": 8, "p_values": "empirical"}
 ROUTING_CONFIGS: dict[str, dict[str, Any]] = {
-    "topk_8": {
-        "method": "topk",
-        "k": 8,
-        "description": "Fixed Top-K, the baseline: the model's own K, which is 8 in OLMoE",
-    },
-    "bh_strict": {
-        "method": "bh",
-        "alpha": 0.01,
-        "temperature": 1.0,
-        "min_k": 1,
-        "max_k": 8,
-        "p_values": "empirical",
-        "description": "BH at a strict level: few false discoveries, few experts",
-    },
-    "bh_moderate": {
-        "method": "bh",
-        "alpha": 0.05,
-        "temperature": 1.0,
-        "min_k": 1,
-        "max_k": 8,
-        "p_values": "empirical",
-        "description": "BH at the customary level",
-    },
-    "bh_loose": {
-        "method": "bh",
-        "alpha": 0.10,
-        "temperature": 1.0,
-        "min_k": 1,
-        "max_k": 8,
-        "p_values": "empirical",
-        "description": "BH at a loose level: more experts",
-    },
-    "bh_adaptive": {
-        "method": "bh",
-        "alpha": 0.05,
-        "temperature": 2.0,
-        "min_k": 1,
-        "max_k": 8,
-        "p_values": "empirical",
-        "description": "BH on temperature-calibrated scores: logits halved before the softmax",
-    },
+    "topk_8": {"method": "topk", "k": 8, "description": "Fixed Top-K, the baseline: the model's own K"},
+    "bh_strict": _BH | {"alpha": 0.01, "description": "BH at a strict level: few experts"},
+    "bh_moderate": _BH | {"alpha": 0.05, "description": "BH at the customary level"},
+    "bh_loose": _BH | {"alpha": 0.10, "description": "BH at a loose level: more experts"},
+    "bh_adaptive": _BH
+    | {"alpha": 0.05, "temperature": 2.0, "description": "BH on temperature-calibrated scores"},
 }
 
-METHODS = {"topk": ("k",), "bh": ("alpha", "temperature", "min_k", "max_k", "p_values")}
 P_VALUES = ("empirical", "flat", "softmax")
-CONFIG_FIELDS = ("method", "k", "alpha", "temperature", "min_k", "max_k", "p_values")
-CONFIG_DEFAULTS = {"k": 8, "alpha": 0.05, "temperature": 1.0, "min_k": 1, "max_k": 8, "p_values": "empirical"}
+METHODS = {"topk": ("k",), "bh": ("alpha", "temperature", "min_k", "max_k", "p_values")}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # default, what is valid, in words
+    "k": (8, _is_count, "a whole number of at least 1"),
+    "alpha": (0.05, lambda value: 0 < value <= 1, "a number in (0, 1]"),
+    "temperature": (1.0, lambda value: 0 < value < math.inf, "a number above 0"),
+    "min_k": (1, _is_count, "a whole number of at least 1"),
+    "max_k": (8, _is_count, "a whole number of at least 1"),
+    "p_values": ("empirical", P_VALUES.__contains__, f"one of {', '.join(P_VALUES)}"),
+}
+CONFIG_FIELDS = ("method", *FIELDS)
 
 
 def _choice(what: str, value: Any, allowed: Sequence[str]) -> Any:
@@ -165,37 +149,25 @@ def resolve_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     Returns a dict with exactly CONFIG_FIELDS (None where the method has no such field) and `description`.
     Raises UserError naming configuration, field, value and what is allowed.
     """
-    config = {field: value for field, value in config.items() if value is not None}
-    fields = METHODS[_choice(f"method in configuration {name!r}", config.get("method"), tuple(METHODS))]
-    unknown = set(config) - {"method", "description", *fields}
-    if unknown:
+    given = {field: value for field, value in config.items() if value is not None}
+    method = _choice(f"method in configuration {name!r}", given.pop("method", None), tuple(METHODS))
+    full = {"method": method, **dict.fromkeys(FIELDS), "description": given.pop("description", "")}
+    if unknown := set(given) - set(METHODS[method]):
         raise UserError(
-            f"configuration {name!r}: {', '.join(sorted(unknown))} does not apply to method "
-            f"{config['method']!r}, which takes {', '.join(fields)}"
+            f"configuration {name!r}: {', '.join(sorted(unknown))} does not apply to method {method!r}, "
+            f"which takes {', '.join(METHODS[method])}"
         )
-    full = {
-        field: config.get(field, CONFIG_DEFAULTS[field]) if field in fields else None
-        for field in CONFIG_FIELDS[1:]
-    }
-    full = {"method": config["method"], **full, "description": config.get("description", "")}
-
-    def check(field: str, valid: Callable[[Any], bool], allowed: str) -> None:
-        value = full[field]
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if field in fields and not (is_number and math.isfinite(value) and valid(value)):
+    for field in METHODS[method]:
+        default, valid, allowed = FIELDS[field]
+        value = full[field] = given.get(field, default)
+        try:
+            accepted = valid(value)
+        except TypeError:
+            accepted = False
+        if not accepted:
             raise UserError(f"configuration {name!r}: {field} = {value!r}, but it must be {allowed}")
-
-    check("k", lambda k: isinstance(k, int) and k >= 1, "a whole number of at least 1")
-    check("alpha", lambda a: 0 < a <= 1, "a number in (0, 1]")
-    check("temperature", lambda t: t > 0, "a number above 0")
-    check("min_k", lambda k: isinstance(k, int) and k >= 1, "a whole number of at least 1")
-    check(
-        "max_k",
-        lambda k: isinstance(k, int) and k >= full["min_k"],
-        f"a whole number of at least min_k = {full['min_k']}",
-    )
-    if "p_values" in fields:
-        _choice(f"p_values in configuration {name!r}", full["p_values"], P_VALUES)
+    if (full["min_k"] or 0) > (full["max_k"] or math.inf):
+        raise UserError(f"configuration {name!r}: min_k = {full['min_k']} is above max_k = {full['max_k']}")
     return full
 
 
@@ -205,148 +177,119 @@ def resolve_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 # Each prompt carries a continuation written for this script, so that quality can be scored on text that no
 # model had a part in. Ids are stable: results are paired by them.
+_PROMPTS = (  # id, category, description, text, reference
+    (
+        "simple_cat", "simple", "the shortest everyday sentence",
+        "The cat sat on the",
+        " mat in front of the fire and washed its paws. Outside the rain fell on the garden, and the wind "
+        "moved the branches of the old apple tree. After a while the cat lay down, closed its eyes and went "
+        "to sleep. When the children came home from school they found it there, warm and quiet, and they "
+        "did not wake it.",
+    ),
+    (
+        "simple_story", "simple", "the opening of a fairy tale",
+        "Once upon a time, there was a",
+        " poor woodcutter who lived with his daughter at the edge of a great forest. Every morning he went "
+        "out to cut wood, and every evening she cooked a soup of roots and herbs. One winter the snow was "
+        "so deep that he could not find the path home. Then a grey fox came out of the trees and showed him "
+        "the way.",
+    ),
+    (
+        "simple_capital", "simple", "a single fact",
+        "The capital of France is",
+        " Paris, a city on the river Seine in the north of the country. It has been the seat of government "
+        "for most of the time since the Middle Ages. More than two million people live in the city itself, "
+        "and many more in the towns around it. Visitors come to see its museums, its churches and the iron "
+        "tower that was built in 1889.",
+    ),
+    (
+        "medium_linked_list", "medium", "a definition from computer science",
+        "In computer science, a linked list is a linear collection of elements in which each element",
+        " points to the next one. Each node holds a value and a reference to its successor, and the last "
+        "node refers to nothing. Because the nodes need not lie beside each other in memory, an element can "
+        "be inserted or removed without moving the others. The price is that there is no direct access: to "
+        "reach the tenth element, the program must follow the list from its head.",
+    ),
+    (
+        "medium_climate", "medium", "a definition from earth science",
+        "Climate change refers to long-term shifts in temperature and weather patterns that",
+        " can be seen over decades or longer. Some of these changes are natural, for example those caused "
+        "by variations in the activity of the sun or by large volcanic eruptions. Since the nineteenth "
+        "century, however, the main cause has been the burning of coal, oil and gas, which releases carbon "
+        "dioxide into the air. The gas holds back heat that would otherwise leave the earth.",
+    ),
+    (
+        "medium_crash", "medium", "a cause from economic history",
+        "The stock market crashed in 1929 because the prices of shares had risen",
+        " far above the value of the companies behind them. Many people had bought shares with borrowed "
+        "money, and hoped to pay back the loan when prices went up. When prices began to fall, the banks "
+        "asked for their money, and owners had to sell at any price. In a few days of October, a large part "
+        "of the savings of the country was lost.",
+    ),
+    (
+        "complex_arithmetic", "complex", "arithmetic, step by step",
+        "A baker sells rolls in boxes of twelve. On Monday she sells seven boxes and five single rolls, and "
+        "on Tuesday twice as many rolls as on Monday. Find the total number of rolls sold, step by step. "
+        "First,",
+        " find the number of rolls sold on Monday. Seven boxes of twelve rolls are 84 rolls, and with the "
+        "five single rolls this makes 89 rolls. Second, find the number sold on Tuesday. Twice 89 is 178. "
+        "Third, add the two numbers: 89 and 178 are 267. The baker therefore sold 267 rolls in total on the "
+        "two days.",
+    ),
+    (
+        "complex_renaissance", "complex", "a comparison from the history of ideas",
+        "Compare the Renaissance with the Enlightenment. Both periods changed the way in which people in "
+        "Europe thought about knowledge, but they differed in their sources. While the Renaissance",
+        " looked back to the art and the writings of Greece and Rome, the Enlightenment looked forward and "
+        "put its trust in reason and experiment. The first gave new life to painting, sculpture and the "
+        "study of old languages. The second gave rise to the modern sciences, to the idea of natural "
+        "rights, and to the demand that a government should answer to the people it rules.",
+    ),
+    (
+        "complex_learning", "complex", "a comparison from machine learning",
+        "Explain the difference between supervised and unsupervised learning. In supervised learning, the "
+        "algorithm is given examples together with the correct answers. In unsupervised learning, on the "
+        "other hand,",
+        " there are no answers, and the algorithm has to find structure in the data by itself. It may group "
+        "similar examples into clusters, or look for a small number of directions that explain most of the "
+        "variation. The first kind is used when the aim is to predict a known quantity, such as a price. "
+        "The second is used to explore data before one knows what to ask.",
+    ),
+    (
+        "domain_decorators", "domain_specific", "programming: Python decorators",
+        "In Python, a decorator is a function that takes another function as its argument and",
+        " returns a new function in its place. The new function usually calls the original one and does "
+        "something before or after the call, for example writing a message to a log or measuring the time. "
+        "The at sign in front of the definition is only a short form: it calls the decorator and binds the "
+        "result to the same name. Several decorators can be applied, and the one nearest to the function is "
+        "applied first.",
+    ),
+    (
+        "domain_mitochondria", "domain_specific", "biology: mitochondria",
+        "Mitochondria are organelles found in the cells of most plants and animals. Their main function is "
+        "to",
+        " release energy from food in a form that the cell can use. Inside the inner membrane, a chain of "
+        "proteins passes electrons from one to the next and pumps protons across the membrane. When the "
+        "protons flow back, their energy is used to make a molecule called ATP. Mitochondria have their own "
+        "small circle of DNA, which in most animals is inherited only from the mother.",
+    ),
+    (
+        "domain_uncertainty", "domain_specific", "physics: the uncertainty principle",
+        "The uncertainty principle of quantum mechanics states that the position and the momentum of a "
+        "particle",
+        " cannot both be known exactly at the same time. The more precisely the position is fixed, the less "
+        "precisely the momentum is determined, and the other way round. This is not a defect of the "
+        "measuring instruments but a property of nature: a wave that is confined to a small region must be "
+        "made of many wavelengths. For large objects the effect is far too small to be noticed.",
+    ),
+)  # fmt: skip
 TEST_PROMPTS: list[dict[str, str]] = [
-    {
-        "id": "simple_cat",
-        "text": "The cat sat on the",
-        "category": "simple",
-        "description": "the shortest everyday sentence",
-        "reference": " mat in front of the fire and washed its paws. Outside the rain fell on the garden, "
-        "and the wind moved the branches of the old apple tree. After a while the cat lay "
-        "down, closed its eyes and went to sleep. When the children came home from school "
-        "they found it there, warm and quiet, and they did not wake it.",
-    },
-    {
-        "id": "simple_story",
-        "text": "Once upon a time, there was a",
-        "category": "simple",
-        "description": "the opening of a fairy tale",
-        "reference": " poor woodcutter who lived with his daughter at the edge of a great forest. Every "
-        "morning he went out to cut wood, and every evening she cooked a soup of roots and "
-        "herbs. One winter the snow was so deep that he could not find the path home. Then a "
-        "grey fox came out of the trees and showed him the way.",
-    },
-    {
-        "id": "simple_capital",
-        "text": "The capital of France is",
-        "category": "simple",
-        "description": "a single fact",
-        "reference": " Paris, a city on the river Seine in the north of the country. It has been the seat "
-        "of government for most of the time since the Middle Ages. More than two million "
-        "people live in the city itself, and many more in the towns around it. Visitors come "
-        "to see its museums, its churches and the iron tower that was built in 1889.",
-    },
-    {
-        "id": "medium_linked_list",
-        "text": "In computer science, a linked list is a linear collection of elements in which each element",
-        "category": "medium",
-        "description": "a definition from computer science",
-        "reference": " points to the next one. Each node holds a value and a reference to its successor, "
-        "and the last node refers to nothing. Because the nodes need not lie beside each "
-        "other in memory, an element can be inserted or removed without moving the others. "
-        "The price is that there is no direct access: to reach the tenth element, the "
-        "program must follow the list from its head.",
-    },
-    {
-        "id": "medium_climate",
-        "text": "Climate change refers to long-term shifts in temperature and weather patterns that",
-        "category": "medium",
-        "description": "a definition from earth science",
-        "reference": " can be seen over decades or longer. Some of these changes are natural, for example "
-        "those caused by variations in the activity of the sun or by large volcanic "
-        "eruptions. Since the nineteenth century, however, the main cause has been the "
-        "burning of coal, oil and gas, which releases carbon dioxide into the air. The gas "
-        "holds back heat that would otherwise leave the earth.",
-    },
-    {
-        "id": "medium_crash",
-        "text": "The stock market crashed in 1929 because the prices of shares had risen",
-        "category": "medium",
-        "description": "a cause from economic history",
-        "reference": " far above the value of the companies behind them. Many people had bought shares "
-        "with borrowed money, and hoped to pay back the loan when prices went up. When "
-        "prices began to fall, the banks asked for their money, and owners had to sell at "
-        "any price. In a few days of October, a large part of the savings of the country was "
-        "lost.",
-    },
-    {
-        "id": "complex_arithmetic",
-        "text": "A baker sells rolls in boxes of twelve. On Monday she sells seven boxes and five single "
-        "rolls, and on Tuesday twice as many rolls as on Monday. Find the total number of rolls "
-        "sold, step by step. First,",
-        "category": "complex",
-        "description": "arithmetic, step by step",
-        "reference": " find the number of rolls sold on Monday. Seven boxes of twelve rolls are 84 rolls, "
-        "and with the five single rolls this makes 89 rolls. Second, find the number sold on "
-        "Tuesday. Twice 89 is 178. Third, add the two numbers: 89 and 178 are 267. The baker "
-        "therefore sold 267 rolls in total on the two days.",
-    },
-    {
-        "id": "complex_renaissance",
-        "text": "Compare the Renaissance with the Enlightenment. Both periods changed the way in which "
-        "people in Europe thought about knowledge, but they differed in their sources. While the "
-        "Renaissance",
-        "category": "complex",
-        "description": "a comparison from the history of ideas",
-        "reference": " looked back to the art and the writings of Greece and Rome, the Enlightenment "
-        "looked forward and put its trust in reason and experiment. The first gave new life "
-        "to painting, sculpture and the study of old languages. The second gave rise to the "
-        "modern sciences, to the idea of natural rights, and to the demand that a government "
-        "should answer to the people it rules.",
-    },
-    {
-        "id": "complex_learning",
-        "text": "Explain the difference between supervised and unsupervised learning. In supervised "
-        "learning, the algorithm is given examples together with the correct answers. In "
-        "unsupervised learning, on the other hand,",
-        "category": "complex",
-        "description": "a comparison from machine learning",
-        "reference": " there are no answers, and the algorithm has to find structure in the data by "
-        "itself. It may group similar examples into clusters, or look for a small number of "
-        "directions that explain most of the variation. The first kind is used when the aim "
-        "is to predict a known quantity, such as a price. The second is used to explore data "
-        "before one knows what to ask.",
-    },
-    {
-        "id": "domain_decorators",
-        "text": "In Python, a decorator is a function that takes another function as its argument and",
-        "category": "domain_specific",
-        "description": "programming: Python decorators",
-        "reference": " returns a new function in its place. The new function usually calls the original "
-        "one and does something before or after the call, for example writing a message to a "
-        "log or measuring the time. The at sign in front of the definition is only a short "
-        "form: it calls the decorator and binds the result to the same name. Several "
-        "decorators can be applied, and the one nearest to the function is applied first.",
-    },
-    {
-        "id": "domain_mitochondria",
-        "text": "Mitochondria are organelles found in the cells of most plants and animals. Their main "
-        "function is to",
-        "category": "domain_specific",
-        "description": "biology: mitochondria",
-        "reference": " release energy from food in a form that the cell can use. Inside the inner "
-        "membrane, a chain of proteins passes electrons from one to the next and pumps "
-        "protons across the membrane. When the protons flow back, their energy is used to "
-        "make a molecule called ATP. Mitochondria have their own small circle of DNA, which "
-        "in most animals is inherited only from the mother.",
-    },
-    {
-        "id": "domain_uncertainty",
-        "text": "The uncertainty principle of quantum mechanics states that the position and the momentum "
-        "of a particle",
-        "category": "domain_specific",
-        "description": "physics: the uncertainty principle",
-        "reference": " cannot both be known exactly at the same time. The more precisely the position is "
-        "fixed, the less precisely the momentum is determined, and the other way round. This "
-        "is not a defect of the measuring instruments but a property of nature: a wave that "
-        "is confined to a small region must be made of many wavelengths. For large objects "
-        "the effect is far too small to be noticed.",
-    },
+    dict(zip(("id", "category", "description", "text", "reference"), row, strict=True)) for row in _PROMPTS
 ]
 
 
 def resolve_prompt(prompt: Mapping[str, Any]) -> dict[str, str]:
-    """A prompt with id, text, category, description and reference; only `text` is needed. Raises UserError."""
+    """A prompt with all its fields; only `text` is needed. Raises UserError where that is missing."""
     text = prompt.get("text")
     if not isinstance(text, str) or not text.strip():
         raise UserError(
@@ -380,9 +323,9 @@ def gate_scores(router_logits: Tensor, temperature: float = 1.0) -> Tensor:
 class FlatNull:
     """Closed form: the gate vector of an irrelevant set of experts is uniform on the simplex.
 
-    A flat Dirichlet over E experts has Beta(1, E - 1) marginals, so the upper-tail p-value of a gate probability
-    q is exactly (1 - q)^(E - 1). It needs no data. Real routers are more peaked than this null, and all
-    probabilities of one token sum to 1, so it is strict: few experts are kept.
+    A flat Dirichlet over E experts has Beta(1, E - 1) marginals, so the upper-tail p-value of a gate
+    probability q is exactly (1 - q)^(E - 1). It needs no data. Real routers are more peaked than this null,
+    and all probabilities of one token sum to 1, so it is strict: few experts are kept.
     """
 
     num_experts: int
@@ -422,9 +365,9 @@ class SoftmaxNull:
 class EmpiricalNull:
     """The scores that irrelevant experts really had, on calibration text: p = (1 + #{null >= s}) / (n0 + 1).
 
-    This is the p-value of a permutation test (Phipson and Smyth 2010): never 0, and valid when the tested score
-    is exchangeable with the null scores. The smallest p-value is 1 / (n0 + 1), so a level alpha over E experts
-    needs n0 + 1 >= E / alpha.
+    This is the p-value of a permutation test (Phipson and Smyth 2010): never 0, and valid when the tested
+    score is exchangeable with the null scores. The smallest p-value is 1 / (n0 + 1), so a level alpha over E
+    experts needs n0 + 1 >= E / alpha.
     """
 
     def __init__(self, null_scores: Tensor):
@@ -467,7 +410,7 @@ Null = FlatNull | SoftmaxNull | EmpiricalNull
 
 
 def _last_true(mask: Tensor) -> Tensor:
-    """Position, counted from 1, of the last True along the last axis; 0 where there is none. [..., D] -> [...]."""
+    """Position, from 1, of the last True along the last axis, 0 where there is none: [..., D] -> [...]."""
     return (mask * torch.arange(1, mask.shape[-1] + 1, device=mask.device)).amax(-1)
 
 
@@ -489,10 +432,10 @@ def bh_rejections(p_values: Tensor, alpha: float) -> Tensor:
 def count_rejections(scores: Tensor, critical: Tensor, depth: int) -> Tensor:
     """The same number from scores and a table of critical scores: the largest k with s_(k) >= c_k.
 
-    scores: [T, E]; critical: [E], non-increasing; returns int64 [T]. Exact up to `depth`; where more than `depth` are
-    rejected, any number of at least `depth` may be returned, because the caller keeps no more than that.
-    Only the `depth` best scores are ranked. A token can reject more although rank `depth` fails its own level,
-    so the tokens where that is still open, s_(depth) >= c_E, are ranked in full.
+    scores: [T, E]; critical: [E], non-increasing; returns int64 [T]. Exact up to `depth`; where more than
+    `depth` are rejected, any number of at least `depth` may be returned, because the caller keeps no more
+    than that. Only the `depth` best scores are ranked. A token can reject more although rank `depth` fails
+    its own level, so the tokens where that is still open, s_(depth) >= c_E, are ranked in full.
     """
     depth = min(depth, scores.shape[-1])
     ranked = scores.topk(depth).values  # [T, depth]
@@ -517,21 +460,20 @@ def benjamini_hochberg_routing(
     router_logits: [..., E], any floating dtype; -inf marks an expert that may not be chosen, NaN and +inf are
         refused. All arithmetic is float32 or better.
     alpha: false-discovery-rate level in (0, 1]. temperature: divides the logits before the softmax, > 0.
-    min_k, max_k: floor and cap of the number of experts; E is a cap in any case.
-    null: gives the p-values; FlatNull(E), the closed form, when None; pass a calibrated EmpiricalNull otherwise.
+    min_k, max_k: floor and cap of the number of experts; E is a cap in any case. null: gives the p-values;
+    FlatNull(E), the closed form, when None; pass a calibrated EmpiricalNull otherwise.
 
     Returns
-        routing_weights [..., E]: softmax(logits / temperature) over the selected experts, zero elsewhere, sum 1.
-        selected_experts [..., max_k]: int64, best first, padded with -1; ties go to the lower index.
-        num_selected [...]: int64.
-        With return_stats also a dict: p_values [..., E], thresholds [E] = k alpha / E, rejections [...] before
-        floor and cap.
+        routing_weights [..., E]: softmax(logits / temperature) over the selected experts, zero elsewhere, sum
+        1. selected_experts [..., max_k]: int64, best first, padded with -1; ties go to the lower index.
+        num_selected [...]: int64. With return_stats also a dict: p_values [..., E], thresholds [E] = k alpha
+        / E, rejections [...] before floor and cap.
 
     Raises ValueError for arguments outside these ranges.
 
     Assumption: each p-value is uniform or larger for an irrelevant expert, and the p-values of a token are
-    independent or positively dependent. They come from one hidden state, so this cannot be shown; the worst case is
-    in `bh_rejections`. The guarantee is about irrelevant experts picked, not about quality lost.
+    independent or positively dependent. They come from one hidden state, so this cannot be shown; the worst
+    case is in `bh_rejections`. The guarantee is about irrelevant experts picked, not about quality lost.
 
     >>> weights, experts, count = benjamini_hochberg_routing(torch.tensor([9.0, 5.0, 0.0, 0.0]), alpha=0.5)
     >>> experts.tolist(), int(count)
@@ -581,16 +523,12 @@ def benjamini_hochberg_routing(
 # 5. The seam: routers found, patched, recorded, restored; calibration
 # ---------------------------------------------------------------------------------------------------------
 #
-# A transformers MoE block calls a router, which returns (logits [T, E], weights [T, K], indices [T, K]),
-# and hands
-# weights and indices to an experts module. The seam wraps both on the instance. The router is asked for its
-# K best
-# candidates, so that scoring, bias, grouping and scaling stay the model's own; the rule says how many stay;
-# the
-# weights of the others become zero. The experts see only the pairs with a weight. So a zero weight *is* a
-# dropped
-# expert: nothing else passes between the two, and any other reader of the router's output sees a valid
-# routing.
+# A transformers MoE block calls a router, which returns (logits [T, E], weights [T, K], indices [T, K]), and
+# hands weights and indices to an experts module. The seam wraps both on the instance. The router is asked
+# for its K best candidates, so that scoring, bias, grouping and scaling stay the model's own; the rule says
+# how many stay; the weights of the others become zero. The experts see only the pairs with a weight. So a
+# zero weight *is* a dropped expert: nothing else passes between the two, and any other reader of the
+# router's output sees a valid routing.
 
 
 @dataclass(frozen=True)
@@ -600,35 +538,35 @@ class MoELayer:
     name: str
     router: nn.Module
     experts: nn.Module
-    num_experts: int
-    own_k: int
+    num_experts: int  # E
+    own_k: int  # the model's own K
+    renormalizes: bool  # whether the router scales its weights to a fixed sum
+    device: torch.device
 
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a transformers model, in order, by the architecture's own declaration.
 
-    `_can_record_outputs["router_logits"]` of a model class names its router class; no list of architectures is
-    needed. Raises UserError where no router is declared, or where none has a `top_k` and `experts` beside it.
+    `_can_record_outputs["router_logits"]` of a model class names its router class; no list of architectures
+    is needed. Raises UserError where no declared router has `top_k`, `num_experts` and `experts` beside it.
     """
-    router_classes: list[type] = []
+    declared: list[Any] = []
     for module in model.modules():
-        declared = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
-        for recorder in declared if isinstance(declared, (list, tuple)) else [declared]:
-            router_classes.append(getattr(recorder, "target_class", recorder))
-    router_classes = [cls for cls in router_classes if isinstance(cls, type)]
+        entry = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
+        declared += entry if isinstance(entry, (list, tuple)) else [entry]
+    targets = [getattr(entry, "target_class", entry) for entry in declared]
+    router_classes = tuple(target for target in targets if isinstance(target, type))
 
     layers = []
     for name, router in model.named_modules():
-        if not isinstance(router, tuple(router_classes)):
+        if not isinstance(router, router_classes):
             continue
         experts = getattr(model.get_submodule(name.rpartition(".")[0]), "experts", None)
-        num_experts = getattr(router, "num_experts", None)
-        if (
-            isinstance(experts, nn.Module)
-            and isinstance(num_experts, int)
-            and isinstance(getattr(router, "top_k", None), int)
-        ):
-            layers.append(MoELayer(name, router, experts, num_experts, router.top_k))
+        num_experts, own_k = getattr(router, "num_experts", None), getattr(router, "top_k", None)
+        if isinstance(experts, nn.Module) and isinstance(num_experts, int) and isinstance(own_k, int):
+            device = next(router.parameters()).device
+            renormalizes = _renormalizes(router, own_k, num_experts)
+            layers.append(MoELayer(name, router, experts, num_experts, own_k, renormalizes, device))
     if not layers:
         raise UserError(
             f"{type(model).__name__} has no router that this script can patch: it needs a "
@@ -652,50 +590,45 @@ def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
             setattr(module, name, held)
 
 
-def _renormalizes(layer: MoELayer) -> bool:
-    """Whether the router scales its weights to a fixed sum, found by looking at the sums it returns.
+def _renormalizes(router: nn.Module, own_k: int, num_experts: int) -> bool:
+    """Whether a router scales its weights to a fixed sum, found by looking at the sums it returns.
 
-    For a zero hidden state no gate is saturated, so the sum of the best one and the sum of the best few agree
-    only when the router normalises. OLMoE does not; Mixtral and gpt-oss do.
+    For a zero hidden state no gate is saturated, so the sum of the best one and the sum of the best few
+    agree only when the router normalises. OLMoE does not; Mixtral and gpt-oss do.
     """
-    parameter = next(layer.router.parameters())
-    hidden_size = getattr(layer.router, "hidden_dim", parameter.shape[-1])
-    silent = torch.zeros(1, hidden_size, dtype=parameter.dtype, device=parameter.device)
+    parameter = next(router.parameters())
+    silent = parameter.new_zeros(1, getattr(router, "hidden_dim", parameter.shape[-1]))
     sums = []
-    for k in (1, max(2, layer.own_k)):
-        with _replaced(layer.router, "top_k", min(k, layer.num_experts)), torch.no_grad():
-            sums.append(layer.router.forward(silent)[1].sum().item())
+    for k in (1, min(max(2, own_k), num_experts)):
+        with _replaced(router, "top_k", k), torch.no_grad():
+            sums.append(router(silent)[1].sum().item())
     return abs(sums[1] - sums[0]) <= 0.01 * abs(sums[0])
 
 
 def _adaptive_router(
-    layer: MoELayer, config: Mapping[str, Any], critical: Tensor, on_rejections: Callable
+    layer: MoELayer, config: Mapping[str, Any], critical: Tensor, observe: Callable
 ) -> Callable:
-    """A `forward` for the router: its own candidates, those beyond the BH count with weight zero."""
-    forward, renormalizes = layer.router.forward, _renormalizes(layer)
-    temperature, min_k, max_k = (
-        config["temperature"],
-        config["min_k"],
-        min(config["max_k"], layer.num_experts),
-    )
+    """A `forward` for the router: its own candidates, those beyond the BH count with weight zero.
+
+    critical: [E], see `count_rejections`. observe: called with the rejections [T] before floor and cap.
+    """
+    forward, temperature = layer.router.forward, config["temperature"]
+    min_k, max_k = config["min_k"], min(config["max_k"], layer.num_experts)
+    ranks = torch.arange(max_k, device=layer.device)
 
     @functools.wraps(forward)
     def adaptive_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights, indices = forward(*args, **kwargs)  # [T, E], [T, K], [T, K]
-        rejections = count_rejections(
-            gate_scores(logits, temperature), critical.to(logits.device), max_k
-        )  # [T]
-        on_rejections(rejections)
-        # Half of the architectures return candidates unsorted: the rank of a candidate is that of its weight.
+        rejections = count_rejections(gate_scores(logits, temperature), critical, max_k)  # [T]
+        observe(rejections)
+        kept_by_rank = ranks < rejections.clamp(min_k, max_k).unsqueeze(-1)  # [T, K]
+        # Half of the architectures return candidates unsorted: the rank of a candidate is that of
+        # its weight.
         order = weights.argsort(dim=-1, descending=True, stable=True)
-        kept_by_rank = torch.arange(weights.shape[-1], device=weights.device) < rejections.clamp(
-            min_k, max_k
-        ).unsqueeze(-1)
-        kept = torch.empty_like(kept_by_rank).scatter_(-1, order, kept_by_rank)  # [T, K]
+        kept = torch.empty_like(kept_by_rank).scatter_(-1, order, kept_by_rank)
         kept_weights = weights.masked_fill(~kept, 0)
-        if renormalizes:
-            # As if the model had been asked for fewer: the kept weights take over the sum.
-            # Exactly 1 when all are kept.
+        if layer.renormalizes:
+            # As if the model had been asked for fewer: the kept weights take over the sum of all, exactly.
             kept_weights = kept_weights * (weights.sum(-1, keepdim=True) / kept_weights.sum(-1, keepdim=True))
         return logits, kept_weights, indices
 
@@ -703,10 +636,10 @@ def _adaptive_router(
 
 
 def _skipping_experts(experts: nn.Module) -> Callable:
-    """A `forward` for the experts module that computes only the (token, expert) pairs whose weight is not zero.
+    """A `forward` for the experts that computes only the (token, expert) pairs whose weight is not zero.
 
-    Each kept pair becomes one row with K = 1, so the model's own experts do the work on every back end. With nothing
-    dropped the original runs as it is and the result is bit-identical.
+    Each kept pair becomes one row with K = 1, so the model's own experts do the work on every back end. With
+    nothing dropped the original runs as it is and the result is bit-identical.
     """
     forward = experts.forward
 
@@ -718,88 +651,100 @@ def _skipping_experts(experts: nn.Module) -> Callable:
         if kept.all():
             return forward(hidden, indices, weights, *args, **kwargs)
         token, slot = kept.nonzero(as_tuple=True)  # [P] pairs
-        pairs = forward(
-            hidden[token], indices[token, slot, None], weights[token, slot, None], *args, **kwargs
-        )  # [P, H]
-        # Sum over slots instead of index_add_, whose order on a GPU changes from run to run.
-        padded = pairs.new_zeros(*weights.shape, pairs.shape[-1])  # [T, K, H]
-        padded[token, slot] = pairs
-        return padded.sum(dim=1)
+        pairs = (
+            hidden[token],
+            indices[token, slot, None],
+            weights[token, slot, None],
+        )  # [P, H], [P, 1], [P, 1]
+        # A sum over slots, not index_add_, whose order on a GPU changes from run to run.
+        output = hidden.new_zeros(*weights.shape, hidden.shape[-1])  # [T, K, H]
+        output[token, slot] = forward(*pairs, *args, **kwargs).to(output.dtype)
+        return output.sum(dim=1)
 
     return skipping_forward
+
+
+ROUTING_COLUMNS = (
+    *("avg_experts_per_token", "std_experts_per_token", "min_experts", "max_experts"),
+    *("expert_utilization_cv", "expert_utilization_max_min_ratio"),
+    *("floor_frac", "cap_frac", "zero_rejection_frac"),
+)
 
 
 class RoutingRecorder:
     """Router statistics by PyTorch forward hooks: sums on the device, O(L E) whatever the number of tokens.
 
-    counts [L, E + 1]: tokens by number of experts that ran. use [L, E]: times each expert ran.
-    no_rejection [L]: tokens for which BH rejected nothing. All int64.
+    counts [L, E + 1]: tokens by number of experts that ran; use [L, E]: times each expert ran;
+    no_rejection [L]: tokens for which BH rejected nothing. All int64, on the CPU when read.
     """
 
     def __init__(self, layers: Sequence[MoELayer]):
-        self.layers = layers
         width = max(layer.num_experts for layer in layers)
-        devices = [next(layer.router.parameters()).device for layer in layers]
-        self._counts = [torch.zeros(width + 1, dtype=torch.int64, device=device) for device in devices]
-        self._use = [torch.zeros(width, dtype=torch.int64, device=device) for device in devices]
-        self._no_rejection = [torch.zeros((), dtype=torch.int64, device=device) for device in devices]
+        # One row of sums per layer, on the layer's device: counts, then use, then no_rejection.
+        self._sums = [torch.zeros(2 * width + 2, dtype=torch.int64, device=layer.device) for layer in layers]
+        self._parts = (width + 1, width, 1)
+
+    def _views(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self._sums[index].split(self._parts)
 
     def hook(self, index: int) -> Callable:
         """A forward hook for the router of layer `index`."""
-        counts, use = self._counts[index], self._use[index]
+        counts, use, _ = self._views(index)
 
         def record(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            _, weights, indices = output
-            kept = (weights != 0).long()  # [T, K]
+            _, weights, indices = output  # [T, E], [T, K], [T, K]
+            kept = (weights != 0).long()
             per_token = kept.sum(-1)
             counts.index_add_(0, per_token, torch.ones_like(per_token))
             use.index_add_(0, indices.flatten(), kept.flatten())
 
         return record
 
-    def on_rejections(self, index: int) -> Callable:
+    def observer(self, index: int) -> Callable:
         """A function that takes the rejections [T] of layer `index` before floor and cap."""
-        no_rejection = self._no_rejection[index]
+        no_rejection = self._views(index)[2]
         return lambda rejections: no_rejection.add_((rejections == 0).sum())
 
     @property
     def counts(self) -> Tensor:
-        return torch.stack([counts.cpu() for counts in self._counts])
+        return self._read()[0]
 
     @property
     def use(self) -> Tensor:
-        return torch.stack([use.cpu() for use in self._use])
+        return self._read()[1]
+
+    def _read(self) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            torch.stack([sums.to(self._sums[0].device) for sums in self._sums])
+            .cpu()
+            .split(self._parts, dim=1)
+        )
 
     def summary(self, config: Mapping[str, Any]) -> dict[str, float | int | None]:
-        """The statistics of a result row; see the README for each formula. All None when no token was routed."""
-        counts, use = self.counts.double(), self.use.double()  # [L, E + 1], [L, E]
+        """The ROUTING_COLUMNS of a row; the README gives each formula. All None if no token came by."""
+        counts, use, no_rejection = (part.double() for part in self._read())  # [L, E + 1], [L, E], [L, 1]
         histogram = counts.sum(0)  # [E + 1]
         decisions = histogram.sum().item()  # tokens x layers
-        columns = (
-            "avg_experts_per_token std_experts_per_token min_experts max_experts expert_utilization_cv "
-            "expert_utilization_max_min_ratio floor_frac cap_frac zero_rejection_frac"
-        )
         if not decisions:
-            return dict.fromkeys(columns.split())
+            return dict.fromkeys(ROUTING_COLUMNS)
         number = torch.arange(len(histogram), dtype=torch.float64)
         mean = (histogram @ number).item() / decisions
-        variance = (histogram @ (number - mean) ** 2).item() / decisions
         present = histogram.nonzero().flatten()
-        adaptive = config["method"] != "topk"
-        cap = min(config["max_k"], len(histogram) - 1) if adaptive else None
-        no_rejection = sum(tensor.item() for tensor in self._no_rejection)
-        return {
-            "avg_experts_per_token": mean,
-            "std_experts_per_token": math.sqrt(variance),
-            "min_experts": int(present[0]),
-            "max_experts": int(present[-1]),
-            "expert_utilization_cv": (use.std(dim=1, correction=0) / use.mean(dim=1)).mean().item(),
+        statistics = (
+            mean,
+            math.sqrt((histogram @ (number - mean) ** 2).item() / decisions),
+            int(present[0]),
+            int(present[-1]),
+            (use.std(dim=1, correction=0) / use.mean(dim=1)).mean().item(),
             # An unused expert counts as used once, so that the ratio stays finite.
-            "expert_utilization_max_min_ratio": (use.amax(1) / use.amin(1).clamp(min=1)).mean().item(),
-            "floor_frac": histogram[config["min_k"]].item() / decisions if adaptive else None,
-            "cap_frac": histogram[cap].item() / decisions if adaptive else None,
-            "zero_rejection_frac": no_rejection / decisions if adaptive else None,
-        }
+            (use.amax(1) / use.amin(1).clamp(min=1)).mean().item(),
+            *(None, None, None),
+        )
+        if config["method"] != "topk":
+            floor, cap = (min(config[bound], len(histogram) - 1) for bound in ("min_k", "max_k"))
+            shares = (histogram[floor], histogram[cap], no_rejection.sum())
+            statistics = (*statistics[:-3], *(share.item() / decisions for share in shares))
+        return dict(zip(ROUTING_COLUMNS, statistics, strict=True))
 
 
 @contextlib.contextmanager
@@ -811,10 +756,10 @@ def patched_routing(
 ) -> Iterator[RoutingRecorder]:
     """Route `model` by `config` inside the `with` block; yields the recorder of what was routed.
 
-    Reversible and local: instance attributes and hooks only, put back in reverse order whatever happens inside.
-    `calibration` is needed for p_values "empirical". Raises UserError for a model that is patched already.
+    Reversible and local: instance attributes and hooks only, put back in reverse order whatever happens
+    inside. p_values "empirical" needs a `calibration`. Raises UserError for a model that is patched already.
 
-        with patched_routing(model, ROUTING_CONFIGS["bh_moderate"], calibration) as recorder:
+        with patched_routing(model, ROUTING_CONFIGS["bh_moderate"], calibrate(model, tokenizer)) as recorder:
             model.generate(**inputs)
     """
     config = resolve_config("routing", config)
@@ -824,21 +769,17 @@ def patched_routing(
         for index, layer in enumerate(layers):
             if hasattr(layer.router, "_bh_patched"):
                 raise UserError(
-                    f"router {layer.name} is patched already: leave the first `with` block before the next "
-                    "one"
+                    f"{layer.name} is patched already: leave the first `with` block before the next"
                 )
             stack.enter_context(_replaced(layer.router, "_bh_patched", True))
-            if config["method"] == "topk":
-                width = config["k"]
-            else:
-                width = config["max_k"]
-                critical = critical_scores(config, layer.num_experts, index, calibration)
-                critical = critical.to(next(layer.router.parameters()).device)
-                routed = _adaptive_router(layer, config, critical, recorder.on_rejections(index))
+            if config["method"] != "topk":
+                critical = critical_scores(config, layer.num_experts, index, calibration).to(layer.device)
+                routed = _adaptive_router(layer, config, critical, recorder.observer(index))
                 stack.enter_context(_replaced(layer.router, "forward", routed))
                 stack.enter_context(_replaced(layer.experts, "forward", _skipping_experts(layer.experts)))
             # config.num_experts_per_tok has no effect after loading; the router's own attribute has.
-            stack.enter_context(_replaced(layer.router, "top_k", min(width, layer.num_experts)))
+            width = min(config["k"] or config["max_k"], layer.num_experts)
+            stack.enter_context(_replaced(layer.router, "top_k", width))
             stack.enter_context(layer.router.register_forward_hook(recorder.hook(index)))
         yield recorder
 
@@ -847,34 +788,34 @@ def critical_scores(
     config: Mapping[str, Any], num_experts: int, layer_index: int, calibration: Calibration | None
 ) -> Tensor:
     """The table c_1 >= ... >= c_E of one layer for a resolved `bh` configuration: float32 [E]."""
-    levels = bh_levels(config["alpha"], num_experts)
+    alpha, levels = config["alpha"], bh_levels(config["alpha"], num_experts)
     if config["p_values"] != "empirical":
         null = FlatNull(num_experts) if config["p_values"] == "flat" else SoftmaxNull(num_experts)
         return null.critical_scores(levels).float()
     if calibration is None:
         raise UserError(
-            'p_values "empirical" needs a calibration: pass calibrate(model, ...), or use p_values "flat"'
+            'p_values "empirical" needs calibration=calibrate(model, tokenizer); "flat" needs none'
         )
     null = calibration.null(layer_index, config["temperature"])
-    if config["alpha"] < null.smallest_alpha(num_experts):
+    smallest = null.smallest_alpha(num_experts)
+    if alpha < smallest:
         raise UserError(
-            f"alpha = {config['alpha']:g} needs n0 + 1 >= E / alpha = {num_experts / config['alpha']:,.0f} "
-            f"null scores a layer; the calibration has n0 = {null.n0:,}, enough for alpha >= "
-            f"{null.smallest_alpha(num_experts):.2g}. Use a larger alpha, a longer --calibration-text, or "
-            "--p-values flat"
+            f"alpha = {alpha:g} needs n0 + 1 >= E / alpha = {num_experts / alpha:,.0f} null scores a "
+            f"layer; the calibration has n0 = {null.n0:,}, enough for alpha >= {smallest:.2g}. Use a "
+            "larger alpha, a longer --calibration-text, or --p-values flat"
         )
-    return calibration.critical_scores(layer_index, config["temperature"], config["alpha"])
+    return calibration.critical_scores(layer_index, config["temperature"], alpha)
 
 
 class Calibration:
     """What the unpatched routers did on calibration text: the source of the empirical nulls.
 
-    logits [L, N, E] float32 and own [L, N, K] int16 (the experts the model chose) for N tokens. Both are kept, not
-    the scores, so that one forward pass serves every temperature.
+    logits [L, N, E] float32 and own [L, N, K] int16, the experts that the model chose, for N tokens. Both
+    are kept, and not the scores, so that one forward pass serves every temperature.
     """
 
-    def __init__(self, logits: Tensor, own: Tensor, about: Mapping[str, Any]):
-        self.logits, self.own, self.about = logits, own, dict(about)
+    def __init__(self, logits: Tensor, own: Tensor):
+        self.logits, self.own = logits, own
         self._nulls: dict[tuple, EmpiricalNull] = {}
         self._tables: dict[tuple, Tensor] = {}
 
@@ -883,10 +824,8 @@ class Calibration:
         key = (layer_index, temperature)
         if key not in self._nulls:
             scores = gate_scores(self.logits[layer_index], temperature)  # [N, E]
-            outside = torch.ones_like(scores, dtype=torch.bool).scatter(
-                1, self.own[layer_index].long(), False
-            )
-            self._nulls[key] = EmpiricalNull(scores[outside])
+            outside = torch.ones_like(scores, dtype=torch.bool)
+            self._nulls[key] = EmpiricalNull(scores[outside.scatter(1, self.own[layer_index].long(), False)])
         return self._nulls[key]
 
     def critical_scores(self, layer_index: int, temperature: float, alpha: float) -> Tensor:
@@ -897,78 +836,78 @@ class Calibration:
             self._tables[key] = self.null(layer_index, temperature).critical_scores(levels)
         return self._tables[key]
 
-    def save(self, path: Path) -> None:
-        """Write as safetensors, whole or not at all."""
+    def save(self, path: Path, about: Mapping[str, Any]) -> None:
+        """Write as safetensors, whole or not at all, together with what it was made from."""
         from safetensors.torch import save_file
 
+        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
-        save_file({"logits": self.logits, "own": self.own}, part, metadata={"about": json.dumps(self.about)})
+        save_file({"logits": self.logits, "own": self.own}, part, metadata={"about": json.dumps(about)})
         os.replace(part, path)
 
     @classmethod
     def load(cls, path: Path, about: Mapping[str, Any]) -> Calibration | None:
-        """The calibration cached at `path` if it was made from exactly `about`, else None."""
+        """The calibration saved at `path` if it was made from exactly `about`, else None."""
         from safetensors import SafetensorError, safe_open
 
+        if not path.exists():
+            return None
         try:
             with safe_open(path, "pt") as file:
                 if json.loads((file.metadata() or {}).get("about", "null")) == about:
-                    return cls(file.get_tensor("logits"), file.get_tensor("own"), about)
+                    return cls(file.get_tensor("logits"), file.get_tensor("own"))
         except (OSError, SafetensorError, ValueError) as error:
-            if path.exists():
-                logger.warning("%s is not readable (%s); calibrating again", path, error)
+            logger.warning(f"{path} is not readable ({error}); calibrating again")
         return None
 
 
-def _forked_rng(seed: int) -> contextlib.ExitStack:
-    """Seed the global generators inside a `with` block and put their state back afterwards."""
-    stack = contextlib.ExitStack()
-    stack.enter_context(torch.random.fork_rng())
-    torch.manual_seed(seed)
-    return stack
+def _generation_config(tokenizer: Any, new_tokens: int, **options: Any) -> Any:
+    """Exactly `new_tokens` tokens: no early end of text, so that clocks compare equal work."""
+    from transformers import GenerationConfig
+
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    return GenerationConfig(**lengths, pad_token_id=eos if pad is None else pad, eos_token_id=eos, **options)
 
 
 def sample_calibration_text(model: nn.Module, tokenizer: Any, seed: int) -> Tensor:
-    """Text that the model itself writes, from its first token on: int64 [CALIBRATION_SEQUENCES, CALIBRATION_LENGTH].
+    """Text that the model itself writes: int64 [CALIBRATION_SEQUENCES, CALIBRATION_LENGTH].
 
-    Plain sampling at temperature 1 over the whole vocabulary, so that the text is the model's own distribution.
+    Plain sampling at temperature 1 over the whole vocabulary, from the first token on, so that the text
+    follows the model's own distribution. The global random generators are left as they were.
     """
-    first = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    device = next(model.parameters()).device
-    start = torch.full((CALIBRATION_SEQUENCES, 1), first, dtype=torch.int64, device=device)
-    new_tokens = CALIBRATION_LENGTH - 1
-    settings = _generation_config(tokenizer, new_tokens, do_sample=True, top_k=0)
-    with _forked_rng(seed), torch.inference_mode():
-        return model.generate(
-            input_ids=start, attention_mask=torch.ones_like(start), generation_config=settings
-        )
+    first = next(
+        (token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0
+    )
+    start = torch.full((CALIBRATION_SEQUENCES, 1), first, device=next(model.parameters()).device)
+    settings = _generation_config(tokenizer, CALIBRATION_LENGTH - 1, do_sample=True, top_k=0)
+    with torch.random.fork_rng([start.device] if start.is_cuda else []), torch.inference_mode():
+        torch.manual_seed(seed)
+        return model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings)
 
 
 def read_calibration_text(path: Path, tokenizer: Any) -> Tensor:
-    """CALIBRATION_SEQUENCES windows spread evenly over a text file: int64 [S, CALIBRATION_LENGTH], S at least 1."""
+    """At most CALIBRATION_SEQUENCES windows spread evenly over a text file: int64 [S, CALIBRATION_LENGTH]."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--calibration-text {path}: {error}") from error
-    tokens = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
+    tokens = torch.tensor(tokenizer(text)["input_ids"])
     windows = len(tokens) // CALIBRATION_LENGTH
     if not windows:
         raise UserError(
-            f"--calibration-text {path}: {len(tokens)} tokens, but at least {CALIBRATION_LENGTH} are needed"
+            f"--calibration-text {path}: {len(tokens)} tokens; it needs {CALIBRATION_LENGTH} or more"
         )
     take = torch.linspace(0, windows - 1, min(windows, CALIBRATION_SEQUENCES)).round().long()
     return tokens[: windows * CALIBRATION_LENGTH].view(windows, CALIBRATION_LENGTH)[take]
 
 
 def calibrate(
-    model: nn.Module,
-    tokenizer: Any,
-    seed: int = DEFAULT_SEED,
-    text_path: Path | None = None,
-    batch_size: int = 4,
+    model: nn.Module, tokenizer: Any, seed: int = DEFAULT_SEED, text_path: Path | None = None
 ) -> Calibration:
-    """Record the unpatched routers on text sampled from the model, or on a file: the first position of each
-    sequence is left out, because its routing is an outlier in every layer.
+    """Record the unpatched routers on text sampled from the model with `seed`, or on a text file.
+
+    The first position of each sequence is left out: its routing is an outlier in every layer.
     """
     layers = find_moe_layers(model)
     if text_path is None:
@@ -977,35 +916,22 @@ def calibrate(
         tokens = read_calibration_text(text_path, tokenizer)
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
 
-    def capture(index: int, length: int) -> Callable:
+    def recorder(index: int) -> Callable:
         def record(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            logits, _, indices = (part.unflatten(0, (-1, length))[:, 1:].flatten(0, 1) for part in output)
+            logits, _, indices = (
+                part.unflatten(0, (-1, tokens.shape[1]))[:, 1:].flatten(0, 1) for part in output
+            )
             seen[index].append((logits.float().cpu(), indices.to("cpu", torch.int16)))
 
         return record
 
     with contextlib.ExitStack() as stack, torch.inference_mode():
         for index, layer in enumerate(layers):
-            stack.enter_context(layer.router.register_forward_hook(capture(index, tokens.shape[1])))
-        for batch in tokens.to(next(model.parameters()).device).split(batch_size):
+            stack.enter_context(layer.router.register_forward_hook(recorder(index)))
+        for batch in tokens.to(next(model.parameters()).device).split(4):
             model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
-    logits = torch.stack([torch.cat([part[0] for part in parts]) for parts in seen])
-    own = torch.stack([torch.cat([part[1] for part in parts]) for parts in seen])
-    return Calibration(logits, own, {})
-
-
-def _generation_config(tokenizer: Any, new_tokens: int, **options: Any) -> Any:
-    """Exactly `new_tokens` tokens: an early end of text is not allowed, so that clocks compare equal work."""
-    from transformers import GenerationConfig
-
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return GenerationConfig(
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
-        **options,
-    )
+    logits, own = (torch.stack([torch.cat([batch[i] for batch in layer]) for layer in seen]) for i in (0, 1))
+    return Calibration(logits, own)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1014,7 +940,7 @@ def _generation_config(tokenizer: Any, new_tokens: int, **options: Any) -> Any:
 
 
 def strict_json(value: Any) -> Any:
-    """`value` as plain JSON data: tensors and numpy scalars become numbers, NaN and infinities become None."""
+    """`value` as plain JSON data: numpy scalars become numbers, NaN and infinities become None."""
     if isinstance(value, Mapping):
         return {str(key): strict_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -1035,16 +961,17 @@ def write_whole(path: Path, text: str) -> None:
 class Checkpoint:
     """The finished experiments of a run: a JSON file that is valid at every moment and grows in O(1).
 
-    The file ends in "\\n]}\\n". An append overwrites that end with the next row and a new end, in one write, so a
-    killed process loses nothing; `sync_every` rows are forced to the disk together, which bounds what a power cut
-    can take. A torn end, one row at most, is cut off when the file is opened again.
+    The file ends in "\\n]}\\n". An append overwrites that end with the next row and a new end, in one write,
+    so a killed process loses nothing; `sync_every` rows are forced to the disk together, which bounds what a
+    power cut can take. A torn end, one row at most, is cut off when the file is opened again.
     """
 
     SCHEMA = 1
     END = b"\n]}\n"
 
     def __init__(self, path: Path, settings: Mapping[str, Any], sync_every: int, resume: bool):
-        """Open or create. Raises UserError, touching nothing, where the file is of another run or not a checkpoint.
+        """Open or create. Raises UserError, touching nothing, where the file is of another run or not a
+        checkpoint.
 
         settings: what every row of the run has in common; a run resumes only with equal settings.
         """
@@ -1053,9 +980,10 @@ class Checkpoint:
         self._unsynced = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not resume:
-            aside = path.with_name(f"{path.stem}.{datetime.now():%Y%m%d-%H%M%S}.json")
+            names = (path.with_name(f"{path.stem}.old{n}.json") for n in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
             os.replace(path, aside)
-            logger.info("earlier results were set aside as %s", aside)
+            logger.info(f"earlier results were set aside as {aside}")
         if path.exists():
             self._read()
         else:
@@ -1100,7 +1028,7 @@ class Checkpoint:
         self.rows = content["results"]
         if torn:
             logger.warning(
-                "%s had a torn end; %d finished experiments were saved from it", self.path, len(self.rows)
+                f"{self.path} had a torn end; {len(self.rows)} finished experiments were saved from it"
             )
         if torn or not text.endswith(self.END.decode()):
             self._create()
@@ -1129,7 +1057,8 @@ class Checkpoint:
         text = json.dumps(strict_json(row), allow_nan=False)
         data = (",\n" if self.rows else "\n").encode() + text.encode()
         self._file.seek(self._end)
-        self._file.write(data + self.END)
+        if self._file.write(data + self.END) < len(data + self.END):
+            raise OSError(errno.ENOSPC, "the disk is full; what was finished before is whole", str(self.path))
         self._end += len(data)
         self.rows.append(json.loads(text))
         self._unsynced += 1
@@ -1156,56 +1085,19 @@ class Checkpoint:
 IDENTITY_COLUMNS = ("config_name", "prompt_id", "prompt_category", "prompt_text", "status", "error")
 TEXT_COLUMNS = ("generated_text", "full_text")
 COUNT_COLUMNS = ("num_input_tokens", "num_output_tokens")
-ROUTING_COLUMNS = (
-    "avg_experts_per_token",
-    "std_experts_per_token",
-    "min_experts",
-    "max_experts",
-    "expert_utilization_cv",
-    "expert_utilization_max_min_ratio",
-    "floor_frac",
-    "cap_frac",
-    "zero_rejection_frac",
-)
 CLOCK_COLUMNS = (  # the only ones that differ when the same experiment is run again
-    "inference_time_sec",
-    "tokens_per_sec",
-    "time_to_first_token_sec",
-    "decode_sec_per_token",
-    "peak_memory_gb",
-    "timestamp",
+    *("inference_time_sec", "tokens_per_sec", "time_to_first_token_sec", "decode_sec_per_token"),
+    *("peak_memory_gb", "timestamp"),
 )
 SETTING_COLUMNS = (
-    "model_name",
-    "device",
-    "dtype",
-    "seed",
-    "max_new_tokens",
-    "torch_version",
-    "transformers_version",
+    *("model_name", "device", "dtype", "seed", "max_new_tokens", "torch_version", "transformers_version"),
 )
 RESULT_COLUMNS = (
-    *IDENTITY_COLUMNS,
-    *TEXT_COLUMNS,
-    *COUNT_COLUMNS,
-    *ROUTING_COLUMNS,
-    *CLOCK_COLUMNS,
-    *CONFIG_FIELDS,
-    *SETTING_COLUMNS,
+    *(*IDENTITY_COLUMNS, *TEXT_COLUMNS, *COUNT_COLUMNS, *ROUTING_COLUMNS),
+    *(*CLOCK_COLUMNS, *CONFIG_FIELDS, *SETTING_COLUMNS),
 )
-STRING_COLUMNS = {
-    *IDENTITY_COLUMNS,
-    *TEXT_COLUMNS,
-    "timestamp",
-    "method",
-    "p_values",
-    "model_name",
-    "device",
-    "dtype",
-} | {
-    "torch_version",
-    "transformers_version",
-}
+STRING_COLUMNS = {*IDENTITY_COLUMNS, *TEXT_COLUMNS, *SETTING_COLUMNS, "timestamp", "method", "p_values"}
+STRING_COLUMNS -= {"seed", "max_new_tokens"}
 
 
 def read_results(path: Path) -> pd.DataFrame:
@@ -1215,28 +1107,26 @@ def read_results(path: Path) -> pd.DataFrame:
             f"{path} does not exist: run the experiments first, or name their folder with --output"
         )
     try:
-        header = pd.read_csv(path, nrows=0).columns
-        numbers = [column for column in header if column not in STRING_COLUMNS]
+        header = set(pd.read_csv(path, nrows=0).columns)
         # A generated text may well be "NA" or "null": only number columns have missing values.
         frame = pd.read_csv(
             path,
-            dtype=dict.fromkeys(set(header) & STRING_COLUMNS, str),
+            dtype=dict.fromkeys(header & STRING_COLUMNS, str),
             keep_default_na=False,
-            na_values=dict.fromkeys(numbers, [""]),
+            na_values=dict.fromkeys(header - STRING_COLUMNS, [""]),
         )
-    except (ValueError, pd.errors.ParserError) as error:
+    except ValueError as error:  # undecodable bytes, no columns, or a number column with words in it
         raise UserError(f"{path} is not a results CSV: {error}") from error
-    missing = {"config_name", "prompt_id", "status", *ROUTING_COLUMNS} - set(header)
-    if missing:
+    if missing := set(RESULT_COLUMNS) - header:
         raise UserError(f"{path} is not a results CSV of this script: it lacks {', '.join(sorted(missing))}")
     return frame
 
 
 def choose_device(device: str) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises UserError for "cuda" where there is none."""
+    """CUDA for "auto" where there is one, else the CPU. Raises UserError for "cuda" where there is none."""
     _choice("device", device, ("auto", "cuda", "cpu"))
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device 'cuda' was asked for, but torch sees no CUDA GPU; use --device cpu or auto")
+        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu or auto")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -1254,22 +1144,21 @@ def load_model(model_name: str, device: torch.device, dtype: torch.dtype) -> tup
     """Model and tokenizer from a folder or the hub: safetensors only, no remote code. Raises UserError."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    safe = {"use_safetensors": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            model_name, dtype=dtype, device_map=str(device), use_safetensors=True, trust_remote_code=False
-        )
+        model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, device_map=str(device), **safe)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"--model {model_name} cannot be loaded: {reason} (give a folder with config.json and "
-            "safetensors, or the name of a hub model; offline, use models/olmoe-mini)"
+            f"--model {model_name} cannot be loaded: {str(error).strip().splitlines()[0]} (give a folder "
+            "with config.json and safetensors, or the name of a hub model; offline, use "
+            "models/olmoe-mini)"
         ) from error
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """16 hex digits that name the weights: every tensor's name and shape and up to 1,024 of its values, spread evenly."""
+    """16 hex digits that name the weights: of each tensor the name, shape and up to 2,048 values."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in model.state_dict().items():
         values = tensor.detach().flatten()
@@ -1319,13 +1208,13 @@ class BHExperimentRunner:
         frame = runner.run_full_experiment_suite(max_new_tokens=50)
 
     model_name: folder or hub name. output_dir: where results, checkpoint and log go.
-    checkpoint_interval: every finished experiment is written at once; this many are forced to the disk together.
-    device: "auto", "cuda" or "cpu". use_fp16: 16-bit weights where the hardware computes in them, see `choose_dtype`.
+    checkpoint_interval: each finished experiment is written at once; so many are forced to the disk together.
+    device: "auto", "cuda" or "cpu". use_fp16: 16-bit weights where the hardware has them, see `choose_dtype`.
     model, tokenizer: a model that is loaded already; device and dtype are then its own.
     calibration_text: a text file for the empirical nulls; without it the model writes its own text.
     seed: for the sampled calibration text; decoding is greedy and needs none.
 
-    Raises UserError for a model without routers to patch, an unknown device, or a model that cannot be loaded.
+    Raises UserError for a model that cannot be loaded or has no routers to patch, or an unknown device.
     """
 
     def __init__(
@@ -1342,107 +1231,82 @@ class BHExperimentRunner:
         seed: int = DEFAULT_SEED,
     ):
         if (model is None) != (tokenizer is None):
-            raise UserError(
-                "a ready model and its tokenizer go together: pass both model= and tokenizer=, or neither"
-            )
-        if checkpoint_interval < 1:
-            raise UserError(f"checkpoint_interval = {checkpoint_interval}, but it must be at least 1")
-        self.model_name, self.output_dir, self.seed = model_name, Path(output_dir), seed
-        self.checkpoint_interval = checkpoint_interval
-        self.calibration_text = Path(calibration_text) if calibration_text else None
+            raise UserError("a ready model needs its tokenizer: pass both model= and tokenizer=, or neither")
+        if not _is_count(checkpoint_interval):
+            raise UserError(f"checkpoint_interval = {checkpoint_interval!r}, but it must be at least 1")
+        if calibration_text is not None and not Path(calibration_text).is_file():
+            raise UserError(f"--calibration-text {calibration_text}: there is no such file")
         if model is None:
             chosen = choose_device(device)
             model, tokenizer = load_model(model_name, chosen, choose_dtype(chosen, use_fp16))
         self.model, self.tokenizer = model.eval(), tokenizer
+        self.model_name, self.output_dir, self.seed = model_name, Path(output_dir), seed
+        self.checkpoint_interval = checkpoint_interval
+        self.calibration_text = None if calibration_text is None else Path(calibration_text)
         self.device = next(model.parameters()).device
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         self.layers = find_moe_layers(model)
         self.checkpoint: Checkpoint | None = None
-        self._calibration: Calibration | None = None
         self._routing = contextlib.ExitStack()
 
     def __repr__(self) -> str:
         first = self.layers[0]
-        return (
-            f"BHExperimentRunner({self.model_name!r}, {len(self.layers)} MoE layers x {first.num_experts} "
-            f"experts, top-{first.own_k}, {self.dtype} on {self.device}, "
-            f"output_dir={str(self.output_dir)!r})"
-        )
+        shape = f"{len(self.layers)} MoE layers x {first.num_experts} experts, top-{first.own_k}"
+        return f"BHExperimentRunner({self.model_name!r}, {shape}, {self.dtype} on {self.device})"
 
-    # Routing: one configuration at a time, for work outside the suite
+    # Routing by hand: one configuration at a time, outside the suite
 
     def _apply_routing_config(self, config: Mapping[str, Any]) -> RoutingRecorder:
         """Route by `config` until the next call or `_restore_original_routing`; returns the live recorder."""
         self._restore_original_routing()
-        return self._routing.enter_context(
-            patched_routing(self.model, config, self._calibration_for(config), self.layers)
-        )
+        return self._routing.enter_context(self._routed(resolve_config("routing", config)))
 
     def _patch_bh_routing(self, alpha: float, temperature: float, min_k: int, max_k: int) -> RoutingRecorder:
         """Route by BH with these settings and the empirical null."""
-        bounds = {"min_k": min_k, "max_k": max_k}
-        return self._apply_routing_config(
-            {"method": "bh", "alpha": alpha, "temperature": temperature, **bounds}
-        )
+        settings = {"alpha": alpha, "temperature": temperature, "min_k": min_k, "max_k": max_k}
+        return self._apply_routing_config({"method": "bh", **settings})
 
     def _restore_original_routing(self) -> None:
         """Put the model back exactly as it was; harmless when nothing is patched."""
         self._routing.close()
 
-    # Calibration
+    def _routed(self, config: Mapping[str, Any]) -> contextlib.AbstractContextManager[RoutingRecorder]:
+        calibration = self.calibration if config["p_values"] == "empirical" else None
+        return patched_routing(self.model, config, calibration, self.layers)
+
+    def _resolve(self, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+        """`resolve_config`, with the model's own K in the built-in baseline, whose 8 is OLMoE's."""
+        config = resolve_config(name, config)
+        if name == BASELINE and config == resolve_config(BASELINE, ROUTING_CONFIGS[BASELINE]):
+            config["k"] = self.layers[0].own_k
+        return config
+
+    # What decides the numbers, besides configuration and prompt
 
     @functools.cached_property
-    def fingerprint(self) -> str:
-        return model_fingerprint(self.model)
-
-    @property
-    def calibration(self) -> Calibration:
-        """The calibration of this model: from memory, from the output folder, or made now."""
-        if self._calibration is None:
-            about = {
-                **self._shared_settings(),
-                "sequences": CALIBRATION_SEQUENCES,
-                "length": CALIBRATION_LENGTH,
-            }
-            path = self.output_dir / "calibration.safetensors"
-            self._calibration = Calibration.load(path, about)
-            if self._calibration is None:
-                start = time.perf_counter()
-                made = calibrate(self.model, self.tokenizer, self.seed, self.calibration_text)
-                self._calibration = Calibration(made.logits, made.own, about)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._calibration.save(path)
-                null = self._calibration.null(0, 1.0)
-                logger.info(
-                    "calibrated on %d tokens of %s in %.1f s: n0 = %d null scores a layer, enough for "
-                    "alpha >= %.2g",
-                    made.logits.shape[1],
-                    self.calibration_text or "text sampled from the model",
-                    time.perf_counter() - start,
-                    null.n0,
-                    null.smallest_alpha(self.layers[0].num_experts),
-                )
-        return self._calibration
-
-    def _calibration_for(self, config: Mapping[str, Any]) -> Calibration | None:
-        needed = (
-            config["method"] == "bh" and config.get("p_values", CONFIG_DEFAULTS["p_values"]) == "empirical"
-        )
-        return self.calibration if needed else None
-
-    def _shared_settings(self) -> dict[str, Any]:
-        """What decides the numbers, besides configuration and prompt."""
+    def settings(self) -> dict[str, Any]:
         text = self.calibration_text
-        source = (
-            "sampled from the model" if text is None else hashlib.sha256(text.read_bytes()).hexdigest()[:16]
-        )
-        return {
-            "model": self.fingerprint,
-            "dtype": self.dtype,
-            "device": self.device.type,
-            "seed": self.seed,
-            "calibration_text": source,
-        }
+        source = "sampled" if text is None else hashlib.sha256(text.read_bytes()).hexdigest()[:16]
+        weights = {"model": model_fingerprint(self.model), "dtype": self.dtype, "device": self.device.type}
+        return {**weights, "seed": self.seed, "calibration_text": source}
+
+    @functools.cached_property
+    def calibration(self) -> Calibration:
+        """The calibration of this model: from the output folder if it was made from the same, or made now."""
+        about = {**self.settings, "sequences": CALIBRATION_SEQUENCES, "length": CALIBRATION_LENGTH}
+        path = self.output_dir / "calibration.safetensors"
+        calibration = Calibration.load(path, about)
+        if calibration is None:
+            start = time.perf_counter()
+            calibration = calibrate(self.model, self.tokenizer, self.seed, self.calibration_text)
+            calibration.save(path, about)
+            null, source = calibration.null(0, 1.0), self.calibration_text or "text sampled from the model"
+            logger.info(
+                f"calibrated on {calibration.logits.shape[1]} tokens of {source} in "
+                f"{time.perf_counter() - start:.1f} s: n0 = {null.n0:,} null scores a layer, "
+                f"enough for alpha >= {null.smallest_alpha(self.layers[0].num_experts):.2g}"
+            )
+        return calibration
 
     # Experiments
 
@@ -1450,50 +1314,53 @@ class BHExperimentRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _generate(
-        self, inputs: Mapping[str, Tensor], max_new_tokens: int
-    ) -> tuple[Tensor, dict[str, float | None]]:
-        """Greedy decoding of exactly `max_new_tokens` tokens, timed: output ids [S + n] and the clock columns."""
-        if self.device.type == "cuda":
+    def _generate(self, inputs: Mapping[str, Tensor], new_tokens: int) -> tuple[Tensor, dict[str, Any]]:
+        """Greedy decoding of exactly `new_tokens` tokens, timed: output ids [S + n] and the clock columns."""
+        on_gpu, clock = self.device.type == "cuda", _FirstTokenClock(self._synchronize)
+        settings = _generation_config(self.tokenizer, new_tokens, do_sample=False)
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
-        clock = _FirstTokenClock(self._synchronize)
         self._synchronize()
         start = time.perf_counter()
         with torch.inference_mode():
-            output = self.model.generate(
-                **inputs,
-                generation_config=_generation_config(self.tokenizer, max_new_tokens, do_sample=False),
-                logits_processor=[clock],
-            )
+            output = self.model.generate(**inputs, generation_config=settings, logits_processor=[clock])
         self._synchronize()
         end = time.perf_counter()
-        peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
         return output[0], {
             "inference_time_sec": end - start,
-            "tokens_per_sec": max_new_tokens / (end - start),
+            "tokens_per_sec": new_tokens / (end - start),
             "time_to_first_token_sec": clock.time - start,
-            "decode_sec_per_token": (end - clock.time) / (max_new_tokens - 1) if max_new_tokens > 1 else None,
-            "peak_memory_gb": peak,
+            "decode_sec_per_token": (end - clock.time) / (new_tokens - 1) if new_tokens > 1 else None,
+            "peak_memory_gb": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None,
         }
 
+    def _encode(self, prompt: Mapping[str, Any], new_tokens: int) -> dict[str, Tensor]:
+        """Token ids and attention mask [1, S]; UserError where they and the new tokens exceed the context."""
+        inputs = self.tokenizer(prompt["text"], return_tensors="pt").to(self.device)
+        length = inputs["input_ids"].shape[1]
+        context = getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        if not 0 < length <= context - new_tokens:
+            raise UserError(
+                f"prompt {prompt['id']!r} has {length} tokens; with {new_tokens} new ones it must have 1 to "
+                f"{context - new_tokens} for this model's context of {context}"
+            )
+        return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+
     def _row(
-        self, config_name: str, config: Mapping[str, Any], prompt: Mapping[str, Any], tokens: int
+        self, name: str, config: Mapping[str, Any], prompt: Mapping[str, Any], tokens: int
     ) -> dict[str, Any]:
         """The part of a result row that is known before the experiment."""
         import transformers
 
+        on_cpu = self.device.type == "cpu"
         return dict.fromkeys(RESULT_COLUMNS) | {
-            "config_name": config_name,
-            "prompt_id": prompt["id"],
-            "prompt_category": prompt["category"],
-            "prompt_text": prompt["text"],
+            "config_name": name,
+            **{f"prompt_{key}": prompt[key] for key in ("id", "category", "text")},
             "status": "ok",
             "error": "",
             **{field: config[field] for field in CONFIG_FIELDS},
             "model_name": self.model_name,
-            "device": str(self.device)
-            if self.device.type == "cpu"
-            else torch.cuda.get_device_name(self.device),
+            "device": "cpu" if on_cpu else torch.cuda.get_device_name(self.device),
             "dtype": self.dtype,
             "seed": self.seed,
             "max_new_tokens": tokens,
@@ -1509,28 +1376,16 @@ class BHExperimentRunner:
         prompt_data: Mapping[str, Any],
         max_new_tokens: int = DEFAULT_MAX_TOKENS,
     ) -> dict[str, Any]:
-        """Generate from one prompt under one configuration; returns a result row with RESULT_COLUMNS as keys.
+        """Generate from one prompt under one configuration; returns a row with RESULT_COLUMNS as its keys.
 
-        The routing statistics cover every token that was routed: the prompt and all generated tokens but the last.
+        The routing statistics cover every token that was routed: the prompt and all new tokens but the last.
         The model is unpatched afterwards, whatever happened. Raises UserError for a prompt that does not fit.
         """
-        config, prompt = self._resolve(config_name, config), resolve_prompt(prompt_data)
-        inputs = self.tokenizer(prompt["text"], return_tensors="pt").to(self.device)
-        inputs = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        length, context = (
-            inputs["input_ids"].shape[1],
-            getattr(self.model.config, "max_position_embeddings", math.inf),
-        )
-        if not length:
-            raise UserError(f"prompt {prompt['id']!r} has no tokens")
-        if length + max_new_tokens > context:
-            raise UserError(
-                f"prompt {prompt['id']!r}: {length} tokens and {max_new_tokens} new ones exceed the "
-                f"model's context of {context}"
-            )
-        row = self._row(config_name, config, prompt, max_new_tokens)
         self._restore_original_routing()
-        with patched_routing(self.model, config, self._calibration_for(config), self.layers) as recorder:
+        config, prompt = self._resolve(config_name, config), resolve_prompt(prompt_data)
+        inputs = self._encode(prompt, max_new_tokens)
+        row, length = self._row(config_name, config, prompt, max_new_tokens), inputs["input_ids"].shape[1]
+        with self._routed(config) as recorder:
             output, clock = self._generate(inputs, max_new_tokens)
         text = self.tokenizer.decode(output[length:], skip_special_tokens=True)
         return row | {
@@ -1542,13 +1397,6 @@ class BHExperimentRunner:
             **clock,
         }
 
-    def _resolve(self, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-        """`resolve_config`, with the model's own K in the built-in baseline, whose 8 is OLMoE's."""
-        config = resolve_config(name, config)
-        if name == BASELINE and config == resolve_config(BASELINE, ROUTING_CONFIGS[BASELINE]):
-            config["k"] = self.layers[0].own_k
-        return config
-
     def run_full_experiment_suite(
         self,
         routing_configs: Mapping[str, Mapping[str, Any]] | None = None,
@@ -1556,89 +1404,84 @@ class BHExperimentRunner:
         max_new_tokens: int = DEFAULT_MAX_TOKENS,
         resume: bool = True,
     ) -> pd.DataFrame:
-        """Run every configuration on every prompt; returns one row each, in that order, and writes the CSV.
+        """Run every configuration on every prompt; returns a row each, in that order, and writes the CSV.
 
-        Configurations take turns within each prompt, so that a machine that slows down slows all of them alike.
-        With `resume`, what the output folder already holds is not run again; without, it is set aside. A failed
-        experiment becomes a row with status "error". Ctrl-C keeps what is finished and is passed on.
+        Configurations take turns within each prompt, so that a machine that slows down slows all of them
+        alike. With `resume`, what the output folder holds is not run again; without, it is set aside. A
+        failed experiment becomes a row with status "error". Ctrl-C keeps what is finished and is passed on.
         """
-        configs = ROUTING_CONFIGS if routing_configs is None else routing_configs
         prompts = [
             resolve_prompt(prompt) for prompt in (TEST_PROMPTS if test_prompts is None else test_prompts)
         ]
+        configs = ROUTING_CONFIGS if routing_configs is None else routing_configs
         configs = {name: self._resolve(name, config) for name, config in configs.items()}
         if not configs or not prompts:
             raise UserError("a suite needs at least one configuration and one prompt")
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens = {max_new_tokens}, but it must be at least 1")
-        repeated = pd.Series([prompt["id"] for prompt in prompts])
-        if repeated.duplicated().any():
+        if not _is_count(max_new_tokens):
+            raise UserError(f"max_new_tokens = {max_new_tokens!r}, but it must be at least 1")
+        ids = [prompt["id"] for prompt in prompts]
+        if repeated := [id for id in dict.fromkeys(ids) if ids.count(id) > 1]:
             raise UserError(
-                f"prompt ids must differ; {repeated[repeated.duplicated()].iloc[0]!r} occurs twice"
+                f"prompt ids must differ, but {repeated[0]!r} occurs {ids.count(repeated[0])} times"
             )
         plan = [(name, prompt) for prompt in prompts for name in configs]
 
+        self._restore_original_routing()
         with log_to(self.output_dir / "experiment_log.txt"):
-            settings = {**self._shared_settings(), "max_new_tokens": max_new_tokens}
             path = self.output_dir / "checkpoints" / "latest_checkpoint.json"
+            settings = {**self.settings, "max_new_tokens": max_new_tokens}
             self.checkpoint = Checkpoint(path, settings, self.checkpoint_interval, resume)
-            try:
+            with contextlib.closing(self.checkpoint):
                 finished = {(row["config_name"], row["prompt_id"]): row for row in self.checkpoint.rows}
+                pending = []
                 for name, prompt in plan:
-                    self._check_same(finished.get((name, prompt["id"])), configs[name], prompt)
-                pending = [(name, prompt) for name, prompt in plan if (name, prompt["id"]) not in finished]
-                logger.info(
-                    "%r: %d experiments, %d of them finished already",
-                    self,
-                    len(plan),
-                    len(plan) - len(pending),
-                )
+                    if row := finished.get((name, prompt["id"])):
+                        self._check_same(row, configs[name], prompt)
+                    else:
+                        pending.append((name, prompt))
+                logger.info(f"{self!r}: {len(plan)} experiments, {len(plan) - len(pending)} finished already")
                 if pending:
-                    self._warm_up(configs, prompts[0], min(max_new_tokens, 4))
-                    self._run_pending(pending, configs, max_new_tokens, finished)
-            finally:
-                self._save_checkpoint()
-                self.checkpoint.close()
+                    self._warm_up(configs, prompts[0], max_new_tokens)
+                for name, prompt, row in self._run_each(pending, configs, max_new_tokens):
+                    finished[name, prompt["id"]] = self.checkpoint.append(row)
             rows = [finished[name, prompt["id"]] for name, prompt in plan]
             frame = pd.DataFrame(rows, columns=list(RESULT_COLUMNS))
             write_whole(self.output_dir / "bh_routing_results.csv", frame.to_csv(index=False))
             failed = int((frame["status"] != "ok").sum())
             logger.info(
-                "%d experiments in %s, %d failed",
-                len(frame),
-                self.output_dir / "bh_routing_results.csv",
-                failed,
+                f"{len(frame)} experiments, {failed} failed: {self.output_dir / 'bh_routing_results.csv'}"
             )
         return frame
 
     def _check_same(
-        self, row: Mapping[str, Any] | None, config: Mapping[str, Any], prompt: Mapping[str, Any]
+        self, row: Mapping[str, Any], config: Mapping[str, Any], prompt: Mapping[str, Any]
     ) -> None:
-        """A finished row must be of the same configuration and prompt as what is now asked for under its name."""
-        wanted = {"prompt_text": prompt["text"], **config}
-        for column in ("prompt_text", *CONFIG_FIELDS) if row else ():
-            if row[column] != wanted[column]:
+        """A finished row must be of the same configuration and prompt as what now goes by its names."""
+        wanted = {"prompt_text": prompt["text"]} | {field: config[field] for field in CONFIG_FIELDS}
+        for column, value in wanted.items():
+            if row.get(column) != value:
                 raise UserError(
-                    f"{self.output_dir} holds {row['config_name']!r} x {prompt['id']!r} with {column} = "
-                    f"{row[column]!r}, now it is {wanted[column]!r}. Choose another --output, or "
-                    "--no-resume to set those results aside"
+                    f"{self.output_dir} holds {row['config_name']} x {prompt['id']} with {column} = "
+                    f"{row.get(column)!r}, now it is {value!r}. Choose another --output, or --no-resume "
+                    "to set those results aside"
                 )
 
-    def _warm_up(
-        self, configs: Mapping[str, Mapping[str, Any]], prompt: Mapping[str, Any], tokens: int
-    ) -> None:
-        """Calibrate and touch every code path once, so that no experiment pays for it. Failures show up later, as rows."""
+    def _warm_up(self, configs: Mapping[str, Any], prompt: Mapping[str, Any], max_new_tokens: int) -> None:
+        """Calibrate, and touch every code path once, so that no experiment pays for it.
+
+        A mistake in what was asked for ends the run here; any other failure will show in the rows it spoils.
+        """
+        for config in configs.values():
+            with self._routed(config):
+                pass
         for name, config in configs.items():
             with contextlib.suppress(Exception):
-                self.run_single_experiment(name, config, prompt, tokens)
+                self.run_single_experiment(name, config, prompt, min(max_new_tokens, 4))
 
-    def _run_pending(
-        self,
-        pending: Sequence[tuple[str, Mapping[str, Any]]],
-        configs: Mapping[str, Mapping[str, Any]],
-        max_new_tokens: int,
-        finished: dict[tuple[str, str], dict[str, Any]],
-    ) -> None:
+    def _run_each(
+        self, pending: Sequence[tuple[str, Any]], configs: Mapping[str, Any], max_new_tokens: int
+    ) -> Iterator[tuple[str, Mapping[str, Any], dict[str, Any]]]:
+        """Run what is pending under a progress bar; yields configuration name, prompt and row."""
         from tqdm.auto import tqdm
 
         with tqdm(pending, unit="experiment", disable=None) as progress:
@@ -1647,13 +1490,14 @@ class BHExperimentRunner:
                 try:
                     row = self.run_single_experiment(name, configs[name], prompt, max_new_tokens)
                 except Exception as error:  # one failed experiment must not end the suite
-                    logger.error("%s x %s failed: %s: %s", name, prompt["id"], type(error).__name__, error)
+                    message = f"{type(error).__name__}: {error}"
+                    logger.error(f"{name} x {prompt['id']} failed: {message}")
                     logger.debug("where it failed", exc_info=True)
                     row = self._row(name, configs[name], prompt, max_new_tokens)
-                    row |= {"status": "error", "error": f"{type(error).__name__}: {error}"}
+                    row |= {"status": "error", "error": message}
                     if self.device.type == "cuda":
-                        torch.cuda.empty_cache()  # after an out-of-memory error the next experiment starts clean
-                finished[name, prompt["id"]] = self.checkpoint.append(row)
+                        torch.cuda.empty_cache()  # after an out-of-memory error, start clean
+                yield name, prompt, row
 
     def _save_checkpoint(self) -> None:
         """Force everything finished so far to the disk."""
@@ -1665,190 +1509,155 @@ class BHExperimentRunner:
 # 8. Analysis
 # ---------------------------------------------------------------------------------------------------------
 
-# What is summarised and tested: column -> (title, unit, digits in tables)
-METRICS: dict[str, tuple[str, str, int]] = {
-    "avg_experts_per_token": ("Experts per token and layer", "experts", 2),
-    "inference_time_sec": ("Inference time", "s", 3),
-    "decode_sec_per_token": ("Decode time per token", "s", 4),
-    "tokens_per_sec": ("Throughput", "tokens/s", 1),
-    "expert_utilization_cv": ("Load imbalance (CV over experts)", "", 2),
-    "expert_utilization_max_min_ratio": ("Most to least used expert", "", 1),
+METRICS: dict[str, tuple[str, str, int]] = {  # what is tested: column -> title, unit, digits in tables
+    "avg_experts_per_token": ("experts per token and layer", "", 2),
+    "inference_time_sec": ("inference time", "s", 3),
+    "decode_sec_per_token": ("decode time per token", "s", 4),
+    "tokens_per_sec": ("throughput", "tokens/s", 1),
+    "expert_utilization_cv": ("load imbalance, CV over experts", "", 2),
+    "expert_utilization_max_min_ratio": ("most to least used expert", "", 1),
 }
 
-# What an earlier attempt expected of OLMoE-1B-7B without measuring it: (configurations, quantity, low,
-# high, unit)
+# What an earlier attempt expected of OLMoE-1B-7B and never measured: configurations, quantity, low, high.
+_ALL_BH = ("bh_strict", "bh_moderate", "bh_loose", "bh_adaptive")
+QUANTITIES = {
+    "avg_experts_per_token": "experts per token and layer",
+    "expert_utilization_cv": "load imbalance (CV over experts)",
+    "slowdown_percent": "slower than the baseline, %",
+    "experts_p_value": "paired t-test on experts, p",
+    "experts_abs_d": "effect on experts, absolute d",
+}
 HYPOTHESES = (
     (("bh_strict",), "avg_experts_per_token", 3.5, 4.5),
     (("bh_moderate",), "avg_experts_per_token", 4.5, 5.5),
     (("bh_loose",), "avg_experts_per_token", 5.5, 6.5),
     (("bh_adaptive",), "avg_experts_per_token", 4.0, 5.0),
-    (("bh_strict", "bh_moderate", "bh_loose", "bh_adaptive"), "slowdown_percent", 5.0, 15.0),
-    (("bh_strict", "bh_moderate", "bh_loose", "bh_adaptive"), "experts_p_value", 0.0, 0.001),
-    (("bh_strict", "bh_moderate", "bh_loose", "bh_adaptive"), "experts_abs_d", 0.8, math.inf),
+    (_ALL_BH, "slowdown_percent", 5.0, 15.0),
+    (_ALL_BH, "experts_p_value", 0.0, 0.001),
+    (_ALL_BH, "experts_abs_d", 0.8, math.inf),
     (("topk_8",), "expert_utilization_cv", 0.25, 0.35),
-    (("bh_strict", "bh_moderate", "bh_loose", "bh_adaptive"), "expert_utilization_cv", 0.20, 0.30),
+    (_ALL_BH, "expert_utilization_cv", 0.20, 0.30),
 )
-EXPECTED_SUITE_MINUTES = {"RTX 3090": (15, 20), "T4": (25, 35), "16 CPU cores": (90, 120)}
+EXPECTED_SUITE_MINUTES = {"an RTX 3090": (15, 20), "a T4": (25, 35), "16 CPU cores": (90, 120)}
 
 
 def paired_comparison(baseline: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
-    """Paired tests of `other` against `baseline`, item by item.
+    """Paired tests of `other` against `baseline`, item by item; pairs with a missing value are left out.
 
-    Student's t and Wilcoxon's signed rank test, both two-sided, and Cohen's d for paired samples, the mean of the
-    differences over their standard deviation (d_z; Lakens 2013, eq. 6). Where a test says nothing, its entries are
-    None and `reason` says why; that is decided before the test is called.
+    Student's t with its 95 % interval and Wilcoxon's signed rank test, both two-sided, and Cohen's d for
+    paired samples: mean difference over standard deviation of the differences (d_z; Lakens 2013, eq. 6).
+    Where a test has nothing to say its entries are None and `reason` says why, decided before it is called.
     """
     from scipy import stats
 
-    pairs = pd.DataFrame({"baseline": baseline, "other": other}).dropna()
-    difference = pairs["other"] - pairs["baseline"]
-    n, spread = len(pairs), float(difference.std(ddof=1)) if len(pairs) > 1 else math.nan
-    scale = float(pairs.abs().to_numpy().max()) if n else 0.0
-    constant = n > 1 and spread <= 1e-12 * scale
-    result: dict[str, Any] = dict.fromkeys(
-        (
-            "t_statistic",
-            "p_value",
-            "wilcoxon_statistic",
-            "wilcoxon_p_value",
-            "cohens_d",
-            "ci95_low",
-            "ci95_high",
-            "reason",
-        )
-    )
-    result |= {
+    pairs = pd.DataFrame({"baseline": list(baseline), "other": list(other)}, dtype=float).dropna()
+    difference, n = pairs["other"] - pairs["baseline"], len(pairs)
+    undefined = ("t_statistic", "p_value", "ci95_low", "ci95_high", "cohens_d", "wilcoxon_p_value", "reason")
+    result: dict[str, Any] = {
         "n_pairs": n,
-        "mean_baseline": float(pairs["baseline"].mean()) if n else None,
-        "mean": float(pairs["other"].mean()) if n else None,
-        "mean_difference": float(difference.mean()) if n else None,
-        "median_ratio": float((pairs["other"] / pairs["baseline"]).median())
+        "mean_baseline": pairs["baseline"].mean() if n else None,
+        "mean": pairs["other"].mean() if n else None,
+        "mean_difference": difference.mean() if n else None,
+        "median_ratio": (pairs["other"] / pairs["baseline"]).median()
         if n and (pairs["baseline"] > 0).all()
         else None,
+        **dict.fromkeys(undefined),
     }
     if n < 2:
-        return result | {"reason": f"{n} complete pairs; a paired test needs at least 2"}
-    if constant and abs(float(difference.mean())) <= 1e-12 * scale:
+        return result | {"reason": f"{n} complete pairs, at least 2 are needed"}
+    rounding = 1e-12 * pairs.abs().to_numpy().max()
+    if difference.abs().max() <= rounding:
         return result | {"reason": "no pair differs"}
-    if not constant:
-        t_test = stats.ttest_rel(pairs["other"], pairs["baseline"])
-        interval = t_test.confidence_interval(0.95)
-        result |= {
-            "t_statistic": float(t_test.statistic),
-            "p_value": float(t_test.pvalue),
-            "ci95_low": float(interval.low),
-            "ci95_high": float(interval.high),
-            "cohens_d": float(difference.mean()) / spread,
-        }
-    else:
-        result["reason"] = "every pair differs by the same amount: t and d are infinite"
-    wilcoxon = stats.wilcoxon(difference)
-    return result | {
-        "wilcoxon_statistic": float(wilcoxon.statistic),
-        "wilcoxon_p_value": float(wilcoxon.pvalue),
-    }
+    result["wilcoxon_p_value"] = stats.wilcoxon(difference).pvalue
+    spread = difference.std(ddof=1)
+    if spread <= rounding:
+        return result | {"reason": "all pairs differ by the same amount"}
+    test = stats.ttest_rel(pairs["other"], pairs["baseline"])
+    interval = test.confidence_interval(0.95)
+    result |= {"t_statistic": test.statistic, "p_value": test.pvalue, "cohens_d": difference.mean() / spread}
+    return result | {"ci95_low": interval.low, "ci95_high": interval.high}
 
 
 def adjust_p_values(tests: Sequence[dict[str, Any]]) -> None:
-    """Add BH-adjusted p-values over the family of all `tests`, t and Wilcoxon apart, and `significant`."""
+    """Add BH-adjusted p-values over the family `tests`, t and Wilcoxon apart, and `significant` for t."""
     from scipy import stats
 
     for key in ("p_value", "wilcoxon_p_value"):
         known = [test for test in tests if test[key] is not None]
+        adjusted = stats.false_discovery_control([test[key] for test in known]) if known else []
         for test in tests:
             test[f"{key}_adjusted"] = None
-        if known:
-            for test, adjusted in zip(
-                known, stats.false_discovery_control([t[key] for t in known]), strict=True
-            ):
-                test[f"{key}_adjusted"] = float(adjusted)
+        for test, value in zip(known, adjusted, strict=True):
+            test[f"{key}_adjusted"] = value
     for test in tests:
-        adjusted = test["p_value_adjusted"]
-        test["significant"] = None if adjusted is None else adjusted < SIGNIFICANCE_LEVEL
+        value = test["p_value_adjusted"]
+        test["significant"] = None if value is None else bool(value < SIGNIFICANCE_LEVEL)
 
 
-def _describe(values: pd.Series) -> dict[str, Any]:
-    values = values.dropna()
-    if values.empty:
-        return dict.fromkeys(("mean", "std", "median", "min", "max")) | {"n": 0}
+def _describe(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Metric -> mean, std, median, min, max, n; what is undefined becomes None in the JSON."""
+    kinds = ("mean", "std", "median", "min", "max")
     return {
-        "mean": values.mean(),
-        "std": values.std(ddof=1) if len(values) > 1 else None,
-        "median": values.median(),
-        "min": values.min(),
-        "max": values.max(),
-        "n": len(values),
+        m: {k: getattr(rows[m].dropna(), k)() for k in kinds} | {"n": int(rows[m].count())} for m in METRICS
     }
 
 
 def _order(values: pd.Series) -> list[str]:
-    """Distinct values in order of appearance: configurations and categories keep the order they were run in."""
+    """Distinct values in order of appearance: configurations and categories keep the order of the run."""
     return list(dict.fromkeys(values))
 
 
 def choose_baseline(frame: pd.DataFrame) -> str:
-    """The configuration that the others are compared with: `topk_8`, else the widest Top-K, else the first."""
+    """What the others are compared with: `topk_8`, else the widest Top-K, else the first."""
     names = _order(frame["config_name"])
     if BASELINE in names:
         return BASELINE
-    static = frame[frame["method"] == "topk"] if "method" in frame else frame.iloc[:0]
-    return (
-        static.sort_values("k", ascending=False, kind="stable")["config_name"].iloc[0]
-        if len(static)
-        else names[0]
-    )
+    static = frame[frame["method"] == "topk"].sort_values("k", ascending=False, kind="stable")
+    return static["config_name"].iloc[0] if len(static) else names[0]
 
 
 def check_hypotheses(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each expectation of the earlier attempt beside what was measured; `held` is None where nothing was measured."""
+    """Each expectation of the earlier attempt beside what was measured; `held` is None where nothing was."""
     rows = []
     for names, quantity, low, high in HYPOTHESES:
         for name in names:
-            summary = analysis["summary_by_config"].get(name)
             tests = analysis["statistical_tests"].get(name, {})
-            experts, time_test = tests.get("avg_experts_per_token", {}), tests.get("inference_time_sec", {})
-            if summary is None:
-                measured = None
-            elif quantity in METRICS:
-                measured = summary[quantity]["mean"]
-            elif quantity == "slowdown_percent":
-                measured = (
-                    None if time_test.get("median_ratio") is None else 100 * (time_test["median_ratio"] - 1)
-                )
-            elif quantity == "experts_p_value":
-                measured = experts.get("p_value")
-            else:
-                measured = None if experts.get("cohens_d") is None else abs(experts["cohens_d"])
-            held = None if measured is None else low <= measured <= high
-            bounds = {"low": low, "high": None if high == math.inf else high}
-            rows.append(
-                {"configuration": name, "quantity": quantity, **bounds, "measured": measured, "held": held}
-            )
+            experts, clock = tests.get("avg_experts_per_token", {}), tests.get("inference_time_sec", {})
+            ratio, effect = clock.get("median_ratio"), experts.get("cohens_d")
+            measured = {
+                "slowdown_percent": None if ratio is None else 100 * (ratio - 1),
+                "experts_p_value": experts.get("p_value"),
+                "experts_abs_d": None if effect is None else abs(effect),
+            } | {
+                metric: values["mean"]
+                for metric, values in analysis["summary_by_config"].get(name, {}).items()
+            }
+            value = measured.get(quantity)
+            held = None if value is None else bool(low <= value <= high)
+            expected = {"configuration": name, "quantity": quantity, "low": low, "high": high}
+            rows.append({**expected, "measured": value, "held": held})
     return rows
 
 
 def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
-    """Summaries and paired tests of a results table; also written to `analysis_summary.json` as strict JSON.
+    """Summaries and paired tests of a results table; also written to `analysis_summary.json`, strict JSON.
 
-    df: rows of `run_full_experiment_suite` or `read_results`. Rows with status "error" are counted and left out.
-    Pairs are formed by prompt_id, never by row order.
+    df: rows of `run_full_experiment_suite` or `read_results`. Rows whose status is not "ok" are counted and
+    left out. Pairs are formed by prompt_id, never by row order.
 
-    Returns a dict with baseline, n_experiments, n_failed, summary_by_config, summary_by_category,
+    Returns a dict with baseline, n_experiments, n_failed, n_prompts, summary_by_config, summary_by_category,
     statistical_tests (configuration -> metric -> tests against the baseline) and hypotheses.
     Raises UserError when no row is left.
     """
-    done = df[df["status"] == "ok"] if "status" in df else df
+    done = df[df["status"] == "ok"]
     if done.empty:
         raise UserError(f"nothing to analyse: none of {len(df)} experiments finished")
     baseline = choose_baseline(done)
     by_config = {name: done[done["config_name"] == name] for name in _order(done["config_name"])}
-    measured = {name: rows.set_index("prompt_id") for name, rows in by_config.items()}
+    by_prompt = {name: rows.set_index("prompt_id") for name, rows in by_config.items()}
     tests = {
-        name: {
-            metric: paired_comparison(*measured[baseline][metric].align(rows[metric], join="inner"))
-            for metric in METRICS
-        }
-        for name, rows in measured.items()
+        name: {m: paired_comparison(*by_prompt[baseline][m].align(rows[m], join="inner")) for m in METRICS}
+        for name, rows in by_prompt.items()
         if name != baseline
     }
     adjust_p_values([test for by_metric in tests.values() for test in by_metric.values()])
@@ -1856,23 +1665,17 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
         "baseline": baseline,
         "n_experiments": len(df),
         "n_failed": len(df) - len(done),
-        "n_prompts": int(done["prompt_id"].nunique()),
-        "summary_by_config": {
-            name: {metric: _describe(rows[metric]) for metric in METRICS} for name, rows in by_config.items()
-        },
+        "n_prompts": done["prompt_id"].nunique(),
+        "summary_by_config": {name: _describe(rows) for name, rows in by_config.items()},
         "summary_by_category": {
             category: {
-                name: {metric: _describe(rows[metric]) for metric in METRICS}
-                for name, rows in (
-                    (name, rows[rows["prompt_category"] == category]) for name, rows in by_config.items()
-                )
+                name: _describe(rows[rows["prompt_category"] == category]) for name, rows in by_config.items()
             }
             for category in _order(done["prompt_category"])
         },
         "statistical_tests": tests,
     }
-    analysis["hypotheses"] = check_hypotheses(analysis)
-    analysis = strict_json(analysis)
+    analysis = strict_json(analysis | {"hypotheses": check_hypotheses(analysis)})
     write_whole(
         Path(output_dir) / "analysis_summary.json", json.dumps(analysis, indent=2, allow_nan=False) + "\n"
     )
@@ -1892,40 +1695,47 @@ def _axes(ax: Any) -> Any:
     return ax if ax is not None else plt.subplots(figsize=(7, 4.2), layout="constrained")[1]
 
 
-def _plot_bars(frame: pd.DataFrame, column: str, ax: Any, spread: str) -> Any:
+def _palette(names: Sequence[str]) -> dict[str, Any]:
+    import seaborn as sns
+
+    return dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
+
+
+def _plot_bars(frame: pd.DataFrame, column: str, ax: Any, use_median: bool = False) -> Any:
     """One bar per configuration with its prompts as dots, so that a mean never hides its spread."""
     import seaborn as sns
 
     ax, order = _axes(ax), _order(frame["config_name"])
-    estimator, interval = ("median", ("pi", 50)) if spread == "quartiles" else ("mean", ("ci", 95))
+    estimator, interval = ("median", ("pi", 50)) if use_median else ("mean", ("ci", 95))
     common = {"data": frame, "x": "config_name", "y": column, "order": order, "ax": ax}
-    palette = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
-    sns.barplot(**common, hue="config_name", palette=palette, legend=False, estimator=estimator, errorbar=interval,
-                seed=0, alpha=0.75, capsize=0.15, err_kws={"linewidth": 1.2, "color": "0.2"})  # fmt: skip
+    style = {"alpha": 0.75, "capsize": 0.15, "err_kws": {"linewidth": 1.2, "color": "0.2"}, "legend": False}
+    spread = {"estimator": estimator, "errorbar": interval, "seed": 0}
+    sns.barplot(**common, hue="config_name", palette=_palette(order), **spread, **style)
     sns.stripplot(**common, color="0.25", size=3, alpha=0.6, jitter=0.12)
-    note = "median and quartiles" if spread == "quartiles" else "mean and 95 % interval"
-    ax.set(xlabel="", title=f"{METRICS[column][0]}: {note} over {frame['prompt_id'].nunique()} prompts")
+    note = "median and quartiles" if use_median else "mean and 95 % interval"
+    title = f"{METRICS[column][0]}: {note} over {frame['prompt_id'].nunique()} prompts"
+    ax.set(xlabel="", title=title[0].upper() + title[1:])
     ax.tick_params(axis="x", rotation=20 if len(order) > 6 else 0)
     return ax
 
 
 def plot_avg_experts(frame: pd.DataFrame, ax: Any = None) -> Any:
     """Mean experts per token and layer, by configuration."""
-    ax = _plot_bars(frame, "avg_experts_per_token", ax, "interval")
+    ax = _plot_bars(frame, "avg_experts_per_token", ax)
     ax.set(ylabel="experts per token and layer", ylim=(0, None))
     return ax
 
 
 def plot_inference_time(frame: pd.DataFrame, ax: Any = None) -> Any:
     """Median time of a whole generation, by configuration."""
-    ax = _plot_bars(frame, "inference_time_sec", ax, "quartiles")
+    ax = _plot_bars(frame, "inference_time_sec", ax, use_median=True)
     ax.set(ylabel="seconds per prompt", ylim=(0, None))
     return ax
 
 
 def plot_utilization_cv(frame: pd.DataFrame, ax: Any = None) -> Any:
     """Imbalance of expert use, by configuration; 0 is perfect balance."""
-    ax = _plot_bars(frame, "expert_utilization_cv", ax, "interval")
+    ax = _plot_bars(frame, "expert_utilization_cv", ax)
     ax.set(ylabel="CV of use over experts, mean of layers", ylim=(0, None))
     return ax
 
@@ -1936,8 +1746,8 @@ def plot_experts_by_category(frame: pd.DataFrame, ax: Any = None) -> Any:
 
     ax = _axes(ax)
     order = _order(frame["config_name"])
-    sns.boxplot(frame, x="prompt_category", y="avg_experts_per_token", hue="config_name", hue_order=order, ax=ax,
-                palette=sns.color_palette("colorblind", len(order)), linewidth=0.9, fliersize=2.5, gap=0.15)  # fmt: skip
+    common = {"x": "prompt_category", "y": "avg_experts_per_token", "hue": "config_name", "hue_order": order}
+    sns.boxplot(frame, **common, palette=_palette(order), ax=ax, linewidth=0.9, fliersize=2.5, gap=0.15)
     ax.set(xlabel="", ylabel="experts per token and layer", title="Experts by prompt category")
     sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
     return ax
@@ -1949,20 +1759,14 @@ def plot_experts_vs_latency(frame: pd.DataFrame, ax: Any = None) -> Any:
 
     ax = _axes(ax)
     order = _order(frame["config_name"])
-    palette = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
     data = frame.assign(latency=frame["decode_sec_per_token"] * 1000)
-    common = {
-        "x": "avg_experts_per_token",
-        "y": "latency",
-        "hue": "config_name",
-        "hue_order": order,
-        "palette": palette,
-    }
-    sns.scatterplot(data, **common, s=22, alpha=0.7, ax=ax)
-    medians = (
-        data.groupby("config_name", sort=False)[["avg_experts_per_token", "latency"]].median().reset_index()
+    common = {"x": "avg_experts_per_token", "y": "latency", "hue": "config_name", "hue_order": order}
+    common |= {"palette": _palette(order), "ax": ax}
+    sns.scatterplot(data, **common, s=22, alpha=0.7)
+    medians = data.groupby("config_name", sort=False)[["avg_experts_per_token", "latency"]].median()
+    sns.scatterplot(
+        medians.reset_index(), **common, s=160, marker="X", edgecolor="white", legend=False, zorder=4
     )
-    sns.scatterplot(medians, **common, s=160, marker="X", edgecolor="white", legend=False, ax=ax, zorder=4)
     ax.set(xlabel="experts per token and layer", ylabel="decode time, ms per token", ylim=(0, None))
     ax.set_title("Experts against latency (cross: medians of a configuration)")
     sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
@@ -1983,7 +1787,7 @@ def create_visualizations(df: pd.DataFrame, output_dir: str | Path) -> list[Path
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    done = df[df["status"] == "ok"] if "status" in df else df
+    done = df[df["status"] == "ok"]
     if done.empty:
         raise UserError(f"nothing to draw: none of {len(df)} experiments finished")
     folder = Path(output_dir) / "plots"
@@ -2018,99 +1822,65 @@ def _p(value: float | None) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Text of a run in a Markdown table: no character of it can end the cell, the row or the table."""
-    text = " ".join(str(value).split())
-    for mark in "\\`*_{}[]<>|#":
-        text = text.replace(mark, "\\" + mark)
-    return text.replace("\\<", "&lt;").replace("\\>", "&gt;")
+    """Text of a run in Markdown: no character of it can end a cell, a row or a table, or act as HTML."""
+    text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join("\\" + mark if mark in "\\`*_{}[]|#!" else mark for mark in text)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; first column left, others right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+def _table(rows: Sequence[Mapping[str, str]]) -> str:
+    """A Markdown table of rows that map column titles to cells; first column left, others right."""
+    titles = list(rows[0])
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *(list(row.values()) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def _summary_sentences(analysis: Mapping[str, Any]) -> list[str]:
-    """One sentence per configuration with what was measured; a difference is claimed only where it is significant."""
-    base, sentences = analysis["baseline"], []
+def _bullets(lines: Sequence[str]) -> str:
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def _findings(analysis: Mapping[str, Any]) -> list[str]:
+    """A sentence per configuration; a difference in time is claimed only where it is significant."""
+    lines = []
     for name, tests in analysis["statistical_tests"].items():
         experts, clock = tests["avg_experts_per_token"], tests["inference_time_sec"]
-        if experts["mean"] is None:
+        if not experts["n_pairs"]:
             continue
         saved = 100 * (1 - experts["mean"] / experts["mean_baseline"])
-        text = f"`{name}` ran {experts['mean']:.2f} experts per token and layer, {abs(saved):.0f} % "
-        text += f"{'fewer' if saved >= 0 else 'more'} than `{base}`"
+        line = f"`{name}` ran {experts['mean']:.2f} experts per token and layer, {abs(saved):.0f} % "
+        line += f"{'fewer' if saved >= 0 else 'more'} than `{analysis['baseline']}`"
         if clock["median_ratio"] is not None:
-            text += f"; its inference time was {clock['median_ratio']:.2f} times the baseline's (median "
-            "over prompts)"
+            line += f"; its inference time was {clock['median_ratio']:.2f} times the baseline's (median), "
             if clock["significant"]:
-                slower = clock["mean_difference"] > 0
-                text += (
-                    f", {'slower' if slower else 'faster'} with adjusted p {_p(clock['p_value_adjusted'])}"
-                )
+                line += "slower" if clock["mean_difference"] > 0 else "faster"
+                line += f" with adjusted p {_p(clock['p_value_adjusted'])}"
             else:
-                text += ", a difference this run cannot tell from noise"
-        sentences.append(text + ".")
-    return sentences
-
-
-def _hypothesis_rows(analysis: Mapping[str, Any]) -> list[list[str]]:
-    titles = {
-        "slowdown_percent": "slower than the baseline, %",
-        "experts_p_value": "paired t-test on experts, p",
-        "experts_abs_d": "effect on experts, absolute d",
-    }
-    rows = []
-    for item in analysis["hypotheses"]:
-        title = titles.get(item["quantity"]) or METRICS[item["quantity"]][0]
-        high = item["high"]
-        expected = (
-            f"> {item['low']:g}"
-            if high is None
-            else f"{item['low']:g} to {high:g}"
-            if item["low"]
-            else f"< {high:g}"
-        )
-        measured = (
-            _p(item["measured"]) if item["quantity"] == "experts_p_value" else _number(item["measured"])
-        )
-        held = {True: "yes", False: "no", None: "not measured"}[item["held"]]
-        rows.append([f"`{item['configuration']}`: {title}", expected, measured, held])
-    return rows
+                line += "which this run cannot tell from noise"
+        lines.append(line + ".")
+    return lines
 
 
 def _conclusions(analysis: Mapping[str, Any]) -> list[str]:
     """What follows from the numbers, and what does not."""
-    lines, tests, base = [], analysis["statistical_tests"], analysis["baseline"]
-    faster = [
-        n
-        for n, t in tests.items()
-        if t["inference_time_sec"]["significant"] and t["inference_time_sec"]["mean_difference"] < 0
-    ]
-    slower = [
-        n
-        for n, t in tests.items()
-        if t["inference_time_sec"]["significant"] and t["inference_time_sec"]["mean_difference"] > 0
-    ]
-    for names, word in ((faster, "faster"), (slower, "slower")):
+    lines, base = [], analysis["baseline"]
+    clocks = {name: tests["inference_time_sec"] for name, tests in analysis["statistical_tests"].items()}
+    for word, sign in (("Faster", -1), ("Slower", 1)):
+        names = [
+            n for n, test in clocks.items() if test["significant"] and sign * test["mean_difference"] > 0
+        ]
         if names:
-            lines.append(
-                f"{word.capitalize()} than `{base}` on this machine: {', '.join(f'`{n}`' for n in names)}."
-            )
-    if tests and not faster and not slower:
+            lines.append(f"{word} than `{base}` on this machine: {', '.join(f'`{name}`' for name in names)}.")
+    if clocks and not lines:
         lines.append(f"No configuration was significantly faster or slower than `{base}` on this machine.")
-    stuck = [
-        name
-        for name, summary in analysis["summary_by_config"].items()
-        if name != base and summary["avg_experts_per_token"]["max"] == summary["avg_experts_per_token"]["min"]
-    ]
-    if stuck:
-        lines.append(
-            f"{', '.join(f'`{n}`' for n in stuck)} ran the same number of experts on every prompt: this "
-            "rule does not adapt. With `p_values` = softmax that is expected, see `SoftmaxNull` in the "
-            "script; otherwise choose another alpha."
-        )
+    experts = {
+        name: summary["avg_experts_per_token"] for name, summary in analysis["summary_by_config"].items()
+    }
+    for name, spread in experts.items():
+        if name != base and analysis["n_prompts"] > 1 and spread["min"] == spread["max"]:
+            lines.append(
+                f"`{name}` ran {spread['mean']:.2f} experts on every prompt: it does not adapt. With "
+                "`p_values` = softmax that is certain (see `SoftmaxNull` in the script); otherwise "
+                "choose another alpha."
+            )
     held = [item["held"] for item in analysis["hypotheses"] if item["held"] is not None]
     lines.append(f"{sum(held)} of {len(held)} measured expectations of the earlier attempt held.")
     lines.append(
@@ -2119,124 +1889,140 @@ def _conclusions(analysis: Mapping[str, Any]) -> list[str]:
     )
     if analysis["n_prompts"] < 30:
         lines.append(
-            f"{analysis['n_prompts']} prompts detect large effects only; use more prompts for small ones."
+            f"{analysis['n_prompts']} prompts show large effects only; use more prompts for small ones."
         )
     return lines
 
 
+def _summary_row(name: str, summary: Mapping[str, Any], rows: pd.DataFrame) -> dict[str, str]:
+    experts, decode = summary["avg_experts_per_token"], summary["decode_sec_per_token"]["median"]
+    return {
+        "configuration": f"`{name}`",
+        "experts, mean ± sd": f"{_number(experts['mean'])} ± {_number(experts['std'])}",
+        "range": f"{_number(rows['min_experts'].min(), 0)} to {_number(rows['max_experts'].max(), 0)}",
+        "at floor, %": _number(100 * rows["floor_frac"].mean(), 1),
+        "at cap, %": _number(100 * rows["cap_frac"].mean(), 1),
+        "no rejection, %": _number(100 * rows["zero_rejection_frac"].mean(), 1),
+        "time, s": _number(summary["inference_time_sec"]["median"], 3),
+        "decode, ms/token": _number(None if decode is None else 1000 * decode),
+        "load CV": _number(summary["expert_utilization_cv"]["mean"]),
+        "max/min use": _number(summary["expert_utilization_max_min_ratio"]["mean"], 1),
+    }
+
+
+def _test_row(name: str, metric: str, test: Mapping[str, Any]) -> dict[str, str]:
+    title, unit, digits = METRICS[metric]
+    interval = f"{_number(test['ci95_low'], digits + 1)} to {_number(test['ci95_high'], digits + 1)}"
+    return {
+        "comparison": f"`{name}`: {title}{f', {unit}' if unit else ''}",
+        "pairs": str(test["n_pairs"]),
+        "difference": _number(test["mean_difference"], digits + 1),
+        "95 % interval": interval if test["p_value"] is not None else "–",
+        "ratio, median": _number(test["median_ratio"]),
+        "p": _p(test["p_value"]),
+        "p adjusted": _p(test["p_value_adjusted"]),
+        "Wilcoxon p adjusted": _p(test["wilcoxon_p_value_adjusted"]),
+        "d": _number(test["cohens_d"]),
+        "significant": {True: "yes", False: "no", None: test["reason"]}[test["significant"]],
+    }
+
+
+def _hypothesis_row(item: Mapping[str, Any]) -> dict[str, str]:
+    low, high = item["low"], item["high"]
+    expected = f"> {low:g}" if high is None else f"{low:g} to {high:g}" if low else f"< {high:g}"
+    return {
+        "expectation": f"`{item['configuration']}`: {QUANTITIES[item['quantity']]}",
+        "expected": expected,
+        "measured": _p(item["measured"])
+        if item["quantity"] == "experts_p_value"
+        else _number(item["measured"]),
+        "held": {True: "yes", False: "no", None: "not measured"}[item["held"]],
+    }
+
+
+def _config_row(name: str, row: Mapping[str, Any]) -> dict[str, str]:
+    cells = {field: "–" if pd.isna(row[field]) or row[field] == "" else row[field] for field in CONFIG_FIELDS}
+    cells = {field: f"{cell:g}" if isinstance(cell, float) else _cell(cell) for field, cell in cells.items()}
+    return {"configuration": f"`{name}`", **cells}
+
+
 def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], output_path: str | Path) -> Path:
-    """Write REPORT.md: every number in it comes from `df` or `analysis`. Plots are linked beside the report."""
-    output_path = Path(output_path)
-    done = df[df["status"] == "ok"]
-    first, base = done.iloc[0], analysis["baseline"]
-    configs = _order(df["config_name"])
-    minutes = done["inference_time_sec"].sum() / 60
-    machine = f"{first['dtype']} on {first['device']}"
-    failed = f" {analysis['n_failed']} failed and are left out." if analysis["n_failed"] else ""
-
-    summary = []
-    for name, values in analysis["summary_by_config"].items():
-        experts, rows = values["avg_experts_per_token"], done[done["config_name"] == name]
-        summary.append([
-            f"`{name}`", f"{_number(experts['mean'])} ± {_number(experts['std'])}",
-            f"{_number(rows['min_experts'].min(), 0)} to {_number(rows['max_experts'].max(), 0)}",
-            *(_number(100 * rows[share].mean(), 1) for share in ("floor_frac", "cap_frac", "zero_rejection_frac")),
-            _number(values["inference_time_sec"]["median"], 3), _number(1000 * values["decode_sec_per_token"]["median"], 2),
-            _number(values["expert_utilization_cv"]["mean"]), _number(values["expert_utilization_max_min_ratio"]["mean"], 1),
-        ])  # fmt: skip
-
+    """Write REPORT.md; every number in it comes from `df` or `analysis`. It links the plots beside it."""
+    done, failed = df[df["status"] == "ok"], df[df["status"] != "ok"]
+    first, base, by_config = done.iloc[0], analysis["baseline"], analysis["summary_by_config"]
+    minutes, machine = done["inference_time_sec"].sum() / 60, f"{first['dtype']} on {_cell(first['device'])}"
+    settings = {column: ", ".join(_order(df[column].astype(str))) for column in SETTING_COLUMNS}
+    suite_times = (
+        f"{low} to {high} minutes on {where}" for where, (low, high) in EXPECTED_SUITE_MINUTES.items()
+    )
+    categories = [
+        {"category": _cell(category)}
+        | {
+            f"`{name}`": _number(summary["avg_experts_per_token"]["mean"])
+            for name, summary in summaries.items()
+        }
+        for category, summaries in analysis["summary_by_category"].items()
+    ]
     tests = [
-        [
-            f"`{name}`: {METRICS[metric][0].lower()}", str(test["n_pairs"]), _number(test["mean_difference"], METRICS[metric][2] + 1),
-            f"{_number(test['ci95_low'], METRICS[metric][2] + 1)} to "
-            f"{_number(test['ci95_high'], METRICS[metric][2] + 1)}",
-            _number(test["median_ratio"]), _p(test["p_value"]), _p(test["p_value_adjusted"]), _p(test["wilcoxon_p_value_adjusted"]),
-            _number(test["cohens_d"]), {True: "yes", False: "no", None: test["reason"]}[test["significant"]],
-        ]
+        _test_row(name, metric, test)
         for name, by_metric in analysis["statistical_tests"].items()
         for metric, test in by_metric.items()
-    ]  # fmt: skip
-
-    categories = [
-        [
-            _cell(category),
-            *(
-                _number(by_config[name]["avg_experts_per_token"]["mean"])
-                for name in analysis["summary_by_config"]
-            ),
-        ]
-        for category, by_config in analysis["summary_by_category"].items()
     ]
-    details = [
-        [
-            f"`{name}`",
-            *(
-                "–"
-                if pd.isna(row[f]) or row[f] == ""
-                else f"{row[f]:g}"
-                if isinstance(row[f], float)
-                else str(row[f])
-                for f in CONFIG_FIELDS
-            ),
-        ]
-        for name, row in df.drop_duplicates("config_name").set_index("config_name").iterrows()
-    ]
-    settings = [
-        [_cell(column), _cell(", ".join(_order(df[column].astype(str))))]
-        for column in SETTING_COLUMNS
-        if column in df
-    ]
-    failures = df[df["status"] != "ok"]
     parts = [
-        "# BH routing against Top-K: report\n",
-        "## Executive summary\n",
-        f"{_cell(first['model_name'])}, {machine}: {len(configs)} configurations x {analysis['n_prompts']} "
-        f"prompts, {int(first['max_new_tokens'])} new tokens each, {minutes:.1f} minutes of "
-        f"inference.{failed}\n",
-        "\n".join(f"- {sentence}" for sentence in _summary_sentences(analysis)) + "\n",
-        "## Summary by configuration\n",
+        "# BH routing against Top-K: report",
+        "## Executive summary",
+        f"{_cell(first['model_name'])}, {machine}: {df['config_name'].nunique()} configurations x "
+        f"{df['prompt_id'].nunique()} prompts, {int(first['max_new_tokens'])} new tokens each, "
+        f"{minutes:.1f} minutes of inference. "
+        f"{f'{len(failed)} experiments failed and are left out.' if len(failed) else ''}",
+        _bullets(_findings(analysis)),
+        "## Summary by configuration",
         _table(
-            ["configuration", "experts, mean ± sd", "range", "at floor, %", "at cap, %", "no rejection, %", "time, s",
-             "decode, ms/token", "load CV", "max/min use"], summary,
-        ),  # fmt: skip
+            [
+                _summary_row(name, summary, done[done["config_name"] == name])
+                for name, summary in by_config.items()
+            ]
+        ),
         "Experts: mean and standard deviation over prompts of the mean over tokens and layers; range: "
         "fewest and most experts that any token got in any layer. At floor, at cap, no rejection: shares "
-        "of (token, layer) decisions. Times are medians.\n",
-        "## Statistical tests\n",
+        "of all (token, layer) decisions. Times are medians over prompts.",
+        "## Statistical tests",
         f"Each configuration against `{base}`, paired by prompt. Interval and p: Student's t on the "
         "differences. Adjusted: Benjamini-Hochberg over all tests of this table. d: mean difference over "
         f"its standard deviation. Significant: adjusted p of the t-test below {SIGNIFICANCE_LEVEL:g}. A "
-        "difference in experts says that the rule did something, not that it did good.\n",
-        _table(
-            ["comparison", "pairs", "difference", "95 % interval", "ratio, median", "p", "p adjusted", "Wilcoxon p adjusted",
-             "d", "significant"], tests,
-        ) if tests else "Only one configuration was run: there is nothing to compare.\n",  # fmt: skip
-        "## Performance by category\n",
-        "Mean experts per token and layer.\n",
-        _table(["category", *(f"`{name}`" for name in analysis["summary_by_config"])], categories),
-        "## Plots\n",
-        "\n".join(f"### {title}\n\n![{title}](plots/{name}.png)\n" for name, (_, title) in PLOTS.items()),
-        "## What was expected, and what was measured\n",
+        "difference in experts says that the rule did something, not that it did good.",
+        _table(tests) if tests else "Only one configuration was run: there is nothing to compare.",
+        "## Performance by category",
+        "Mean experts per token and layer.",
+        _table(categories),
+        "## Plots",
+        *(f"### {title}\n\n![{title}](plots/{name}.png)" for name, (_, title) in PLOTS.items()),
+        "## What was expected, and what was measured",
         "An earlier attempt wrote these expectations down for OLMoE-1B-7B-0924 without measuring them. "
-        f"Measured here on {_cell(first['model_name'])}.\n",
-        _table(["expectation", "expected", "measured", "held"], _hypothesis_rows(analysis)),
+        f"Measured here on {_cell(first['model_name'])}.",
+        _table([_hypothesis_row(item) for item in analysis["hypotheses"]]),
         f"Suite time: {minutes:.1f} minutes of inference here, {machine}; expected for OLMoE-1B-7B: "
-        + "; ".join(f"{low} to {high} minutes on {where}" for where, (low, high) in EXPECTED_SUITE_MINUTES.items()) + ".\n",
-        "## Conclusions and recommendations\n",
-        "\n".join(f"- {line}" for line in _conclusions(analysis)) + "\n",
-        "## Configuration details\n",
-        _table(["configuration", *CONFIG_FIELDS], details),
-        _table(["setting", "value"], settings),
+        f"{'; '.join(suite_times)}.",
+        "## Conclusions and recommendations",
+        _bullets(_conclusions(analysis)),
+        "## Configuration details",
+        _table(
+            [_config_row(row["config_name"], row) for _, row in df.drop_duplicates("config_name").iterrows()]
+        ),
+        _table([{"setting": _cell(name), "value": _cell(value)} for name, value in settings.items()]),
         "In a `bh` configuration with `p_values` = empirical, an expert counts as irrelevant for a token "
         "when the model's own Top-K leaves it out; alpha bounds the expected share of such experts among "
-        "those picked, under independence or positive dependence of a token's p-values. It bounds no loss "
-        "of quality.\n",
-    ]  # fmt: skip
-    if len(failures):
-        rows = [[_cell(r.config_name), _cell(r.prompt_id), _cell(r.error)] for r in failures.itertuples()]
-        parts += ["## Failed experiments\n", _table(["configuration", "prompt", "error"], rows)]
-    write_whole(output_path, "\n".join(parts))
-    return output_path
+        "those picked, under independence or positive dependence of a token's p-values. It bounds no "
+        "loss of quality.",
+    ]
+    if len(failed):
+        keys = ("config_name", "prompt_id", "error")
+        parts += [
+            "## Failed experiments",
+            _table([{k: _cell(row[k]) for k in keys} for _, row in failed.iterrows()]),
+        ]
+    write_whole(Path(output_path), "\n\n".join(part.strip() for part in parts) + "\n")
+    return Path(output_path)
 
 
 def write_report(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
@@ -2264,37 +2050,28 @@ class _ConsoleHandler(logging.Handler):
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="run_bh_experiments.py",
-        description="Compare Benjamini-Hochberg expert routing with Top-K in a mixture-of-experts language model.",
+        description="Compare Benjamini-Hochberg expert routing with Top-K in a mixture-of-experts model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--model", default=DEFAULT_MODEL, help="folder or hub name of the model")
     add("--output", type=Path, default=Path(DEFAULT_OUTPUT), help="folder for results")
     add("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, help="new tokens per experiment")
-    add("--checkpoint-interval", type=int, default=DEFAULT_CHECKPOINT_INTERVAL,
-        help="finished experiments forced to the disk together; each is written at once")  # fmt: skip
+    saving = "each finished experiment is written at once; so many are forced to the disk together"
+    add("--checkpoint-interval", type=int, default=DEFAULT_CHECKPOINT_INTERVAL, metavar="N", help=saving)
     add(
         "--no-resume",
         action="store_true",
-        help="set earlier results in --output aside instead of going on from them",
+        help="set earlier results in --output aside, do not go on from them",
     )
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs")
     add(
         "--no-fp16",
         action="store_true",
-        help="float32 instead of bfloat16 (float16 where the GPU has no bfloat16)",
+        help="float32 instead of bfloat16 (float16 on a GPU without bfloat16)",
     )
-    add(
-        "--p-values",
-        choices=P_VALUES,
-        help="null for every bh configuration, instead of the configuration's own",
-    )
-    add(
-        "--calibration-text",
-        type=Path,
-        metavar="FILE",
-        help="text for the empirical null, instead of the model's own",
-    )
+    add("--p-values", choices=P_VALUES, help="null for every bh configuration, instead of its own")
+    add("--calibration-text", metavar="FILE", help="text for the empirical null, instead of the model's own")
     add("--seed", type=int, default=DEFAULT_SEED, help="for sampling the calibration text")
     add(
         "--analyze-only", action="store_true", help="redo analysis, plots and report from the CSV in --output"
@@ -2304,57 +2081,50 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """What the command line asks for; returns the exit code: 0, or 1 when an experiment failed."""
+    for option, value in (
+        ("--max-tokens", args.max_tokens),
+        ("--checkpoint-interval", args.checkpoint_interval),
+    ):
+        if value < 1:
+            raise UserError(f"{option} {value}: it must be at least 1")
     if args.analyze_only:
         df = read_results(args.output / "bh_routing_results.csv")
     else:
+        override = {"p_values": args.p_values} if args.p_values else {}
         configs = {
-            name: config | {"p_values": args.p_values}
-            if args.p_values and config["method"] == "bh"
-            else config
+            name: config | override if config["method"] == "bh" else config
             for name, config in ROUTING_CONFIGS.items()
         }
-        for option, value in (
-            ("--max-tokens", args.max_tokens),
-            ("--checkpoint-interval", args.checkpoint_interval),
-        ):
-            if value < 1:
-                raise UserError(f"{option} {value}: it must be at least 1")
-        if args.calibration_text and not args.calibration_text.is_file():
-            raise UserError(f"--calibration-text {args.calibration_text}: there is no such file")
-        runner = BHExperimentRunner(
-            args.model,
-            args.output,
-            args.checkpoint_interval,
-            args.device,
-            use_fp16=not args.no_fp16,
-            calibration_text=args.calibration_text,
-            seed=args.seed,
-        )
+        options = {"use_fp16": not args.no_fp16, "calibration_text": args.calibration_text, "seed": args.seed}
+        runner = BHExperimentRunner(args.model, args.output, args.checkpoint_interval, args.device, **options)
         df = runner.run_full_experiment_suite(
             configs, max_new_tokens=args.max_tokens, resume=not args.no_resume
         )
     with log_to(args.output / "experiment_log.txt"):
         write_report(df, args.output)
-        logger.info("report: %s", args.output / "REPORT.md")
+        logger.info(f"report: {args.output / 'REPORT.md'}")
     return 1 if (df["status"] != "ok").any() else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 some experiments failed, 2 a mistake in the call, 130 Ctrl-C."""
+    """Entry point; the exit code: 0 done, 1 an experiment failed, 2 a mistake in the call, 130 Ctrl-C."""
     args = build_parser().parse_args(argv)
-    console = _ConsoleHandler(logging.INFO)
+    console, level = _ConsoleHandler(logging.INFO), logger.level
     logger.addHandler(console)
     logger.setLevel(logging.INFO)
     try:
         return run(args)
     except UserError as error:
-        logger.error("error: %s", error)
+        logger.error(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        logger.error("interrupted; what is finished is saved. The same command goes on from there.")
+        logger.error(
+            "interrupted; all finished experiments are saved, and the same command goes on from there"
+        )
         return 130
     finally:
         logger.removeHandler(console)
+        logger.setLevel(level)
 
 
 if __name__ == "__main__":
