@@ -651,6 +651,8 @@ def _skipping_experts(experts: nn.Module) -> Callable:
         if kept.all():
             return forward(hidden, indices, weights, *args, **kwargs)
         token, slot = kept.nonzero(as_tuple=True)  # [P] pairs
+        if len(kept) == 1:  # one token, as in decoding: the same as a smaller K
+            return forward(hidden, indices[:, slot], weights[:, slot], *args, **kwargs)
         pairs = (
             hidden[token],
             indices[token, slot, None],
