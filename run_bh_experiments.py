@@ -17,12 +17,13 @@
 A mixture-of-experts (MoE) language model sends every token to a fixed number K of its experts. This script
 replaces that fixed number by a decision per token and layer: each expert's router score becomes a p-value,
 and the BH step-up procedure decides how many experts stand out from the ones the model would not have chosen.
-Dropped experts are really skipped. Configurations x prompts are run, timed, checkpointed, tested and
-reported.
+Dropped experts are really skipped. Configurations x prompts are run, timed, scored, checkpointed, compared
+with static Top-K at the same compute, and reported.
 
-    python run_bh_experiments.py --model models/olmoe-mini          # the embedded model: no download, no GPU
-    python run_bh_experiments.py                                    # OLMoE-1B-7B-0924 from the hub python
-    run_bh_experiments.py --analyze-only --output results    # redo tables, plots and report from the CSV
+    python run_bh_experiments.py --model models/olmoe-mini         # the embedded model: no download, no GPU
+    python run_bh_experiments.py                                   # OLMoE-1B-7B-0924 from the hub
+    python run_bh_experiments.py --suite frontier --text FOLDER    # score text under many configurations
+    python run_bh_experiments.py --analyze-only --output results   # tables, plots and report from the CSV
 
     from run_bh_experiments import BHExperimentRunner, analyze_results
     runner = BHExperimentRunner("models/olmoe-mini", output_dir="results")
@@ -32,11 +33,11 @@ Contents, in reading order
     1   Settings and routing configurations      what is varied
     2   Prompts                                  what is fed in
     3   Nulls                                    score -> p-value -> table of critical scores
-    4   Selection                                p-values -> how many experts
+    4   Selection                                scores or p-values -> how many experts
     5   The seam                                 routers found, patched, recorded, restored; calibration
     6   Checkpoints                              nothing finished is lost
     7   BHExperimentRunner                       configurations x prompts -> rows
-    8   Analysis                                 rows -> paired tests
+    8   Analysis                                 rows -> paired tests, verdicts at equal compute
     9   Figures
     10  Report
     11  Command line
@@ -56,15 +57,19 @@ approach to multiple testing", J. R. Statist. Soc. B 57 (1995), 289-300; the ste
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
+import csv
 import errno
 import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,41 +98,88 @@ DEFAULT_OUTPUT = "./results"
 DEFAULT_MAX_TOKENS = 50
 DEFAULT_CHECKPOINT_INTERVAL = 5
 DEFAULT_SEED = 0
+DEFAULT_WINDOW = 256
 CALIBRATION_SEQUENCES = 32  # sequences of calibration text ...
 CALIBRATION_LENGTH = 128  # ... and tokens in each; the first position of each is left out
 SIGNIFICANCE_LEVEL = 0.05  # for the tests in the report; unrelated to a configuration's alpha
 BASELINE = "topk_8"
 
-# method       "topk": the best k experts, always; "bh": as many as the step-up rejects, within [min_k,
-# max_k]
+# Every rule but "topk" decides how many of the ranked experts run, per token and layer, from min_k to max_k.
+# method       "topk": the best k, always. "bh": as many as the Benjamini-Hochberg step-up rejects.
+#              "by": the same with Benjamini-Yekutieli's correction, valid under any dependence.
+#              "top_p": as few as reach gate mass `p`. "min_p": gate at least `ratio` of the best gate.
+#              "threshold": gate at least `threshold`.
 # alpha        false-discovery-rate level of the step-up
 # temperature  router logits are divided by it before the softmax that gives the scores (not the weights)
 # p_values     the null behind the p-values, see section 3: "empirical", "flat" or "softmax"
+# shuffle      permute the counts over the tokens of a forward pass: a control for *which* token gets many
+# renormalize  what kept weights sum to: "model" its own convention, "none" left as they are, "sum" 1,
+#              "topk_mass" the sum of the model's own Top-K
 _BH = {"method": "bh", "temperature": 1.0, "min_k": 1, "max_k": 8, "p_values": "empirical"}
 ROUTING_CONFIGS: dict[str, dict[str, Any]] = {
     "topk_8": {"method": "topk", "k": 8, "description": "Fixed Top-K, the baseline: the model's own K"},
     "bh_strict": _BH | {"alpha": 0.01, "description": "BH at a strict level: few experts"},
     "bh_moderate": _BH | {"alpha": 0.05, "description": "BH at the customary level"},
     "bh_loose": _BH | {"alpha": 0.10, "description": "BH at a loose level: more experts"},
-    "bh_adaptive": _BH
-    | {"alpha": 0.05, "temperature": 2.0, "description": "BH on temperature-calibrated scores"},
+    "bh_adaptive": _BH | {"alpha": 0.05, "temperature": 2.0, "description": "BH on calibrated temperature"},
+}
+_STATIC = {f"topk_{k}": {"method": "topk", "k": k, "description": f"Fixed Top-{k}"} for k in range(1, 8)}
+_LADDER = {
+    f"bh_{null}_{alpha:g}_max{max_k}": _BH | {"alpha": alpha, "max_k": max_k, "p_values": null}
+    for max_k in (8, 16)
+    for null, alphas in (("empirical", (0.001, 0.01, 0.05, 0.1)), ("flat", (0.01, 0.05, 0.1, 0.5)))
+    for alpha in alphas
+}
+_CONTROLS = {
+    "bh_strict_shuffled": ROUTING_CONFIGS["bh_strict"] | {"shuffle": True},
+    "bh_moderate_shuffled": ROUTING_CONFIGS["bh_moderate"] | {"shuffle": True},
+    "bh_strict_topk_mass": ROUTING_CONFIGS["bh_strict"] | {"renormalize": "topk_mass"},
+    "bh_strict_sum": ROUTING_CONFIGS["bh_strict"] | {"renormalize": "sum"},
+    "by_moderate": ROUTING_CONFIGS["bh_moderate"] | {"method": "by"},
+    "top_p": {"method": "top_p", "p": 0.4},
+    "min_p": {"method": "min_p", "ratio": 0.25},
+    "threshold": {"method": "threshold", "threshold": 0.03},
+}
+SUITES: dict[str, dict[str, dict[str, Any]]] = {
+    "default": ROUTING_CONFIGS,
+    "frontier": _STATIC | {"topk_8": ROUTING_CONFIGS["topk_8"]} | _LADDER,
+    "controls": _STATIC | ROUTING_CONFIGS | _CONTROLS,
+    "all": _STATIC | ROUTING_CONFIGS | _LADDER | _CONTROLS,
 }
 
 P_VALUES = ("empirical", "flat", "softmax")
-METHODS = {"topk": ("k",), "bh": ("alpha", "temperature", "min_k", "max_k", "p_values")}
+RENORMALIZE = ("model", "none", "sum", "topk_mass")
+_ANY = ("temperature", "min_k", "max_k", "shuffle", "renormalize")
+METHODS = {  # method -> the fields it takes; the first is the knob that moves its mean number of experts
+    "topk": ("k", "renormalize"),
+    "bh": ("alpha", "p_values", *_ANY),
+    "by": ("alpha", "p_values", *_ANY),
+    "top_p": ("p", *_ANY),
+    "min_p": ("ratio", *_ANY),
+    "threshold": ("threshold", *_ANY),
+}
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _is_share(value: Any) -> bool:
+    return not isinstance(value, bool) and 0 < value <= 1
+
+
 FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # default, what is valid, in words
     "k": (8, _is_count, "a whole number of at least 1"),
-    "alpha": (0.05, lambda value: 0 < value <= 1, "a number in (0, 1]"),
+    "alpha": (0.05, _is_share, "a number in (0, 1]"),
+    "p": (0.5, _is_share, "a number in (0, 1]"),
+    "ratio": (0.2, _is_share, "a number in (0, 1]"),
+    "threshold": (0.03, _is_share, "a number in (0, 1]"),
     "temperature": (1.0, lambda value: 0 < value < math.inf, "a number above 0"),
     "min_k": (1, _is_count, "a whole number of at least 1"),
     "max_k": (8, _is_count, "a whole number of at least 1"),
     "p_values": ("empirical", P_VALUES.__contains__, f"one of {', '.join(P_VALUES)}"),
+    "shuffle": (False, lambda value: isinstance(value, bool), "true or false"),
+    "renormalize": ("model", RENORMALIZE.__contains__, f"one of {', '.join(RENORMALIZE)}"),
 }
 CONFIG_FIELDS = ("method", *FIELDS)
 
@@ -143,12 +195,19 @@ def _choice(what: str, value: Any, allowed: Sequence[str]) -> Any:
     raise UserError(f"unknown {what} {value!r}.{hint} Available: {', '.join(allowed)}")
 
 
+def check_name(name: str) -> None:
+    """Names go into tables and plots as they are: raises UserError for one that could break them."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]{1,64}", name, re.ASCII):
+        raise UserError(f"configuration name {name!r}: it must be 1 to 64 letters, digits, or any of _ . + -")
+
+
 def resolve_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """A routing configuration with its defaults filled in and its values checked.
 
     Returns a dict with exactly CONFIG_FIELDS (None where the method has no such field) and `description`.
     Raises UserError naming configuration, field, value and what is allowed.
     """
+    check_name(name)
     given = {field: value for field, value in config.items() if value is not None}
     method = _choice(f"method in configuration {name!r}", given.pop("method", None), tuple(METHODS))
     full = {"method": method, **dict.fromkeys(FIELDS), "description": given.pop("description", "")}
@@ -288,16 +347,113 @@ TEST_PROMPTS: list[dict[str, str]] = [
 ]
 
 
-def resolve_prompt(prompt: Mapping[str, Any]) -> dict[str, str]:
-    """A prompt with all its fields; only `text` is needed. Raises UserError where that is missing."""
+PROMPT_FIELDS = ("id", "text", "category", "description", "reference")
+
+
+def resolve_prompt(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt with all its fields; only `text` is needed. Raises UserError where that is missing.
+
+    `document` groups the items of one text (an item is its own document otherwise), and `token_ids`, where
+    given, are scored as they are, the first being context only, and nothing is generated: see `text_windows`.
+    """
     text = prompt.get("text")
     if not isinstance(text, str) or not text.strip():
         raise UserError(
             f"prompt {prompt.get('id', dict(prompt))!r} has no text: it needs a non-empty string under 'text'"
         )
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    defaults = {"id": f"prompt_{digest[:12]}", "category": "none", "description": "", "reference": ""}
-    return {**defaults, **prompt}
+    full = {"id": f"prompt_{digest[:12]}", "category": "none", "description": "", "reference": "", **prompt}
+    if not all(isinstance(full[field], str) for field in PROMPT_FIELDS):
+        raise UserError(f"prompt {full['id']!r}: {', '.join(PROMPT_FIELDS)} must be strings")
+    return {"document": full["id"], **full}
+
+
+def _read_text(path: Path, option: str) -> str:
+    """A UTF-8 file that is not empty, else a UserError that names the option."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{option} {path}: {error}") from error
+    if not text.strip():
+        raise UserError(f"{option} {path}: the file is empty")
+    return text
+
+
+def load_prompts(path: Path) -> list[dict[str, Any]]:
+    """Prompts from a file: .txt (one a line), .jsonl, .json (a list) or .csv, with PROMPT_FIELDS as keys.
+
+    Raises UserError naming file and entry for what is not a prompt, and for ids that occur twice.
+    """
+    text, suffix = _read_text(path, "--prompts"), path.suffix.lower()
+    _choice("kind of --prompts file", suffix, (".txt", ".jsonl", ".json", ".csv"))
+    try:
+        if suffix == ".txt":
+            rows = [{"text": line} for line in text.splitlines() if line.strip()]
+        elif suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        elif suffix == ".json":
+            rows = json.loads(text)
+        else:
+            rows = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False).to_dict("records")
+            rows = [{key: value for key, value in row.items() if value} for row in rows]
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--prompts {path}: not valid {suffix[1:]}: {error}") from error
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"--prompts {path}: it must hold a list of prompts")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(
+                f"--prompts {path}: entry {number} is {type(row).__name__}, not an object with 'text'"
+            )
+        try:
+            rows[number - 1] = resolve_prompt({k: row[k] for k in PROMPT_FIELDS if row.get(k) is not None})
+        except UserError as error:
+            raise UserError(f"--prompts {path}, entry {number}: {error}") from error
+    check_ids(rows)
+    return rows
+
+
+def check_ids(prompts: Sequence[Mapping[str, Any]]) -> None:
+    """Results are paired by id: raises UserError for one that occurs twice."""
+    count = collections.Counter(prompt["id"] for prompt in prompts)
+    if repeated := [id for id, times in count.items() if times > 1]:
+        raise UserError(f"prompt ids must differ, but {repeated[0]!r} occurs {count[repeated[0]]} times")
+
+
+def start_token(tokenizer: Any) -> int:
+    """What a text begins with: the beginning-of-text token, else the end-of-text token, else 0."""
+    return next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
+
+
+def text_windows(paths: Sequence[Path], tokenizer: Any, window: int) -> list[dict[str, Any]]:
+    """Plain text files, or folders of .txt files, cut into items of `window` tokens to be scored.
+
+    Each file is a document. Every token is scored once, with the one before its window as first context (the
+    end-of-text token at the start): the windows of lm-evaluation-harness's rolling log-likelihood. A last
+    window shorter than half is left out.
+    """
+    files = []
+    for path in paths:
+        found = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"--text {path}: the folder holds no .txt file")
+        files += [(file, str(file.relative_to(path)) if path.is_dir() else file.name) for file in found]
+    items = []
+    for file, name in files:
+        text = _read_text(file, "--text")
+        tokens = [
+            start_token(tokenizer),
+            *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+        ]
+        for first in range(1, len(tokens), window):
+            part = tokens[first - 1 : first + window]
+            if len(part) > max(1, window // 2):
+                item = {"id": f"{name}:{first - 1}", "category": "text", "document": name, "token_ids": part}
+                items.append(resolve_prompt(item | {"text": tokenizer.decode(part[1:]) or " "}))
+    if not items:
+        raise UserError(f"--text: no file has {window // 2} tokens, half a window of {window}")
+    check_ids(items)
+    return items
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -305,12 +461,9 @@ def resolve_prompt(prompt: Mapping[str, Any]) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------
 #
 # A null says how large the score of an irrelevant expert may be by chance. Each null gives p-values for
-# scores
-# and, the other way round, the smallest score that reaches a given p-value. The second form is what runs
-# inside
-# the model: for a fixed null, p_(k) <= k alpha / E is the same event as s_(k) >= c_k, so a table of E
-# critical
-# scores per layer replaces all p-values.
+# scores and, the other way round, the smallest score that reaches a given p-value. The second form is what
+# runs inside the model: for a fixed null, p_(k) <= k alpha / E is the same event as s_(k) >= c_k, so a table
+# of E critical scores per layer replaces all p-values.
 
 
 def gate_scores(router_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -391,21 +544,18 @@ class EmpiricalNull:
         """[E] levels -> [E] smallest float32 scores whose p-value is at most the level; inf where none is."""
         counts = torch.arange(self.n0 + 1, dtype=torch.float64)
         reachable = (1 + counts) / (self.n0 + 1)  # the p-value when `count` null scores reach s, ascending
-        allowed = (
-            torch.searchsorted(reachable, levels.double().cpu(), side="right") - 1
-        )  # most null scores at or above s
-        # At most m null scores reach s when s lies above the (m + 1)-th largest of them.
+        # At most `allowed` null scores may reach s: those s that lie above the next largest of them.
+        allowed = torch.searchsorted(reachable, levels.double().cpu(), side="right") - 1
         above = self.null_scores.flip(0).cpu()
         bound = above[allowed.clamp(0, self.n0 - 1)]
         critical = torch.nextafter(bound, torch.tensor(math.inf))
-        critical = critical.masked_fill(allowed < 0, math.inf).masked_fill(allowed >= self.n0, -math.inf)
-        return critical
+        return critical.masked_fill(allowed < 0, math.inf).masked_fill(allowed >= self.n0, -math.inf)
 
 
 Null = FlatNull | SoftmaxNull | EmpiricalNull
 
 # ---------------------------------------------------------------------------------------------------------
-# 4. Selection: p-values -> how many experts
+# 4. Selection: scores or p-values -> how many experts
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -446,6 +596,28 @@ def count_rejections(scores: Tensor, critical: Tensor, depth: int) -> Tensor:
     return rejections
 
 
+def counting_rule(config: Mapping[str, Any], critical: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The rule of a resolved configuration: scores [T, E] -> counts before floor and cap, int64 [T].
+
+    critical: the table [E] of a step-up rule, see `critical_scores`; None for the others.
+    """
+    method = config["method"]
+    if method in ("bh", "by"):
+        return lambda scores: count_rejections(scores, critical, config["max_k"])
+    if method == "top_p":  # an expert runs while the mass of the better ones is below p
+
+        def count(scores: Tensor) -> Tensor:
+            mass = scores.topk(min(config["max_k"], scores.shape[-1])).values.exp().cumsum(-1)
+            return (mass < config["p"]).sum(-1) + 1
+
+        return count
+    if method == "min_p":
+        return lambda scores: (scores >= scores.amax(-1, keepdim=True) + math.log(config["ratio"])).sum(-1)
+    if method == "threshold":
+        return lambda scores: (scores >= math.log(config["threshold"])).sum(-1)
+    return lambda scores: scores.new_full(scores.shape[:1], config["k"], dtype=torch.int64)
+
+
 def benjamini_hochberg_routing(
     router_logits: Tensor,
     alpha: float = 0.05,
@@ -475,9 +647,9 @@ def benjamini_hochberg_routing(
     independent or positively dependent. They come from one hidden state, so this cannot be shown; the worst
     case is in `bh_rejections`. The guarantee is about irrelevant experts picked, not about quality lost.
 
-    >>> weights, experts, count = benjamini_hochberg_routing(torch.tensor([9.0, 5.0, 0.0, 0.0]), alpha=0.5)
+    >>> weights, experts, count = benjamini_hochberg_routing(torch.tensor([9.0, 5.0, 0.0]), 0.5, max_k=3)
     >>> experts.tolist(), int(count)
-    ([0, -1, -1, -1], 1)
+    ([0, -1, -1], 1)
     """
     if not router_logits.is_floating_point() or router_logits.ndim == 0 or router_logits.shape[-1] == 0:
         raise UserError(
@@ -511,11 +683,7 @@ def benjamini_hochberg_routing(
         routing_weights,
         selected_experts,
         num_selected,
-        {
-            "p_values": p_values,
-            "thresholds": thresholds,
-            "rejections": rejections,
-        },
+        {"p_values": p_values, "thresholds": thresholds, "rejections": rejections},
     )
 
 
@@ -561,6 +729,8 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     for name, router in model.named_modules():
         if not isinstance(router, router_classes):
             continue
+        if hasattr(router, "_bh_patched"):
+            raise UserError(f"{name} is patched already: leave the first `with` block before the next")
         experts = getattr(model.get_submodule(name.rpartition(".")[0]), "experts", None)
         num_experts, own_k = getattr(router, "num_experts", None), getattr(router, "top_k", None)
         if isinstance(experts, nn.Module) and isinstance(num_experts, int) and isinstance(own_k, int):
@@ -601,38 +771,55 @@ def _renormalizes(router: nn.Module, own_k: int, num_experts: int) -> bool:
     sums = []
     for k in (1, min(max(2, own_k), num_experts)):
         with _replaced(router, "top_k", k), torch.no_grad():
-            sums.append(router(silent)[1].sum().item())
+            sums.append(router.forward(silent)[1].sum().item())
     return abs(sums[1] - sums[0]) <= 0.01 * abs(sums[0])
 
 
 def _adaptive_router(
-    layer: MoELayer, config: Mapping[str, Any], critical: Tensor, observe: Callable
+    layer: MoELayer, config: Mapping[str, Any], critical: Tensor | None, observe: Callable, seed: int
 ) -> Callable:
-    """A `forward` for the router: its own candidates, those beyond the BH count with weight zero.
+    """A `forward` for the router: its own candidates, those beyond the rule's count with weight zero.
 
-    critical: [E], see `count_rejections`. observe: called with the rejections [T] before floor and cap.
+    critical: see `counting_rule`. observe: called with the counts [T] before floor and cap. seed: to shuffle.
     """
-    forward, temperature = layer.router.forward, config["temperature"]
-    min_k, max_k = config["min_k"], min(config["max_k"], layer.num_experts)
-    ranks = torch.arange(max_k, device=layer.device)
+    forward, rule = layer.router.forward, counting_rule(config, critical)
+    temperature = config["temperature"] or 1.0
+    min_k, max_k = _bounds(config, layer.num_experts)
+    target = config["renormalize"]
+    if target == "model":
+        target = "candidates" if layer.renormalizes else "none"
 
     @functools.wraps(forward)
     def adaptive_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights, indices = forward(*args, **kwargs)  # [T, E], [T, K], [T, K]
-        rejections = count_rejections(gate_scores(logits, temperature), critical, max_k)  # [T]
-        observe(rejections)
-        kept_by_rank = ranks < rejections.clamp(min_k, max_k).unsqueeze(-1)  # [T, K]
-        # Half of the architectures return candidates unsorted: the rank of a candidate is that of
-        # its weight.
+        wanted = rule(gate_scores(logits, temperature))  # [T]
+        observe(wanted)
+        count = wanted.clamp(min_k, max_k).unsqueeze(-1)  # [T, 1]
+        if config["shuffle"]:
+            order = torch.randperm(len(count), generator=torch.Generator().manual_seed(seed))
+            count = count[order.to(count.device)]
+        # Half of the architectures return candidates unsorted: a candidate's rank is that of its weight.
         order = weights.argsort(dim=-1, descending=True, stable=True)
-        kept = torch.empty_like(kept_by_rank).scatter_(-1, order, kept_by_rank)
+        ranks = torch.arange(weights.shape[-1], device=weights.device)
+        kept = torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, ranks < count)
         kept_weights = weights.masked_fill(~kept, 0)
-        if layer.renormalizes:
-            # As if the model had been asked for fewer: the kept weights take over the sum of all, exactly.
-            kept_weights = kept_weights * (weights.sum(-1, keepdim=True) / kept_weights.sum(-1, keepdim=True))
-        return logits, kept_weights, indices
+        if target != "none":
+            # "candidates": as if the model had been asked for fewer, the kept take over the sum of all.
+            total = {
+                "candidates": lambda: weights.sum(-1, keepdim=True),
+                "sum": lambda: 1.0,
+                "topk_mass": lambda: weights.topk(layer.own_k).values.sum(-1, keepdim=True),
+            }[target]()
+            kept_weights = kept_weights * (total / kept_weights.sum(-1, keepdim=True))
+        return logits, kept_weights.to(weights.dtype), indices
 
     return adaptive_forward
+
+
+def _bounds(config: Mapping[str, Any], num_experts: int) -> tuple[int, int]:
+    """Floor and cap of the number of experts, no more than there are."""
+    k = config["k"]
+    return (min(k or config["min_k"], num_experts), min(k or config["max_k"], num_experts))
 
 
 def _skipping_experts(experts: nn.Module) -> Callable:
@@ -774,13 +961,16 @@ def patched_routing(
                     f"{layer.name} is patched already: leave the first `with` block before the next"
                 )
             stack.enter_context(_replaced(layer.router, "_bh_patched", True))
-            if config["method"] != "topk":
-                critical = critical_scores(config, layer.num_experts, index, calibration).to(layer.device)
-                routed = _adaptive_router(layer, config, critical, recorder.observer(index))
+            width = _bounds(config, layer.num_experts)[1]
+            if config["renormalize"] == "topk_mass":
+                width = max(width, layer.own_k)
+            if config["method"] != "topk" or config["renormalize"] != "model":
+                critical = critical_scores(config, layer.num_experts, index, calibration)
+                critical = None if critical is None else critical.to(layer.device)
+                routed = _adaptive_router(layer, config, critical, recorder.observer(index), seed=index)
                 stack.enter_context(_replaced(layer.router, "forward", routed))
                 stack.enter_context(_replaced(layer.experts, "forward", _skipping_experts(layer.experts)))
             # config.num_experts_per_tok has no effect after loading; the router's own attribute has.
-            width = min(config["k"] or config["max_k"], layer.num_experts)
             stack.enter_context(_replaced(layer.router, "top_k", width))
             stack.enter_context(layer.router.register_forward_hook(recorder.hook(index)))
         yield recorder
@@ -788,12 +978,20 @@ def patched_routing(
 
 def critical_scores(
     config: Mapping[str, Any], num_experts: int, layer_index: int, calibration: Calibration | None
-) -> Tensor:
-    """The table c_1 >= ... >= c_E of one layer for a resolved `bh` configuration: float32 [E]."""
-    alpha, levels = config["alpha"], bh_levels(config["alpha"], num_experts)
+) -> Tensor | None:
+    """The table c_1 >= ... >= c_E of one layer, float32 [E], for a resolved step-up rule; None for other
+    rules.
+
+    Benjamini-Yekutieli is BH at alpha / (1 + 1/2 + ... + 1/E) (2001, theorem 1.3).
+    """
+    if config["method"] not in ("bh", "by"):
+        return None
+    alpha = config["alpha"]
+    if config["method"] == "by":
+        alpha /= sum(1 / k for k in range(1, num_experts + 1))
     if config["p_values"] != "empirical":
         null = FlatNull(num_experts) if config["p_values"] == "flat" else SoftmaxNull(num_experts)
-        return null.critical_scores(levels).float()
+        return null.critical_scores(bh_levels(alpha, num_experts)).float()
     if calibration is None:
         raise UserError(
             'p_values "empirical" needs calibration=calibrate(model, tokenizer); "flat" needs none'
@@ -802,7 +1000,7 @@ def critical_scores(
     smallest = null.smallest_alpha(num_experts)
     if alpha < smallest:
         raise UserError(
-            f"alpha = {alpha:g} needs n0 + 1 >= E / alpha = {num_experts / alpha:,.0f} null scores a "
+            f"alpha = {alpha:.2g} needs n0 + 1 >= E / alpha = {num_experts / alpha:,.0f} null scores a "
             f"layer; the calibration has n0 = {null.n0:,}, enough for alpha >= {smallest:.2g}. Use a "
             "larger alpha, a longer --calibration-text, or --p-values flat"
         )
@@ -878,10 +1076,8 @@ def sample_calibration_text(model: nn.Module, tokenizer: Any, seed: int) -> Tens
     Plain sampling at temperature 1 over the whole vocabulary, from the first token on, so that the text
     follows the model's own distribution. The global random generators are left as they were.
     """
-    first = next(
-        (token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0
-    )
-    start = torch.full((CALIBRATION_SEQUENCES, 1), first, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    start = torch.full((CALIBRATION_SEQUENCES, 1), start_token(tokenizer), device=device)
     settings = _generation_config(tokenizer, CALIBRATION_LENGTH - 1, do_sample=True, top_k=0)
     with torch.random.fork_rng([start.device] if start.is_cuda else []), torch.inference_mode():
         torch.manual_seed(seed)
@@ -890,11 +1086,7 @@ def sample_calibration_text(model: nn.Module, tokenizer: Any, seed: int) -> Tens
 
 def read_calibration_text(path: Path, tokenizer: Any) -> Tensor:
     """At most CALIBRATION_SEQUENCES windows spread evenly over a text file: int64 [S, CALIBRATION_LENGTH]."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--calibration-text {path}: {error}") from error
-    tokens = torch.tensor(tokenizer(text)["input_ids"])
+    tokens = torch.tensor(tokenizer(_read_text(path, "--calibration-text"), verbose=False)["input_ids"])
     windows = len(tokens) // CALIBRATION_LENGTH
     if not windows:
         raise UserError(
@@ -904,25 +1096,18 @@ def read_calibration_text(path: Path, tokenizer: Any) -> Tensor:
     return tokens[: windows * CALIBRATION_LENGTH].view(windows, CALIBRATION_LENGTH)[take]
 
 
-def calibrate(
-    model: nn.Module, tokenizer: Any, seed: int = DEFAULT_SEED, text_path: Path | None = None
-) -> Calibration:
-    """Record the unpatched routers on text sampled from the model with `seed`, or on a text file.
+def record_routers(model: nn.Module, batches: Sequence[Tensor]) -> Calibration:
+    """Run the unpatched model on token ids [B, S] and keep what its routers did, first positions left out.
 
-    The first position of each sequence is left out: its routing is an outlier in every layer.
+    The routing of a first position is an outlier in every layer.
     """
     layers = find_moe_layers(model)
-    if text_path is None:
-        tokens = sample_calibration_text(model, tokenizer, seed)
-    else:
-        tokens = read_calibration_text(text_path, tokenizer)
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
+    length = 0
 
     def recorder(index: int) -> Callable:
         def record(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            logits, _, indices = (
-                part.unflatten(0, (-1, tokens.shape[1]))[:, 1:].flatten(0, 1) for part in output
-            )
+            logits, _, indices = (part.unflatten(0, (-1, length))[:, 1:].flatten(0, 1) for part in output)
             seen[index].append((logits.float().cpu(), indices.to("cpu", torch.int16)))
 
         return record
@@ -930,10 +1115,121 @@ def calibrate(
     with contextlib.ExitStack() as stack, torch.inference_mode():
         for index, layer in enumerate(layers):
             stack.enter_context(layer.router.register_forward_hook(recorder(index)))
-        for batch in tokens.to(next(model.parameters()).device).split(4):
+        for batch in batches:
+            length, batch = batch.shape[1], batch.to(layers[0].device)
             model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
     logits, own = (torch.stack([torch.cat([batch[i] for batch in layer]) for layer in seen]) for i in (0, 1))
     return Calibration(logits, own)
+
+
+def calibrate(
+    model: nn.Module, tokenizer: Any, seed: int = DEFAULT_SEED, text_path: Path | None = None
+) -> Calibration:
+    """Record the unpatched routers on text sampled from the model with `seed`, or on a text file."""
+    if text_path is None:
+        tokens = sample_calibration_text(model, tokenizer, seed)
+    else:
+        tokens = read_calibration_text(text_path, tokenizer)
+    return record_routers(model, tokens.split(4))
+
+
+def match_experts(
+    name: str, config: Mapping[str, Any], target: float, calibration: Calibration
+) -> dict[str, Any]:
+    """The configuration with its knob (alpha, p, ratio or threshold) set so that it keeps `target` experts.
+
+    The mean is over tokens and layers of the calibration text, as routed by the unpatched model; on other
+    text, and under its own routing, the configuration will keep a few more or fewer. Raises UserError naming
+    the range the rule can reach.
+    """
+    from scipy.optimize import bisect
+
+    config, num_experts = resolve_config(name, config), calibration.logits.shape[-1]
+    knob, bounds = METHODS[config["method"]][0], _bounds(config, num_experts)
+    if config["method"] == "topk":
+        return config
+    scores = [gate_scores(logits, config["temperature"]) for logits in calibration.logits]  # L x [N, E]
+
+    def mean_experts(log_value: float) -> float:
+        changed, total = config | {knob: math.exp(log_value)}, 0.0
+        for index, layer_scores in enumerate(scores):
+            critical = critical_scores(changed, num_experts, index, calibration)
+            total += counting_rule(changed, critical)(layer_scores).clamp(*bounds).double().mean().item()
+        return total / len(scores)
+
+    lowest = 1e-6
+    if config["p_values"] == "empirical":
+        lowest = 1.001 * calibration.null(0, config["temperature"]).smallest_alpha(num_experts)
+        lowest *= sum(1 / k for k in range(1, num_experts + 1)) if config["method"] == "by" else 1
+    ends = math.log(lowest), 0.0
+    reach = sorted(mean_experts(end) for end in ends)
+    if not reach[0] <= target <= reach[1]:
+        raise UserError(
+            f"--match-experts {target:g}: {name} can keep {reach[0]:.2f} to {reach[1]:.2f} experts on the "
+            f"calibration text by its {knob}"
+        )
+    log_value = bisect(lambda value: mean_experts(value) - target, *ends, xtol=1e-3)
+    found, achieved = math.exp(log_value), mean_experts(log_value)
+    if abs(achieved - target) > 0.05:
+        raise UserError(
+            f"--match-experts {target:g}: {name} jumps over it at {knob} = {found:.4g}, where it keeps "
+            f"{achieved:.2f} experts on the calibration text"
+        )
+    logger.info(f"{name} keeps {achieved:.2f} experts on the calibration text at {knob} = {found:.4g}")
+    return config | {knob: float(f"{found:.4g}")}
+
+
+DIAGNOSED_ALPHAS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+
+
+def diagnose_nulls(calibration: Calibration, heldout: Calibration) -> dict[str, Any]:
+    """Do the nulls hold on text they were not calibrated on? At temperature 1, as JSON data, for each null:
+
+    levels and layers: share of null pairs (outside the model's own Top-K) with p <= level, one list per
+    layer; a valid null has share = level. ks: Kolmogorov-Smirnov distance from uniform, per layer. alphas:
+    for each alpha mean rejections of BH before floor and cap, the realised false-discovery proportion
+    (rejected pairs that are null / rejected, 0 where nothing is, mean over tokens and layers) and the share
+    of decisions without rejection.
+    """
+    from scipy import stats
+
+    num_layers, num_tokens, num_experts = heldout.logits.shape
+    levels = torch.logspace(-4, 0, 41, dtype=torch.float64)
+    report: dict[str, Any] = {"n_tokens": num_tokens, "levels": levels.tolist(), "nulls": {}}
+    for name in ("empirical", "flat"):
+        shares, distances, rows = [], [], {alpha: [] for alpha in DIAGNOSED_ALPHAS}
+        for index in range(num_layers):
+            scores = gate_scores(heldout.logits[index])  # [N, E]
+            outside = torch.ones_like(scores, dtype=torch.bool).scatter(1, heldout.own[index].long(), False)
+            null = calibration.null(index, 1.0) if name == "empirical" else FlatNull(num_experts)
+            p_values = null.p_values(scores)  # [N, E]
+            null_p = p_values[outside].sort().values
+            shares.append((torch.searchsorted(null_p, levels, side="right") / len(null_p)).tolist())
+            distances.append(stats.kstest(null_p.numpy(), "uniform", method="asymp").statistic)
+            order = p_values.argsort(dim=-1, stable=True)
+            false_by_rank = outside.gather(1, order).long().cumsum(-1)  # null pairs among the k best
+            for alpha in DIAGNOSED_ALPHAS:
+                rejected = bh_rejections(p_values, alpha)  # [N]
+                false = torch.where(
+                    rejected > 0, false_by_rank.gather(1, rejected.clamp(min=1)[:, None] - 1)[:, 0], 0
+                )
+                rows[alpha].append(
+                    (rejected.double(), false / rejected.clamp(min=1), (rejected == 0).double())
+                )
+        keys = ("mean_rejections", "realised_fdp", "zero_rejection_frac")
+        report["nulls"][name] = {
+            "layers": shares,
+            "ks": distances,
+            "alphas": [
+                {"alpha": alpha}
+                | {
+                    key: torch.cat(part).mean()
+                    for key, part in zip(keys, zip(*values, strict=True), strict=True)
+                }
+                for alpha, values in rows.items()
+            ],
+        }
+    return strict_json(report)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1047,10 +1343,10 @@ class Checkpoint:
             content["results"] = []
             for line in tail.splitlines():
                 try:
-                    row = json.loads(line.rstrip().rstrip(","))
+                    row, _ = json.JSONDecoder().raw_decode(line)
                 except ValueError:
                     continue
-                if isinstance(row, dict):
+                if isinstance(row, dict) and row:
                     content["results"].append(row)
         return content
 
@@ -1070,13 +1366,13 @@ class Checkpoint:
 
     def sync(self) -> None:
         """Force all rows to the disk."""
-        os.fsync(self._file.fileno())
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
         self._unsynced = 0
 
     def close(self) -> None:
-        if not self._file.closed:
-            self.sync()
-            self._file.close()
+        self.sync()
+        self._file.close()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1084,22 +1380,36 @@ class Checkpoint:
 # ---------------------------------------------------------------------------------------------------------
 
 # Every column of bh_routing_results.csv, in order; the README gives each formula.
-IDENTITY_COLUMNS = ("config_name", "prompt_id", "prompt_category", "prompt_text", "status", "error")
+IDENTITY_COLUMNS = (
+    "config_name",
+    "prompt_id",
+    "prompt_category",
+    "document",
+    "prompt_text",
+    "status",
+    "error",
+)
+QUALITY_COLUMNS = (
+    *("reference_nll", "reference_tokens", "reference_bytes", "reference_perplexity", "bits_per_byte"),
+    *("kl_to_baseline", "top1_agreement", "tokens_until_divergence", "repeat_reference_nll"),
+    *("reference_avg_experts", "reference_floor_frac", "reference_cap_frac", "reference_zero_rejection_frac"),
+    "static_nll",
+)
 TEXT_COLUMNS = ("generated_text", "full_text")
 COUNT_COLUMNS = ("num_input_tokens", "num_output_tokens")
 CLOCK_COLUMNS = (  # the only ones that differ when the same experiment is run again
     *("inference_time_sec", "tokens_per_sec", "time_to_first_token_sec", "decode_sec_per_token"),
-    *("peak_memory_gb", "timestamp"),
+    *("repeat_inference_time_sec", "peak_memory_gb", "timestamp"),
 )
 SETTING_COLUMNS = (
     *("model_name", "device", "dtype", "seed", "max_new_tokens", "torch_version", "transformers_version"),
 )
 RESULT_COLUMNS = (
-    *(*IDENTITY_COLUMNS, *TEXT_COLUMNS, *COUNT_COLUMNS, *ROUTING_COLUMNS),
+    *(*IDENTITY_COLUMNS, *TEXT_COLUMNS, *COUNT_COLUMNS, *ROUTING_COLUMNS, *QUALITY_COLUMNS),
     *(*CLOCK_COLUMNS, *CONFIG_FIELDS, *SETTING_COLUMNS),
 )
 STRING_COLUMNS = {*IDENTITY_COLUMNS, *TEXT_COLUMNS, *SETTING_COLUMNS, "timestamp", "method", "p_values"}
-STRING_COLUMNS -= {"seed", "max_new_tokens"}
+STRING_COLUMNS = STRING_COLUMNS - {"seed", "max_new_tokens"} | {"renormalize", "static_nll"}
 
 
 def read_results(path: Path) -> pd.DataFrame:
@@ -1144,13 +1454,14 @@ def choose_dtype(device: torch.device, use_fp16: bool) -> torch.dtype:
 
 def load_model(model_name: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """Model and tokenizer from a folder or the hub: safetensors only, no remote code. Raises UserError."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     safe = {"use_safetensors": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, device_map=str(device), **safe)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"--model {model_name} cannot be loaded: {str(error).strip().splitlines()[0]} (give a folder "
             "with config.json and safetensors, or the name of a hub model; offline, use "
@@ -1248,8 +1559,15 @@ class BHExperimentRunner:
         self.device = next(model.parameters()).device
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         self.layers = find_moe_layers(model)
+        self.context = getattr(model.config, "max_position_embeddings", None) or math.inf
         self.checkpoint: Checkpoint | None = None
         self._routing = contextlib.ExitStack()
+        self._curve = range(
+            1, self.layers[0].own_k
+        )  # static Top-k that the baseline's rows are scored at as well
+        # The model's own log-probabilities and greedy text, of the one prompt that is at work.
+        self._baseline_of, self._baseline = None, None
+        self._greedy_of, self._greedy = None, None
 
     def __repr__(self) -> str:
         first = self.layers[0]
@@ -1261,7 +1579,7 @@ class BHExperimentRunner:
     def _apply_routing_config(self, config: Mapping[str, Any]) -> RoutingRecorder:
         """Route by `config` until the next call or `_restore_original_routing`; returns the live recorder."""
         self._restore_original_routing()
-        return self._routing.enter_context(self._routed(resolve_config("routing", config)))
+        return self._routing.enter_context(self._routed(self._resolve("routing", config)))
 
     def _patch_bh_routing(self, alpha: float, temperature: float, min_k: int, max_k: int) -> RoutingRecorder:
         """Route by BH with these settings and the empirical null."""
@@ -1278,9 +1596,16 @@ class BHExperimentRunner:
 
     def _resolve(self, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         """`resolve_config`, with the model's own K in the built-in baseline, whose 8 is OLMoE's."""
-        config = resolve_config(name, config)
+        config, num_experts = resolve_config(name, config), self.layers[0].num_experts
         if name == BASELINE and config == resolve_config(BASELINE, ROUTING_CONFIGS[BASELINE]):
             config["k"] = self.layers[0].own_k
+        if max(config["k"] or 1, config["min_k"] or 1) > num_experts:
+            field = "k" if config["k"] else "min_k"
+            raise UserError(
+                f"configuration {name!r}: {field} = {config[field]}, but a layer has {num_experts} experts"
+            )
+        if config["max_k"]:
+            config["max_k"] = min(config["max_k"], num_experts)
         return config
 
     # What decides the numbers, besides configuration and prompt
@@ -1309,6 +1634,21 @@ class BHExperimentRunner:
                 f"enough for alpha >= {null.smallest_alpha(self.layers[0].num_experts):.2g}"
             )
         return calibration
+
+    def diagnose(self, prompts: Sequence[Mapping[str, Any]], max_tokens: int = 8192) -> dict[str, Any]:
+        """`diagnose_nulls` on scored texts, up to `max_tokens`; also written to null_diagnostics.json."""
+        batches, total = [], 0
+        for prompt in prompts:
+            with contextlib.suppress(UserError):  # one that does not fit: its rows will say so
+                scored = self._scored_tokens(prompt) if total < max_tokens else None
+                if scored is not None:
+                    batches.append(scored[0])
+                    total += scored[0].shape[1]
+        if not batches:
+            return {}
+        report = diagnose_nulls(self.calibration, record_routers(self.model, batches))
+        write_whole(self.output_dir / "null_diagnostics.json", json.dumps(report, allow_nan=False) + "\n")
+        return report
 
     # Experiments
 
@@ -1340,11 +1680,10 @@ class BHExperimentRunner:
         """Token ids and attention mask [1, S]; UserError where they and the new tokens exceed the context."""
         inputs = self.tokenizer(prompt["text"], return_tensors="pt").to(self.device)
         length = inputs["input_ids"].shape[1]
-        context = getattr(self.model.config, "max_position_embeddings", None) or math.inf
-        if not 0 < length <= context - new_tokens:
+        if not 0 < length <= self.context - new_tokens:
             raise UserError(
                 f"prompt {prompt['id']!r} has {length} tokens; with {new_tokens} new ones it must have 1 to "
-                f"{context - new_tokens} for this model's context of {context}"
+                f"{self.context - new_tokens} for this model's context of {self.context}"
             )
         return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
 
@@ -1358,8 +1697,10 @@ class BHExperimentRunner:
         return dict.fromkeys(RESULT_COLUMNS) | {
             "config_name": name,
             **{f"prompt_{key}": prompt[key] for key in ("id", "category", "text")},
+            "document": prompt["document"],
             "status": "ok",
             "error": "",
+            "static_nll": "",
             **{field: config[field] for field in CONFIG_FIELDS},
             "model_name": self.model_name,
             "device": "cpu" if on_cpu else torch.cuda.get_device_name(self.device),
@@ -1371,6 +1712,66 @@ class BHExperimentRunner:
             "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
 
+    def _scored_tokens(self, prompt: Mapping[str, Any]) -> tuple[Tensor, int, int] | None:
+        """What is teacher-forced for a prompt: ids [1, S], how many of them are context, bytes scored."""
+        if "token_ids" in prompt:
+            ids, context, text = prompt["token_ids"], 1, prompt["text"]
+        elif prompt["reference"]:
+            text = prompt["reference"]
+            ids = self.tokenizer(prompt["text"])["input_ids"]
+            context = len(ids)
+            ids = ids + self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            return None
+        if len(ids) - 1 > self.context:
+            raise UserError(
+                f"prompt {prompt['id']!r}: {len(ids)} tokens to score exceed the context of {self.context}"
+            )
+        return torch.tensor([ids], device=self.device), context, len(text.encode())
+
+    def _log_probabilities(self, ids: Tensor, context: int) -> Tensor:
+        """Log-probabilities of every token at the scored positions, float32: [S - context, V]."""
+        with torch.inference_mode():
+            inputs = ids[:, :-1]
+            logits = self.model(
+                input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False
+            ).logits
+            return logits[0, context - 1 :].float().log_softmax(-1)
+
+    def _score(self, config: Mapping[str, Any], prompt: Mapping[str, Any], own: bool) -> dict[str, Any]:
+        """The QUALITY_COLUMNS that come from teacher forcing; {} for a prompt without a reference."""
+        scored = self._scored_tokens(prompt)
+        if scored is None:
+            return {}
+        ids, context, num_bytes = scored
+        key = (prompt["text"], prompt["reference"], context)
+        if self._baseline_of != key:
+            self._baseline_of, self._baseline = key, self._log_probabilities(ids, context)
+        targets, curve = ids[0, context:, None], {}
+        for k in self._curve if own else ():
+            with self._routed(resolve_config(f"topk_{k}", {"method": "topk", "k": k})):
+                curve[k] = -self._log_probabilities(ids, context).gather(1, targets).mean().item()
+        with self._routed(config) as recorder:
+            scores = self._log_probabilities(ids, context)
+        nll = -scores.gather(1, targets).mean().item()
+        kl = torch.nn.functional.kl_div(scores, self._baseline, reduction="none", log_target=True).sum(-1)
+        routing = recorder.summary(config)
+        shares = ("floor_frac", "cap_frac", "zero_rejection_frac")
+        return {
+            "reference_nll": nll,
+            "reference_tokens": len(targets),
+            "reference_bytes": num_bytes,
+            "reference_perplexity": math.exp(nll) if nll < 700 else None,
+            "bits_per_byte": nll * len(targets) / (math.log(2) * num_bytes),
+            "kl_to_baseline": kl.mean().item(),
+            "top1_agreement": (scores.argmax(-1) == self._baseline.argmax(-1)).double().mean().item(),
+            "repeat_reference_nll": -self._baseline.gather(1, targets).mean().item() if own else None,
+            "static_nll": json.dumps(curve) if curve else "",
+            "reference_avg_experts": routing["avg_experts_per_token"],
+            **{f"reference_{share}": routing[share] for share in shares},
+            **({} if "token_ids" not in prompt else routing),
+        }
+
     def run_single_experiment(
         self,
         config_name: str,
@@ -1378,25 +1779,42 @@ class BHExperimentRunner:
         prompt_data: Mapping[str, Any],
         max_new_tokens: int = DEFAULT_MAX_TOKENS,
     ) -> dict[str, Any]:
-        """Generate from one prompt under one configuration; returns a row with RESULT_COLUMNS as its keys.
+        """Generate from one prompt and score its reference under one configuration; returns a result row.
 
-        The routing statistics cover every token that was routed: the prompt and all new tokens but the last.
-        The model is unpatched afterwards, whatever happened. Raises UserError for a prompt that does not fit.
+        The row has RESULT_COLUMNS as keys. Its routing statistics cover every token that was routed while
+        generating: the prompt and all new tokens but the last; those of the scored text are `reference_*`.
+        The model's own routing is run twice: its `repeat_*` columns are the noise floor. An item with
+        `token_ids` is only scored. The model is unpatched afterwards, whatever happened. Raises UserError for
+        a prompt that does not fit.
         """
         self._restore_original_routing()
         config, prompt = self._resolve(config_name, config), resolve_prompt(prompt_data)
+        own = config == resolve_config("own", {"method": "topk", "k": self.layers[0].own_k}) | {
+            "description": config["description"]
+        }
+        row = self._row(config_name, config, prompt, max_new_tokens)
+        if "token_ids" in prompt:
+            return row | self._score(config, prompt, own)
         inputs = self._encode(prompt, max_new_tokens)
-        row, length = self._row(config_name, config, prompt, max_new_tokens), inputs["input_ids"].shape[1]
+        length = inputs["input_ids"].shape[1]
         with self._routed(config) as recorder:
             output, clock = self._generate(inputs, max_new_tokens)
-        text = self.tokenizer.decode(output[length:], skip_special_tokens=True)
+        tokens = output[length:]
+        key = (prompt["text"], max_new_tokens)
+        if own or self._greedy_of != key:
+            again, second = self._generate(inputs, max_new_tokens)
+            self._greedy_of, self._greedy = key, again[length:]
+            clock["repeat_inference_time_sec"] = second["inference_time_sec"] if own else None
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return row | {
             "generated_text": text,
             "full_text": prompt["text"] + text,
             "num_input_tokens": length,
-            "num_output_tokens": len(output) - length,
+            "num_output_tokens": len(tokens),
+            "tokens_until_divergence": (tokens == self._greedy).long().cumprod(0).sum().item(),
             **recorder.summary(config),
             **clock,
+            **self._score(config, prompt, own),
         }
 
     def run_full_experiment_suite(
@@ -1421,11 +1839,8 @@ class BHExperimentRunner:
             raise UserError("a suite needs at least one configuration and one prompt")
         if not _is_count(max_new_tokens):
             raise UserError(f"max_new_tokens = {max_new_tokens!r}, but it must be at least 1")
-        ids = [prompt["id"] for prompt in prompts]
-        if repeated := [id for id in dict.fromkeys(ids) if ids.count(id) > 1]:
-            raise UserError(
-                f"prompt ids must differ, but {repeated[0]!r} occurs {ids.count(repeated[0])} times"
-            )
+        check_ids(prompts)
+        self._curve = [k for k in range(1, self.layers[0].own_k) if f"topk_{k}" not in configs]
         plan = [(name, prompt) for prompt in prompts for name in configs]
 
         self._restore_original_routing()
@@ -1444,11 +1859,16 @@ class BHExperimentRunner:
                 logger.info(f"{self!r}: {len(plan)} experiments, {len(plan) - len(pending)} finished already")
                 if pending:
                     self._warm_up(configs, prompts[0], max_new_tokens)
+                    if any(config["p_values"] == "empirical" for config in configs.values()):
+                        self.diagnose(prompts)
                 for name, prompt, row in self._run_each(pending, configs, max_new_tokens):
                     finished[name, prompt["id"]] = self.checkpoint.append(row)
             rows = [finished[name, prompt["id"]] for name, prompt in plan]
             frame = pd.DataFrame(rows, columns=list(RESULT_COLUMNS))
-            write_whole(self.output_dir / "bh_routing_results.csv", frame.to_csv(index=False))
+            write_whole(
+                self.output_dir / "bh_routing_results.csv",
+                frame.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC),
+            )
             failed = int((frame["status"] != "ok").sum())
             logger.info(
                 f"{len(frame)} experiments, {failed} failed: {self.output_dir / 'bh_routing_results.csv'}"
@@ -1516,6 +1936,7 @@ METRICS: dict[str, tuple[str, str, int]] = {  # what is tested: column -> title,
     "inference_time_sec": ("inference time", "s", 3),
     "decode_sec_per_token": ("decode time per token", "s", 4),
     "tokens_per_sec": ("throughput", "tokens/s", 1),
+    "reference_nll": ("NLL of the reference", "nats/token", 4),
     "expert_utilization_cv": ("load imbalance, CV over experts", "", 2),
     "expert_utilization_max_min_ratio": ("most to least used expert", "", 1),
 }
@@ -1570,7 +1991,7 @@ def paired_comparison(baseline: Sequence[float], other: Sequence[float]) -> dict
     rounding = 1e-12 * pairs.abs().to_numpy().max()
     if difference.abs().max() <= rounding:
         return result | {"reason": "no pair differs"}
-    result["wilcoxon_p_value"] = stats.wilcoxon(difference).pvalue
+    result["wilcoxon_p_value"] = stats.wilcoxon(difference[difference != 0]).pvalue  # it leaves zeros out
     spread = difference.std(ddof=1)
     if spread <= rounding:
         return result | {"reason": "all pairs differ by the same amount"}
@@ -1641,6 +2062,272 @@ def check_hypotheses(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+QUALITY_MARGIN = math.log(1.01)  # nats per token: 1 % of perplexity, what counts as "no loss" in the TOST
+RESAMPLES = 9_999  # of a bootstrap interval; fewer when RESAMPLES x units would pass ...
+RESAMPLED_VALUES = 10_000_000  # ... this many values, but never below 1,999
+SCORES = ["reference_nll", "reference_tokens", "reference_avg_experts"]  # an item lacking one is left out
+
+
+def item_units(values: pd.Series, documents: pd.Series) -> pd.Series:
+    """One value per document whose plain mean is the mean over items; tests on them respect clustering.
+
+    A document with n_c items that sum to S_c gives u_c = d + (S_c - d n_c) / mean(n), d = sum S / sum n:
+    the linearised ratio estimator (Cochran, Sampling Techniques, 3rd ed. 1977, section 9A.2 and eq. 6.13),
+    so var(u) / units is the cluster-robust variance of d. Where every item is its own document, u = values.
+    Both series are indexed by item.
+    """
+    documents = documents.loc[values.index]
+    if documents.is_unique:
+        return values
+    clusters = values.groupby(documents, sort=False).agg(["sum", "count"])
+    mean = values.mean()
+    return mean + (clusters["sum"] - mean * clusters["count"]) / clusters["count"].mean()
+
+
+def difference_summary(
+    units: pd.Series, margin: float | None = None, seed: int = 0, n_resamples: int = RESAMPLES
+) -> dict[str, Any]:
+    """Mean of paired differences (nats) with its interval, two-sided tests, and equivalence to zero.
+
+    The 95 % interval is the BCa bootstrap over units (Efron 1987). smallest_detectable is the effect that
+    a two-sided 5 % t-test finds with 80 % power: (t_.975 + t_.80) sd / sqrt(n). With a margin, two
+    one-sided t-tests (TOST; Schuirmann 1987): equivalent when both reject, p < 0.05.
+    Where there is nothing to test the entries are None and `reason` says why, decided before any call.
+    """
+    import inspect
+
+    import numpy as np
+    from scipy import stats
+
+    n = len(units)
+    keys = ("ci95_low", "ci95_high", "p_value", "wilcoxon_p_value", "cohens_d", "smallest_detectable")
+    result: dict[str, Any] = {"n_units": n, "mean": float(units.mean()) if n else None}
+    result |= dict.fromkeys((*keys, "equivalence_p_value", "equivalent", "reason"))
+    if n < 2:
+        return result | {"reason": f"{n} independent items, at least 2 are needed"}
+    x = units.to_numpy(float)
+    rounding = 1e-12 * max(1.0, np.abs(x).max())
+    if np.abs(x).max() <= rounding:
+        return result | {"reason": "no item differs"}
+    spread = x.std(ddof=1)
+    if spread <= rounding:
+        return result | {"reason": "all items differ by the same amount"}
+    mean, error, df = x.mean(), spread / math.sqrt(n), n - 1
+    changed = x[np.abs(x) > rounding]  # Wilcoxon's test leaves zeros out; done here, scipy < 1.14 warns
+    # scipy 1.15 renamed the argument; the same generator gives the same interval under both names.
+    name = "rng" if "rng" in inspect.signature(stats.bootstrap).parameters else "random_state"
+    interval = stats.bootstrap(
+        (x,),
+        np.mean,
+        n_resamples=min(n_resamples, max(RESAMPLED_VALUES // n, 1_999)),
+        batch=max(1, 2_000_000 // n),  # bounds memory
+        method="BCa",
+        **{name: np.random.default_rng(seed)},
+    ).confidence_interval
+    result |= {
+        "ci95_low": float(interval.low),
+        "ci95_high": float(interval.high),
+        "p_value": float(2 * stats.t.sf(abs(mean) / error, df)),
+        "wilcoxon_p_value": float(stats.wilcoxon(changed).pvalue),
+        "cohens_d": float(mean / spread),
+        "smallest_detectable": float(stats.t.ppf([0.975, 0.80], df).sum() * error),
+    }
+    if margin is not None:
+        p = float(max(stats.t.sf((mean + margin) / error, df), stats.t.cdf((mean - margin) / error, df)))
+        result |= {"equivalence_p_value": p, "equivalent": p < SIGNIFICANCE_LEVEL}
+    return result
+
+
+def _scored(frame: pd.DataFrame) -> pd.DataFrame:
+    """Finished rows with a finite score."""
+    frame = frame.astype(dict.fromkeys(SCORES, float))
+    return frame[(frame["status"] == "ok") & (abs(frame[SCORES].to_numpy()) < math.inf).all(axis=1)]
+
+
+def _token_mean(rows: pd.DataFrame, column: str) -> float | None:
+    """Mean over tokens of a column that holds means over each item's tokens."""
+    if column not in rows or rows.empty or rows[column].isna().any():
+        return None
+    values, tokens = rows[column].to_numpy(float), rows["reference_tokens"].to_numpy()
+    return float((values * tokens).sum() / tokens.sum())
+
+
+def _by_item(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of one configuration, indexed by prompt_id."""
+    if not rows["prompt_id"].is_unique:
+        twice = rows["prompt_id"][rows["prompt_id"].duplicated()].iloc[0]
+        raise UserError(f"configuration {rows['config_name'].iloc[0]!r} has prompt_id {twice!r} twice")
+    return rows.set_index("prompt_id")
+
+
+def _static_names(frame: pd.DataFrame) -> dict[int, str]:
+    """k -> configuration, for the plain Top-K configurations that make the static curve."""
+    rows = frame[(frame["method"] == "topk") & (frame["renormalize"] == "model")].drop_duplicates(
+        "config_name"
+    )
+    return {int(k): name for k, name in zip(rows["k"], rows["config_name"], strict=True)}
+
+
+def with_static_curve(frame: pd.DataFrame) -> pd.DataFrame:
+    """`frame` and a row for each static score that the baseline's rows carry in `static_nll`."""
+    rows = []
+    for row in frame[frame["static_nll"].fillna("") != ""].to_dict("records"):
+        for k, nll in json.loads(row["static_nll"]).items():
+            changed = {
+                "config_name": f"topk_{k}",
+                "k": float(k),
+                "reference_nll": nll,
+                "reference_avg_experts": float(k),
+            }
+            rows.append(row | changed | {"static_nll": "", "kl_to_baseline": None, "top1_agreement": None})
+    return pd.concat([frame, pd.DataFrame(rows, columns=frame.columns)], ignore_index=True) if rows else frame
+
+
+def static_at(
+    frame: pd.DataFrame, mean_experts: float
+) -> tuple[pd.Series, tuple[int, int, float]] | tuple[None, str]:
+    """NLL per item of static Top-K at `mean_experts`, and the mixture (k_low, k_high, share) that gives it.
+
+    A share of the tokens gets k_high experts, the others k_low, the two static neighbours by the mean they
+    achieved; NLL and compute are then both linear in the share. Items both neighbours have are returned.
+    Never extrapolates, nor across a gap: without k and k + 1 around it the answer is None and a reason. (The
+    curve is convex, so a mixture across a gap would flatter what it is compared with.)
+    """
+    scored, curve = _scored(frame), []
+    for k, name in _static_names(scored).items():
+        rows = _by_item(scored[scored["config_name"] == name])
+        curve.append((_token_mean(rows, "reference_avg_experts"), k, rows["reference_nll"]))
+    if not curve:
+        return None, "no static Top-K configuration was run"
+    curve.sort(key=lambda point: point[:2])
+    below = [point for point in curve if point[0] <= mean_experts + 1e-9]
+    above = [point for point in curve if point[0] >= mean_experts - 1e-9]
+    if not below or not above:
+        span = f"{curve[0][0]:.2f} to {curve[-1][0]:.2f}" if len(curve) > 1 else f"only {curve[0][0]:.2f}"
+        return None, f"{mean_experts:.2f} experts, but static Top-K was measured at {span}"
+    (x_low, k_low, low), (x_high, k_high, high) = below[-1], above[0]
+    if k_high - k_low > 1:
+        return (
+            None,
+            f"{mean_experts:.2f} experts, but between topk_{k_low} and topk_{k_high} nothing was measured",
+        )
+    share = 0.0 if k_low == k_high else (mean_experts - x_low) / (x_high - x_low)
+    return ((1 - share) * low + share * high).dropna(), (k_low, k_high, share)
+
+
+def quality_verdicts(
+    frame: pd.DataFrame,
+    baseline: str,
+    margin: float = QUALITY_MARGIN,
+    n_resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Does a configuration predict the text better than static Top-K that spends the same experts?
+
+    delta_nll is its NLL minus that of the static mixture with its own mean experts, a mean over the items
+    which it, the baseline and both static neighbours have, paired by prompt_id; all its other numbers are
+    over the same items. The share of the mixture is itself estimated from these items, so tests and interval
+    get its first-order term (delta method): slope x (item's experts - mean), whose mean is zero. Without it
+    a rule whose experts vary by item is found different from its equal far too often, or hardly ever.
+    "better" or "worse": the interval excludes zero *and* p, BH-adjusted over all configurations, is < 0.05.
+
+    Returns configuration -> numbers; static ones have no equal-compute test.
+    """
+    frame = with_static_curve(frame)
+    done = _scored(frame)
+    static = _static_names(frame)
+    numbers = [*SCORES, "kl_to_baseline", "top1_agreement"]
+    by_config = {name: _by_item(rows)[numbers] for name, rows in done.groupby("config_name", sort=False)}
+    items = frame.drop_duplicates("prompt_id").set_index("prompt_id", drop=False)
+    documents = items["document"].fillna(items["prompt_id"]) if "document" in items else items["prompt_id"]
+
+    def summary(differences: pd.Series) -> dict[str, Any]:
+        return difference_summary(item_units(differences, documents), margin, seed, n_resamples)
+
+    def one(name: str) -> dict[str, Any]:
+        own, tested = by_config.get(name, done[:0].set_index("prompt_id")), name not in static.values()
+        common, mixture, reason = own.index, None, "static Top-K: it is the curve"
+        common = common.intersection(by_config[baseline].index) if baseline in by_config else common[:0]
+        while tested:  # leaving out items moves the mean, which may move the neighbours; the set only shrinks
+            experts = _token_mean(own.loc[common], "reference_avg_experts")
+            if experts is None:
+                tested, reason = False, "no item was scored by it, the baseline and its static neighbours"
+                break
+            nll, mixture = static_at(done[done["prompt_id"].isin(common)], experts)
+            if nll is None:
+                tested, reason, mixture = False, mixture, None
+            elif common.isin(nll.index).all():
+                break
+            else:
+                common = common[common.isin(nll.index)]
+        own = own.loc[common]
+        nlls, tokens = own["reference_nll"], own["reference_tokens"]
+        to_baseline = summary(nlls - by_config[baseline]["reference_nll"][common] if len(common) else nlls)
+        test = dict.fromkeys(difference_summary(nlls[:0]))
+        if tested:
+            low, high = (by_config[static[k]].loc[common] for k in mixture[:2])
+            step = _token_mean(high, "reference_avg_experts") - _token_mean(low, "reference_avg_experts")
+            slope = (high["reference_nll"] - low["reference_nll"]).mean() / step if step else 0.0
+            extra = (own["reference_avg_experts"] - experts) * tokens / tokens.mean()
+            test = summary(nlls - nll[common] - slope * extra)
+            reason = test["reason"]
+        names = ("ci95_low", "ci95_high", "p_value", "wilcoxon_p_value", "cohens_d", "smallest_detectable")
+        mean_nll = _token_mean(own, "reference_nll")
+        return {
+            "mean_experts": _token_mean(own, "reference_avg_experts"),
+            "delta_nll": test["mean"],
+            **{key: test[key] for key in names},
+            "static_mixture": mixture,
+            "delta_to_baseline": to_baseline["mean"],
+            "delta_to_baseline_ci95_low": to_baseline["ci95_low"],
+            "delta_to_baseline_ci95_high": to_baseline["ci95_high"],
+            "equivalence_p_value": to_baseline["equivalence_p_value"],
+            "equivalent_to_baseline": to_baseline["equivalent"],
+            "n_items": len(common),
+            "n_units": to_baseline["n_units"],
+            "n_left_out": len(items) - len(common),
+            "perplexity": None if mean_nll is None else math.exp(mean_nll),
+            **{key: _token_mean(own, key) for key in ("kl_to_baseline", "top1_agreement")},
+            "reason": reason,
+        }
+
+    verdict = {name: one(name) for name in _order(frame["config_name"])}
+    adjust_p_values(list(verdict.values()))
+    for name, row in verdict.items():
+        found = row.pop("significant") and not row["ci95_low"] <= 0 <= row["ci95_high"]
+        row["verdict"] = ("better" if row["delta_nll"] < 0 else "worse") if found else "undecided"
+        if name in static.values():
+            row["verdict"] = None
+    return verdict
+
+
+def shuffle_effects(frame: pd.DataFrame) -> dict[str, Any]:
+    """Each shuffled configuration against the same one unshuffled, if both ran: NLL difference per item.
+
+    Both keep the same numbers of experts; what differs is which token gets them.
+    """
+    done = _scored(frame)
+    first = frame.drop_duplicates("config_name").set_index("config_name")
+    settings = first[list(CONFIG_FIELDS)].drop(columns="shuffle").astype(str).apply(tuple, axis=1)
+    shuffled = first["shuffle"].astype(str) == "True"
+    effects = {}
+    for name in first.index[shuffled]:
+        for twin in first.index[~shuffled & (settings == settings[name])]:
+            rows = [_by_item(done[done["config_name"] == which]) for which in (name, twin)]
+            difference = (rows[0]["reference_nll"] - rows[1]["reference_nll"]).dropna()
+            documents = rows[0]["document"].loc[difference.index]
+            effects[name] = {"unshuffled": twin} | difference_summary(item_units(difference, documents))
+    return effects
+
+
+def _read_diagnostics(output_dir: Path) -> dict[str, Any] | None:
+    """What `BHExperimentRunner.diagnose` left in the folder, None where there is nothing that can be read."""
+    try:
+        return json.loads((output_dir / "null_diagnostics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
     """Summaries and paired tests of a results table; also written to `analysis_summary.json`, strict JSON.
 
@@ -1648,12 +2335,15 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
     left out. Pairs are formed by prompt_id, never by row order.
 
     Returns a dict with baseline, n_experiments, n_failed, n_prompts, summary_by_config, summary_by_category,
-    statistical_tests (configuration -> metric -> tests against the baseline) and hypotheses.
-    Raises UserError when no row is left.
+    statistical_tests (configuration -> metric -> tests against the baseline), verdict (`quality_verdicts`),
+    shuffle_effects, noise_floor (the baseline's second run against its first), null_diagnostics and
+    hypotheses. Raises UserError when no row is left.
     """
     done = df[df["status"] == "ok"]
     if done.empty:
         raise UserError(f"nothing to analyse: none of {len(df)} experiments finished")
+    for name in _order(df["config_name"]):
+        check_name(name)
     baseline = choose_baseline(done)
     by_config = {name: done[done["config_name"] == name] for name in _order(done["config_name"])}
     by_prompt = {name: rows.set_index("prompt_id") for name, rows in by_config.items()}
@@ -1676,6 +2366,14 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
             for category in _order(done["prompt_category"])
         },
         "statistical_tests": tests,
+        "verdict": quality_verdicts(df, baseline),
+        "shuffle_effects": shuffle_effects(df),
+        "quality_margin": QUALITY_MARGIN,
+        "noise_floor": {
+            column: paired_comparison(by_config[baseline][column], by_config[baseline][f"repeat_{column}"])
+            for column in ("inference_time_sec", "reference_nll")
+        },
+        "null_diagnostics": _read_diagnostics(Path(output_dir)),
     }
     analysis = strict_json(analysis | {"hypotheses": check_hypotheses(analysis)})
     write_whole(
@@ -1713,7 +2411,7 @@ def _plot_bars(frame: pd.DataFrame, column: str, ax: Any, use_median: bool = Fal
     style = {"alpha": 0.75, "capsize": 0.15, "err_kws": {"linewidth": 1.2, "color": "0.2"}, "legend": False}
     spread = {"estimator": estimator, "errorbar": interval, "seed": 0}
     sns.barplot(**common, hue="config_name", palette=_palette(order), **spread, **style)
-    sns.stripplot(**common, color="0.25", size=3, alpha=0.6, jitter=0.12)
+    sns.stripplot(**common, color="0.25", size=3, alpha=0.4, jitter=False)
     note = "median and quartiles" if use_median else "mean and 95 % interval"
     title = f"{METRICS[column][0]}: {note} over {frame['prompt_id'].nunique()} prompts"
     ax.set(xlabel="", title=title[0].upper() + title[1:])
@@ -1775,17 +2473,173 @@ def plot_experts_vs_latency(frame: pd.DataFrame, ax: Any = None) -> Any:
     return ax
 
 
-PLOTS: dict[str, tuple[Callable, str]] = {  # file name -> how it is drawn, what it shows
-    "avg_experts_comparison": (plot_avg_experts, "Experts per token and layer"),
-    "inference_time_comparison": (plot_inference_time, "Inference time"),
-    "expert_utilization_cv": (plot_utilization_cv, "Balance of expert use"),
-    "experts_by_category": (plot_experts_by_category, "Experts by prompt category"),
-    "experts_vs_latency": (plot_experts_vs_latency, "Experts against latency"),
+FAMILY_COLUMNS = ("method", "p_values", "max_k", "temperature", "renormalize", "shuffle")
+VERDICT_COLORS = {"better": "#0173b2", "worse": "#d55e00", "undecided": "0.5"}
+
+
+def _families(frame: pd.DataFrame, names: list[str]) -> dict[str, list[str]]:
+    """Label -> configurations that differ in their knob only; a label names what differs between families."""
+    rows = frame.drop_duplicates("config_name").set_index("config_name").loc[names]
+    columns = [
+        c for c in FAMILY_COLUMNS if c in rows and (c == "method" or rows[c].nunique(dropna=False) > 1)
+    ]
+    families: dict[str, list[str]] = {}
+    for name, row in rows[columns].iterrows():
+        row = row[row.notna() & ~row.astype(str).isin(["", "False"])]
+        words = (
+            f"{c} {v:g}" if isinstance(v, (int, float)) else str(v)
+            for c, v in row.drop("shuffle", errors="ignore").items()
+        )
+        families.setdefault(", ".join([*words, *["shuffled"] * ("shuffle" in row)]), []).append(name)
+    return families
+
+
+def _nats_scale(ax: Any, which: str, values: list[float]) -> None:
+    """Linear within +-0.01 nats, logarithmic beyond: 0.4 and 0.004 nats can be read off one axis."""
+    low, high = 1.3 * min(values), 1.3 * max(values)
+    if max(-low, high) <= 0.05:
+        ax.locator_params(which, nbins=6)
+    else:
+        getattr(ax, f"set_{which}scale")("symlog", linthresh=0.01)
+        steps = (0.005, *(step * 10.0**power for power in range(-2, 2) for step in (1, 3)))
+        ticks = [tick for tick in (*(-step for step in steps), 0.0, *steps) if low <= tick <= high]
+        getattr(ax, f"{which}axis").set_ticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
+        getattr(ax, f"{which}axis").set_ticks([], minor=True)
+
+
+def plot_quality_vs_experts(frame: pd.DataFrame, ax: Any = None, verdicts: Any = None) -> Any:
+    """Difference to the baseline in NLL against mean experts: the static curve, and each rule's ladder.
+
+    Differences are paired by item, so band and bars (95 %) hold what the comparison leaves uncertain, not
+    how hard the items are. Between two static points the curve is their mixture.
+    """
+    import numpy as np
+    import seaborn as sns
+
+    found = verdicts or quality_verdicts(frame, choose_baseline(frame))
+    frame = with_static_curve(frame)
+    ax, mean, names = _axes(ax), "delta_to_baseline", _static_names(frame).values()
+    rows = pd.DataFrame.from_dict(found, orient="index").dropna(subset=mean)
+    ends = [rows[f"{mean}_ci95_{side}"].astype(float).fillna(rows[mean]) for side in ("low", "high")]
+    rows = rows.assign(low=ends[0], high=ends[1])  # no width where no item differs: the baseline itself
+    static = rows[rows.index.isin(names)].sort_values("mean_experts")
+    gray, style = {"color": "0.2", "linewidth": 1.4}, {"linewidth": 1.2, "elinewidth": 0.8, "markersize": 5}
+    if len(static):
+        x = np.union1d(np.linspace(*static["mean_experts"].iloc[[0, -1]], 400), static["mean_experts"])
+        low, middle, high = (
+            np.interp(x, static["mean_experts"], static[key]) for key in ("low", mean, "high")
+        )
+        ax.fill_between(x, low, high, color="0.2", alpha=0.15, linewidth=0)
+        ax.plot(x, middle, **gray)
+        ax.plot(static["mean_experts"], static[mean], "o", color="0.2", markersize=5)
+        ax.plot([], [], "o-", **gray, markersize=5, label="static Top-K")
+    colors, markers = sns.color_palette("colorblind", 10), "sD^v<>phd*"
+    for i, (label, members) in enumerate(_families(frame, [n for n in rows.index if n not in names]).items()):
+        ladder = rows.loc[members].sort_values("mean_experts")
+        bars = np.maximum([ladder[mean] - ladder["low"], ladder["high"] - ladder[mean]], 0)
+        mark = {
+            "color": colors[i % 10],
+            "marker": markers[i % 10],
+            "markeredgecolor": "white",
+            "label": label,
+        }
+        ax.errorbar(ladder["mean_experts"], ladder[mean], yerr=bars, markeredgewidth=0.5, **mark, **style)
+    if len(ax.figure.axes) == 1:
+        ax.figure.set_figwidth(8.5)  # room for the legend
+    if len(rows):
+        _nats_scale(ax, "y", [*rows["low"], *rows["high"]])
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
+    ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    ax.set(
+        xlabel="experts per token and layer", ylabel=f"NLL minus {choose_baseline(frame)}'s, nats per token"
+    )
+    ax.set_title("Quality against compute (lower is better)" if len(rows) else "No configuration was scored")
+    return ax
+
+
+def plot_delta_at_equal_compute(frame: pd.DataFrame, ax: Any = None, verdicts: Any = None) -> Any:
+    """One row per adaptive configuration: NLL minus that of static Top-K with the same mean experts, 95 %."""
+    found = verdicts or quality_verdicts(frame, choose_baseline(frame))
+    ax, static, spans = _axes(ax), _static_names(with_static_curve(frame)).values(), [0.0]
+    rows = {name: row for name, row in found.items() if name not in static}
+    if len(ax.figure.axes) == 1:
+        ax.figure.set_figheight(1.7 + 0.26 * max(len(rows), 4))
+    side = {"va": "center", "transform": ax.get_yaxis_transform()}
+    for y, row in enumerate(rows.values()):
+        ax.text(1.02, y, "–" if row["mean_experts"] is None else f"{row['mean_experts']:.2f}", **side)
+        color, delta = VERDICT_COLORS[row["verdict"]], row["delta_nll"]
+        if delta is None:
+            ax.text(0.98, y, "not comparable", ha="right", color="0.5", **side)
+            continue
+        ends = [delta if row[key] is None else row[key] for key in ("ci95_low", "ci95_high")]
+        ax.plot(ends, [y, y], color=color, linewidth=1.8, solid_capstyle="butt")
+        ax.plot(delta, y, "o", color=color, markersize=5, markerfacecolor="white" if row["reason"] else color)
+        spans += ends
+    _nats_scale(ax, "x", spans)
+    ax.axvline(0, color="0.2", linewidth=1)
+    for verdict, color in VERDICT_COLORS.items():
+        ax.plot([], [], "o-", color=color, linewidth=1.8, markersize=5, label=verdict)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel="NLL minus static Top-K at equal experts, nats per token")
+    ax.set_title("Against static Top-K at equal compute (left is better)", pad=22)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, borderaxespad=0.1)
+    ax.annotate(
+        "experts", (1.02, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", color="0.4"
+    )
+    return ax
+
+
+def plot_null_calibration(diagnostics: Mapping[str, Any], axes: Any = None) -> Any:
+    """Are the nulls right? Left: share of held-out null pairs with p <= level, a line a layer; on the
+    diagonal a p-value is exact, above it too small. Right: realised false-discovery proportion of BH against
+    alpha.
+    """
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    left, right = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")[1] if axes is None else axes
+    levels = diagnostics["levels"]
+    for color, (name, null) in zip(
+        sns.color_palette("colorblind"), diagnostics["nulls"].items(), strict=False
+    ):
+        for index, shares in enumerate(null["layers"]):
+            left.plot(levels, shares, color=color, linewidth=0.9, alpha=0.7, label=None if index else name)
+        curve = pd.DataFrame(null["alphas"])
+        right.plot(curve["alpha"], curve["realised_fdp"], "o-", color=color, markersize=4, label=name)
+    left.plot([levels[0], 1], [levels[0], 1], color="0.2", linestyle=":", label="exact")
+    right.plot([0.001, 0.5], [0.001, 0.5], color="0.2", linestyle=":", label="alpha")
+    for ax in (left, right):
+        ax.set(xscale="log", yscale="log")
+        ax.legend(frameon=False)
+    right.set(ylim=(3e-4, 1))
+    left.set(xlabel="p-value level", ylabel="share of null pairs at or below", ylim=(levels[0] / 2, 1.5))
+    left.set_title("Uniformity on held-out text, by layer")
+    right.set(
+        xlabel="alpha", ylabel="realised proportion", title="False discoveries of BH, before floor and cap"
+    )
+    return left, right
+
+
+# File name -> how it is drawn, what it shows, and the column without which there is nothing to show
+PLOTS: dict[str, tuple[Callable, str, str]] = {
+    "avg_experts_comparison": (plot_avg_experts, "Experts per token and layer", "avg_experts_per_token"),
+    "inference_time_comparison": (plot_inference_time, "Inference time", "inference_time_sec"),
+    "expert_utilization_cv": (plot_utilization_cv, "Balance of expert use", "expert_utilization_cv"),
+    "experts_by_category": (plot_experts_by_category, "Experts by category", "avg_experts_per_token"),
+    "experts_vs_latency": (plot_experts_vs_latency, "Experts against latency", "decode_sec_per_token"),
+    "quality_vs_experts": (plot_quality_vs_experts, "Quality against compute", "reference_nll"),
+    "delta_at_equal_compute": (plot_delta_at_equal_compute, "Quality at equal compute", "reference_nll"),
+    "null_calibration": (plot_null_calibration, "Calibration of the nulls", "null_diagnostics"),
 }
 
 
-def create_visualizations(df: pd.DataFrame, output_dir: str | Path) -> list[Path]:
-    """Draw every plot in PLOTS into `output_dir`/plots as PNG at 300 DPI; returns the paths."""
+def create_visualizations(
+    df: pd.DataFrame, output_dir: str | Path, analysis: Mapping[str, Any] | None = None
+) -> list[Path]:
+    """Draw every plot in PLOTS that has data into `output_dir`/plots, PNG at 300 DPI; returns the paths.
+
+    analysis: what `analyze_results` returned, to save doing its statistics again.
+    """
     import matplotlib.pyplot as plt
     import seaborn as sns
 
@@ -1794,14 +2648,24 @@ def create_visualizations(df: pd.DataFrame, output_dir: str | Path) -> list[Path
         raise UserError(f"nothing to draw: none of {len(df)} experiments finished")
     folder = Path(output_dir) / "plots"
     folder.mkdir(parents=True, exist_ok=True)
+    diagnostics = _read_diagnostics(Path(output_dir))
+    verdicts = analysis["verdict"] if analysis else None
     paths = []
     with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
-        for name, (draw, _) in PLOTS.items():
-            figure, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        for name, (draw, _, needed) in PLOTS.items():
+            path = folder / f"{name}.png"
+            path.unlink(missing_ok=True)  # no plot of an earlier run beside the report of this one
+            if needed == "null_diagnostics" and diagnostics:
+                figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
+                arguments: tuple = (diagnostics, axes)
+            elif needed in done and done[needed].notna().any():
+                figure, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
+                arguments = (df, ax, verdicts) if needed == "reference_nll" else (done, ax)
+            else:
+                continue
             try:
-                draw(done, ax)
+                draw(*arguments)
                 sns.despine(figure, left=True)
-                path = folder / f"{name}.png"
                 # No creation date or version in the file: the same results give the same bytes.
                 figure.savefig(path, dpi=300, metadata={"Software": None})
                 paths.append(path)
@@ -1838,6 +2702,145 @@ def _table(rows: Sequence[Mapping[str, str]]) -> str:
 
 def _bullets(lines: Sequence[str]) -> str:
     return "".join(f"- {line}\n" for line in lines)
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.4f}"
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "–" if low is None else f"{low:+.4f} to {high:+.4f}"
+
+
+def _verdict_sentence(analysis: Mapping[str, Any]) -> str:
+    """The answer in one sentence; it claims nothing whose interval includes zero."""
+    compared = {n: row for n, row in analysis["verdict"].items() if row["delta_nll"] is not None}
+    if not compared:
+        reasons = [row["reason"] for row in analysis["verdict"].values() if row["verdict"]]
+        reason = reasons[0] if reasons else "only static Top-K was run"
+        return f"This run cannot compare quality at equal compute: {reason}."
+    counts = {word: sum(row["verdict"] == word for row in compared.values()) for word in VERDICT_COLORS}
+    best = min(compared, key=lambda name: compared[name]["delta_nll"])
+    row = compared[best]
+    if counts["better"]:
+        best = min(
+            (n for n in compared if compared[n]["verdict"] == "better"),
+            key=lambda n: compared[n]["delta_nll"],
+        )
+        row = compared[best]
+        ending = f"the largest gain is `{best}`'s, "
+    else:
+        ending = f"the lowest estimate, which is no evidence of a gain, is `{best}`'s, "
+    return (
+        f"**Against static Top-K that spends the same number of experts, {counts['better']} of "
+        f"{len(compared)} configurations predict the text better, {counts['worse']} worse, "
+        f"{counts['undecided']} undecided; {ending}{row['delta_nll']:+.4f} nats per token (95 % interval "
+        f"{_interval(row['ci95_low'], row['ci95_high'])}, adjusted p {_p(row['p_value_adjusted'])}, "
+        f"{row['n_items']} items) at {row['mean_experts']:.2f} experts.**"
+    )
+
+
+def _quality_row(name: str, row: Mapping[str, Any]) -> dict[str, str]:
+    equivalent = {True: "yes", False: "no", None: "–"}[row["equivalent_to_baseline"]]
+    return {
+        "configuration": f"`{name}`",
+        "experts": _number(row["mean_experts"]),
+        "NLL at equal compute": _signed(row["delta_nll"]),
+        "95 % interval": _interval(row["ci95_low"], row["ci95_high"]),
+        "p adjusted": _p(row["p_value_adjusted"]),
+        "detectable": _number(row["smallest_detectable"], 4),
+        "verdict": row["verdict"] or "static",
+        "NLL to baseline": _signed(row["delta_to_baseline"]),
+        "95 % interval to baseline": _interval(
+            row["delta_to_baseline_ci95_low"], row["delta_to_baseline_ci95_high"]
+        ),
+        "equivalent": equivalent,
+        "perplexity": _number(row["perplexity"]),
+        "KL": _number(row["kl_to_baseline"], 4),
+        "top-1 agreement": _number(row["top1_agreement"], 3),
+        "items": str(row["n_items"]) + (f" ({row['n_left_out']} left out)" if row["n_left_out"] else ""),
+    }
+
+
+def _noise_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """What the baseline differs from itself by: the least that any other difference must exceed."""
+    lines, clock, nll = (
+        [],
+        analysis["noise_floor"]["inference_time_sec"],
+        analysis["noise_floor"]["reference_nll"],
+    )
+    if clock["n_pairs"]:
+        line = f"Time: `{analysis['baseline']}` run twice, {clock['median_ratio']:.3f} times itself (median)"
+        if clock["ci95_low"] is not None:
+            line += f", mean difference {_interval(clock['ci95_low'], clock['ci95_high'])} s (95 %)"
+        lines.append(line + ".")
+    if nll["n_pairs"]:
+        lines.append(f"NLL: scored twice, mean difference {nll['mean_difference']:+.6f} nats per token.")
+    return lines
+
+
+def _shuffle_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, effect in analysis["shuffle_effects"].items():
+        if effect["mean"] is None:
+            continue
+        clear = effect["ci95_low"] is not None and not effect["ci95_low"] <= 0 <= effect["ci95_high"]
+        word = ("worse" if effect["mean"] > 0 else "better") if clear else "not clearly different"
+        lines.append(
+            f"`{name}`, the counts of `{effect['unshuffled']}` given to other tokens: {word}, "
+            f"{_signed(effect['mean'])} nats per token "
+            f"({_interval(effect['ci95_low'], effect['ci95_high'])})."
+        )
+    return lines
+
+
+def _null_rows(diagnostics: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [
+        {
+            "null": name,
+            "alpha": f"{row['alpha']:g}",
+            "rejections, mean": _number(row["mean_rejections"]),
+            "realised false-discovery proportion": _number(row["realised_fdp"], 4),
+            "no rejection, %": _number(100 * row["zero_rejection_frac"], 1),
+        }
+        for name, null in diagnostics["nulls"].items()
+        for row in null["alphas"]
+    ]
+
+
+def _quality_parts(analysis: Mapping[str, Any]) -> list[str]:
+    """The report's sections on quality and on the nulls."""
+    margin, diagnostics = math.expm1(analysis["quality_margin"]), analysis["null_diagnostics"]
+    parts = [
+        "## Quality at equal compute",
+        "NLL in nats per token of the scored text (reference continuations, or the windows of `--text`), "
+        "a mean over items. *At equal compute*: minus that of static Top-K mixed to the same mean number "
+        "of experts on the same items. Intervals: BCa bootstrap over documents; p: paired t, BH-adjusted "
+        "over the configurations; verdict: better or worse only if the interval excludes zero and the "
+        f"adjusted p is below {SIGNIFICANCE_LEVEL:g}. Detectable: the smallest effect found with 80 % "
+        f"power. Equivalent: two one-sided t-tests against the baseline within {100 * margin:.0f} % of "
+        "perplexity. KL: from the baseline's predictions, nats.",
+        _table([_quality_row(name, row) for name, row in analysis["verdict"].items()]),
+        "Noise floor, the baseline against itself:\n\n" + _bullets(_noise_sentences(analysis)),
+    ]
+    if lines := _shuffle_sentences(analysis):
+        parts += ["Does it matter which token gets many experts?\n\n" + _bullets(lines)]
+    if diagnostics:
+        ks = (
+            f"{name}: {', '.join(_number(value, 3) for value in null['ks'])}"
+            for name, null in diagnostics["nulls"].items()
+        )
+        parts += [
+            "## Calibration of the nulls",
+            "An expert counts as *irrelevant* for a token when the model's own Top-K leaves it out. On "
+            f"{diagnostics['n_tokens']} tokens of the scored text, not used for calibration, the p-values "
+            "of such pairs should be uniform, and BH at alpha should reject at most a share alpha of "
+            "them. FDR bounds experts picked though irrelevant in this sense; it promises nothing about "
+            "quality. Before floor and cap:",
+            _table(_null_rows(diagnostics)),
+            f"Kolmogorov-Smirnov distance from uniform, by layer: {'; '.join(ks)}.",
+        ]
+    return parts
 
 
 def _findings(analysis: Mapping[str, Any]) -> list[str]:
@@ -1885,10 +2888,17 @@ def _conclusions(analysis: Mapping[str, Any]) -> list[str]:
             )
     held = [item["held"] for item in analysis["hypotheses"] if item["held"] is not None]
     lines.append(f"{sum(held)} of {len(held)} measured expectations of the earlier attempt held.")
-    lines.append(
-        "Experts and seconds say nothing about quality. Before using fewer experts, compare the quality "
-        "of the text at the compute that was really spent."
-    )
+    words = {name: row["verdict"] for name, row in analysis["verdict"].items()}
+    for word in ("better", "worse"):
+        if names := [f"`{name}`" for name, found in words.items() if found == word]:
+            lines.append(f"{word.capitalize()} than static Top-K at equal compute: {', '.join(names)}.")
+    if equivalent := [
+        f"`{n}`" for n, row in analysis["verdict"].items() if words[n] and row["equivalent_to_baseline"]
+    ]:
+        margin = 100 * math.expm1(analysis["quality_margin"])
+        lines.append(
+            f"Within {margin:.0f} % of `{base}`'s perplexity (equivalence test): {', '.join(equivalent)}."
+        )
     if analysis["n_prompts"] < 30:
         lines.append(
             f"{analysis['n_prompts']} prompts show large effects only; use more prompts for small ones."
@@ -1973,11 +2983,13 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
     parts = [
         "# BH routing against Top-K: report",
         "## Executive summary",
+        _verdict_sentence(analysis),
         f"{_cell(first['model_name'])}, {machine}: {df['config_name'].nunique()} configurations x "
         f"{df['prompt_id'].nunique()} prompts, {int(first['max_new_tokens'])} new tokens each, "
         f"{minutes:.1f} minutes of inference. "
         f"{f'{len(failed)} experiments failed and are left out.' if len(failed) else ''}",
         _bullets(_findings(analysis)),
+        *_quality_parts(analysis),
         "## Summary by configuration",
         _table(
             [
@@ -1998,7 +3010,11 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
         "Mean experts per token and layer.",
         _table(categories),
         "## Plots",
-        *(f"### {title}\n\n![{title}](plots/{name}.png)" for name, (_, title) in PLOTS.items()),
+        *(
+            f"### {title}\n\n![{title}](plots/{name}.png)"
+            for name, (_, title, needed) in PLOTS.items()
+            if analysis.get(needed) or (needed in done and done[needed].notna().any())
+        ),
         "## What was expected, and what was measured",
         "An earlier attempt wrote these expectations down for OLMoE-1B-7B-0924 without measuring them. "
         f"Measured here on {_cell(first['model_name'])}.",
@@ -2012,10 +3028,6 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
             [_config_row(row["config_name"], row) for _, row in df.drop_duplicates("config_name").iterrows()]
         ),
         _table([{"setting": _cell(name), "value": _cell(value)} for name, value in settings.items()]),
-        "In a `bh` configuration with `p_values` = empirical, an expert counts as irrelevant for a token "
-        "when the model's own Top-K leaves it out; alpha bounds the expected share of such experts among "
-        "those picked, under independence or positive dependence of a token's p-values. It bounds no "
-        "loss of quality.",
     ]
     if len(failed):
         keys = ("config_name", "prompt_id", "error")
@@ -2030,7 +3042,7 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
 def write_report(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
     """Analysis, plots and report of a results table, into `output_dir`; returns the analysis."""
     analysis = analyze_results(df, output_dir)
-    create_visualizations(df, output_dir)
+    create_visualizations(df, output_dir, analysis)
     generate_markdown_report(df, analysis, Path(output_dir) / "REPORT.md")
     return analysis
 
@@ -2072,7 +3084,35 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="float32 instead of bfloat16 (float16 on a GPU without bfloat16)",
     )
-    add("--p-values", choices=P_VALUES, help="null for every bh configuration, instead of its own")
+    add("--suite", default="default", help=f"family of configurations: {', '.join(SUITES)}")
+    add("--configs", help="comma-separated names: only these configurations")
+    add(
+        "--routing-configs",
+        type=Path,
+        metavar="FILE",
+        help="JSON file with configurations of your own, by name",
+    )
+    add(
+        "--match-experts",
+        type=float,
+        metavar="K",
+        help="set the knob of every adaptive rule to keep K experts",
+    )
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="prompts instead of the built-in ones: .txt .jsonl .json .csv",
+    )
+    add(
+        "--text",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="score text files or folders in windows; no generation",
+    )
+    add("--window", type=int, default=DEFAULT_WINDOW, help="tokens in a window of --text")
+    add("--p-values", choices=P_VALUES, help="null for every step-up rule, instead of its own")
     add("--calibration-text", metavar="FILE", help="text for the empirical null, instead of the model's own")
     add("--seed", type=int, default=DEFAULT_SEED, help="for sampling the calibration text")
     add(
@@ -2081,27 +3121,56 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The configurations that --suite, --configs, --routing-configs and --p-values ask for."""
+    suite = SUITES[_choice("--suite", args.suite, tuple(SUITES))]
+    own: dict[str, dict[str, Any]] = {}
+    if args.routing_configs:
+        try:
+            own = json.loads(_read_text(args.routing_configs, "--routing-configs"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"--routing-configs {args.routing_configs}: not valid JSON: {error}") from error
+        if not isinstance(own, dict) or not all(isinstance(config, dict) for config in own.values()):
+            raise UserError(
+                f'--routing-configs {args.routing_configs}: it must hold {{"name": {{"method": ...}}}}'
+            )
+    known = SUITES["all"] | own
+    names = [name.strip() for name in args.configs.split(",")] if args.configs else [*suite, *own]
+    configs = {name: known[_choice("configuration in --configs", name, tuple(known))] for name in names}
+    if args.p_values:
+        step_up = ("bh", "by")
+        configs = {
+            n: c | {"p_values": args.p_values} if c.get("method") in step_up else c
+            for n, c in configs.items()
+        }
+    return {name: resolve_config(name, config) for name, config in configs.items()}
+
+
 def run(args: argparse.Namespace) -> int:
     """What the command line asks for; returns the exit code: 0, or 1 when an experiment failed."""
-    for option, value in (
-        ("--max-tokens", args.max_tokens),
-        ("--checkpoint-interval", args.checkpoint_interval),
-    ):
-        if value < 1:
-            raise UserError(f"{option} {value}: it must be at least 1")
+    for option in ("max_tokens", "checkpoint_interval", "window"):
+        if getattr(args, option) < 1:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: it must be at least 1")
     if args.analyze_only:
         df = read_results(args.output / "bh_routing_results.csv")
     else:
-        override = {"p_values": args.p_values} if args.p_values else {}
-        configs = {
-            name: config | override if config["method"] == "bh" else config
-            for name, config in ROUTING_CONFIGS.items()
-        }
+        configs = choose_configs(args)
+        if args.prompts and args.text:
+            raise UserError(
+                "--prompts and --text exclude each other: prompts are continued, text is only scored"
+            )
+        prompts = load_prompts(args.prompts) if args.prompts else TEST_PROMPTS
         options = {"use_fp16": not args.no_fp16, "calibration_text": args.calibration_text, "seed": args.seed}
         runner = BHExperimentRunner(args.model, args.output, args.checkpoint_interval, args.device, **options)
-        df = runner.run_full_experiment_suite(
-            configs, max_new_tokens=args.max_tokens, resume=not args.no_resume
-        )
+        if args.text:
+            if args.window > runner.context:
+                raise UserError(f"--window {args.window}: this model's context is {runner.context}")
+            prompts = text_windows(args.text, runner.tokenizer, args.window)
+        if args.match_experts is not None:
+            with log_to(args.output / "experiment_log.txt"):
+                for name in configs:
+                    configs[name] = match_experts(name, configs[name], args.match_experts, runner.calibration)
+        df = runner.run_full_experiment_suite(configs, prompts, args.max_tokens, resume=not args.no_resume)
     with log_to(args.output / "experiment_log.txt"):
         write_report(df, args.output)
         logger.info(f"report: {args.output / 'REPORT.md'}")
@@ -2116,8 +3185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.setLevel(logging.INFO)
     try:
         return run(args)
-    except UserError as error:
+    except (UserError, OSError) as error:
         logger.error(f"error: {error}")
+        logger.debug("where it happened", exc_info=True)
         return 2
     except KeyboardInterrupt:
         logger.error(

@@ -1,0 +1,2066 @@
+#!/usr/bin/env python3
+"""Tests of run_bh_experiments.py, without network or download: `python test_bh_experiments.py`, or `pytest`.
+
+Mathematics is checked against references (scipy, a slow loop, the paper's example); the seam on a mock model
+and on tiny random OLMoE and Mixtral models of transformers; the whole on the trained model in
+models/olmoe-mini as well.
+
+Contents: 1 routing function - 2 runner set-up - 3 applying and restoring - 4 one experiment -
+5 a mini suite - 6 analysis, plots, report - 7 checkpoint and resume - 8 drift - 9 the embedded model
+"""
+
+import contextlib
+import copy
+import doctest
+import inspect
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models are faster on one thread; also for child processes
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+import run_bh_experiments as bh
+
+HERE = Path(__file__).resolve().parent
+EMBEDDED = HERE / "models" / "olmoe-mini"
+CALIBRATION = {"CALIBRATION_SEQUENCES": 6, "CALIBRATION_LENGTH": 24}  # just enough for alpha = 0.01
+STABLE_COLUMNS = [column for column in bh.RESULT_COLUMNS if column not in bh.CLOCK_COLUMNS]
+
+FLAT = {"method": "bh", "alpha": 0.5, "temperature": 1.0, "min_k": 1, "max_k": 4, "p_values": "flat"}
+EMPIRICAL = {**FLAT, "alpha": 0.05, "p_values": "empirical"}
+CONFIGS = {"topk_8": bh.ROUTING_CONFIGS["topk_8"], "bh_flat": FLAT}
+PROMPTS = [
+    {"id": "one", "text": "a small boat on the river", "category": "plain"},
+    {"id": "two", "text": 'he said "no | never",\nand left', "category": "awkward"},
+    {"id": "three", "text": "null", "category": "NA"},
+]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------
+
+
+class MockEncoding(dict):
+    def to(self, device):
+        return MockEncoding({name: tensor.to(device) for name, tensor in self.items()})
+
+
+class MockTokenizer:
+    """One token a word; decodes to texts that a careless CSV reader takes for missing values."""
+
+    pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
+
+    def __call__(self, text, return_tensors=None, **ignored):
+        ids = [3 + zlib.crc32(word.encode()) % 997 for word in text.split()]
+        if return_tensors is None:
+            return {"input_ids": ids}
+        ids = torch.tensor([ids])
+        return MockEncoding(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+    def decode(self, ids, skip_special_tokens=True):
+        return ("NA", "null", 'x, "y"\n', "1.0", "a\r\nb", "")[int(ids[0]) % 6]
+
+
+class MockRouter(nn.Module):
+    def __init__(self, hidden, experts, top_k):
+        super().__init__()
+        self.top_k, self.num_experts, self.hidden_dim = top_k, experts, hidden
+        self.weight = nn.Parameter(torch.randn(experts, hidden) * 0.15)
+
+    def forward(self, hidden):
+        logits = hidden @ self.weight.T
+        weights, indices = logits.softmax(-1).topk(self.top_k)
+        return logits, weights, indices
+
+
+class MockExperts(nn.Module):
+    def __init__(self, hidden, experts, width=16):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(experts, width, hidden) * 0.3)
+        self.down = nn.Parameter(torch.randn(experts, hidden, width) * 0.3)
+
+    def forward(self, hidden, indices, weights):
+        out = torch.zeros_like(hidden)
+        for expert in indices.unique():
+            token, slot = (indices == expert).nonzero(as_tuple=True)
+            value = nn.functional.silu(hidden[token] @ self.up[expert].T) @ self.down[expert].T
+            out.index_add_(0, token, value * weights[token, slot, None])
+        return out
+
+
+class MockBlock(nn.Module):
+    def __init__(self, hidden, experts, top_k):
+        super().__init__()
+        self.norm, self.gate = nn.LayerNorm(hidden), MockRouter(hidden, experts, top_k)
+        self.experts = MockExperts(hidden, experts)
+
+    def forward(self, hidden, mask):
+        """A running mean over the sequence stands in for attention."""
+        mean = (hidden * mask).cumsum(1) / mask.cumsum(1).clamp(min=1)
+        flat = self.norm(hidden + mean).flatten(0, 1)
+        _, weights, indices = self.gate(flat)
+        return hidden + self.experts(flat, indices, weights).view_as(hidden)
+
+
+class MockMoE(nn.Module):
+    """4 layers, 64 experts, top-8, hidden 128, vocabulary 1000, with the interface of transformers."""
+
+    _can_record_outputs = {"router_logits": MockRouter}
+
+    def __init__(self, top_k=8, layers=4, experts=64, hidden=128, vocabulary=1000):
+        super().__init__()
+        self.config = SimpleNamespace(max_position_embeddings=256)
+        self.embed = nn.Embedding(vocabulary, hidden)
+        self.layers = nn.ModuleList(MockBlock(hidden, experts, top_k) for _ in range(layers))
+        self.head = nn.Linear(hidden, vocabulary)
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None, **ignored):
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, mask.unsqueeze(-1))
+        return SimpleNamespace(logits=self.head(hidden))
+
+    def generate(self, input_ids, attention_mask, generation_config, logits_processor=()):
+        for _ in range(generation_config.max_new_tokens):
+            scores = self(input_ids, attention_mask).logits[:, -1]
+            for process in logits_processor:
+                scores = process(input_ids, scores)
+            if generation_config.do_sample:
+                chosen = torch.multinomial(scores.softmax(-1), 1)
+            else:
+                chosen = scores.argmax(-1, keepdim=True)
+            input_ids = torch.cat([input_ids, chosen], dim=1)
+            attention_mask = torch.cat([attention_mask, torch.ones_like(chosen)], dim=1)
+        return input_ids
+
+
+def byte_tokenizer():
+    """A real tokenizer with one token a byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<eos>": 0, **{letter: i + 1 for i, letter in enumerate(letters)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+def build(kind, top_k=None):
+    """A model with seeded weights, the same for every `top_k`: mock, olmoe-<experts back end> or mixtral."""
+    import transformers
+
+    torch.manual_seed(0)
+    if kind == "mock":
+        return MockMoE(top_k or 8).eval()
+    shape = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts_per_tok": top_k or 4,
+             "max_position_embeddings": 768, "pad_token_id": 0, "bos_token_id": None,
+             "eos_token_id": 0}  # fmt: skip
+    if kind == "mixtral":
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**shape, num_local_experts=16))
+    else:
+        model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**shape, num_experts=16))
+        model.set_experts_implementation(kind.removeprefix("olmoe-"))
+    for layer in bh.find_moe_layers(model):  # the usual initialisation routes almost uniformly
+        nn.init.normal_(layer.router.weight, std=0.5)
+        for parameter in layer.experts.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_calibration():
+    """Calibrate on little text, except for the embedded model."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CALIBRATION.items():
+            patch.setattr(bh, name, value)
+        yield
+
+
+KINDS = ("mock", "olmoe-eager", "olmoe-grouped_mm", "olmoe-batched_mm", "mixtral")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def subject(request):
+    """Kind, model and a small calibration of each model family."""
+    model = build(request.param)
+    tokenizer = MockTokenizer() if request.param == "mock" else byte_tokenizer()
+    calibration = bh.calibrate(model, tokenizer, seed=0)
+    layers = bh.find_moe_layers(model)
+    parts = {"kind": request.param, "model": model, "tokenizer": tokenizer, "calibration": calibration}
+    return SimpleNamespace(**parts, layers=layers, own_k=layers[0].own_k)
+
+
+@pytest.fixture(scope="module")
+def mock_model():
+    return build("mock")
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    """A tiny OLMoE with its tokenizer, saved as a model folder."""
+    folder = tmp_path_factory.mktemp("tiny-olmoe")
+    build("olmoe-grouped_mm").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def mock_runner(model, folder, **options):
+    return bh.BHExperimentRunner("mock", folder, model=model, tokenizer=MockTokenizer(), **options)
+
+
+def sample_ids(rows=2, length=12):
+    return torch.randint(3, 256, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def logits_of(model, ids, mask=None):
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+
+def state_of(model):
+    """Everything that patching touches."""
+    modules = [module for layer in bh.find_moe_layers(model) for module in (layer.router, layer.experts)]
+    return [(sorted(m.__dict__), m.__dict__.get("forward"), getattr(m, "top_k", None), len(m._forward_hooks),
+             len(m._forward_pre_hooks)) for m in modules]  # fmt: skip
+
+
+def as_read(frame):
+    """A frame as a reader of its CSV sees it: missing texts are empty, missing numbers NaN."""
+    frame = frame.copy()
+    for column in frame:
+        if column in bh.STRING_COLUMNS:
+            frame[column] = frame[column].fillna("").astype(str)
+        else:
+            frame[column] = pd.to_numeric(frame[column]).astype(float)
+    return frame
+
+
+def assert_same_results(left, right, columns=STABLE_COLUMNS):
+    pd.testing.assert_frame_equal(as_read(left)[columns], as_read(right)[columns], check_exact=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 1. BH routing function
+# ---------------------------------------------------------------------------------------------------------
+
+BH1995 = [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344, 0.0459, 0.3240, 0.4262, 0.5719,
+          0.6528, 0.7590, 1.0]  # fmt: skip
+
+
+def random_logits(*shape, seed=0, spread=2.5):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def test_paper_example():
+    """Benjamini and Hochberg (1995), section 3.2: four of the fifteen hypotheses are rejected at 0.05."""
+    assert bh.bh_rejections(torch.tensor(BH1995, dtype=torch.float64), 0.05) == 4
+
+
+@pytest.mark.parametrize("alpha", [0.001, 0.01, 0.05, 0.1, 0.5, 0.9])
+def test_rejections_equal_scipy(alpha):
+    """The number of rejections is that of scipy.stats.false_discovery_control on many p-values."""
+    random = np.random.default_rng(0)
+    p = random.uniform(size=(3000, 64)) ** random.uniform(0.3, 8, size=(3000, 1))
+    expected = (stats.false_discovery_control(p, axis=1) <= alpha).sum(1)
+    found = bh.bh_rejections(torch.tensor(p), alpha)
+    assert found.tolist() == expected.tolist()
+    assert len(set(expected)) > 1
+
+
+@pytest.mark.parametrize(
+    ("p_values", "expected"),
+    [
+        ([0.125, 0.75, 0.75, 0.75], 1),  # exactly on the line: rejected
+        ([0.125 + 2**-40, 0.75, 0.75, 0.75], 0),  # just above it: not
+        ([0.5, 0.5, 0.5, 0.5], 4),  # step-up: ranks 1 to 3 fail, rank 4 passes and takes them along
+        ([0.2, 0.25, 0.9, 0.9], 2),  # a step-down rule would stop at rank 1
+        ([0.9, 0.25, 0.9, 0.2], 2),  # order does not matter
+        ([1.0, 1.0, 1.0, 1.0], 0),
+        ([0.0, 0.0, 0.0, 0.0], 4),
+    ],
+)
+def test_step_up_and_boundary(p_values, expected):
+    """At alpha 0.5 over four p-values the line is 1/8, 1/4, 3/8, 1/2, all exact in binary."""
+    assert bh.bh_rejections(torch.tensor(p_values, dtype=torch.float64), 0.5) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(64,), (7, 64), (2, 3, 64), (2, 1, 3, 16), (0, 64), (5, 4), (3, 1)])
+@pytest.mark.parametrize(("min_k", "max_k"), [(1, 8), (2, 3), (4, 4), (1, 100)])
+def test_shape_of_result(shape, dtype, min_k, max_k):
+    """Weights sum to 1 and are zero outside the selection; padding -1 begins exactly at num_selected."""
+    logits = random_logits(*shape).to(dtype)
+    weights, experts, count = bh.benjamini_hochberg_routing(logits, 0.5, 1.0, min_k, max_k)
+    assert weights.shape == shape
+    assert experts.shape == (*shape[:-1], max_k)
+    assert count.shape == shape[:-1]
+    assert experts.dtype == count.dtype == torch.int64
+    assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(shape[:-1]), check_dtype=False)
+    assert ((count >= min(min_k, shape[-1])) & (count <= min(max_k, shape[-1]))).all()
+    assert torch.equal(experts == -1, torch.arange(max_k) >= count.unsqueeze(-1))
+    chosen = torch.zeros(*shape[:-1], shape[-1] + 1).scatter(-1, experts.where(experts >= 0, shape[-1]), 1.0)
+    assert torch.equal(weights > 0, chosen[..., :-1] > 0)
+
+
+def test_weights_order_and_ties():
+    """Best first, ties to the lower index, weights the softmax over the selection at the temperature."""
+    logits = torch.tensor([1.0, 3.0, 3.0, 2.0, 3.0])
+    weights, experts, _ = bh.benjamini_hochberg_routing(logits, 0.01, 2.0, min_k=4, max_k=4)
+    assert experts.tolist() == [1, 2, 4, 3]
+    expected = torch.zeros(5).scatter(0, experts, torch.softmax(logits[experts] / 2, 0))
+    torch.testing.assert_close(weights, expected)
+    ranked = bh.benjamini_hochberg_routing(random_logits(50, 64), 1.0, max_k=64)[1]
+    assert torch.equal(ranked, random_logits(50, 64).sort(descending=True, stable=True).indices)
+
+
+def test_excluded_experts():
+    """An expert at -inf is never chosen, even where the floor or alpha = 1 asks for more than are left."""
+    logits = random_logits(20, 8)
+    logits[:, [1, 4, 5, 6, 7]] = -torch.inf
+    weights, experts, count = bh.benjamini_hochberg_routing(logits, 1.0, min_k=5, max_k=8)
+    assert (count == 3).all()
+    assert set(experts.unique().tolist()) == {-1, 0, 2, 3}
+    assert (weights[:, [1, 4, 5, 6, 7]] == 0).all()
+
+
+def test_alpha_and_temperature():
+    """A larger alpha never keeps fewer; a higher temperature flattens the scores and keeps fewer."""
+    logits = random_logits(500, 64)
+    alphas = (0.001, 0.01, 0.1, 0.5, 0.9, 1.0)
+    counts = [bh.benjamini_hochberg_routing(logits, alpha, max_k=64)[2] for alpha in alphas]
+    assert all((low <= high).all() for low, high in zip(counts, counts[1:], strict=False))
+    assert counts[0].float().mean() < counts[3].float().mean() < counts[-1].float().mean() == 64
+    hot = bh.benjamini_hochberg_routing(logits, 0.5, temperature=4.0, max_k=64)[2]
+    assert hot.float().mean() < counts[3].float().mean()
+
+
+def test_statistics():
+    """return_stats gives p-values, thresholds and the rejections before floor and cap."""
+    logits = torch.cat([random_logits(100, 64, spread=spread) for spread in (0.5, 2.5, 4)])
+    *_, count, found = bh.benjamini_hochberg_routing(logits, 0.5, min_k=2, max_k=3, return_stats=True)
+    assert set(found) == {"p_values", "thresholds", "rejections"}
+    q = torch.softmax(logits.double(), -1).numpy()
+    np.testing.assert_allclose(found["p_values"], stats.beta.sf(q, 1, 63), rtol=1e-3, atol=1e-12)
+    np.testing.assert_allclose(found["thresholds"], 0.5 * np.arange(1, 65) / 64, rtol=1e-12)
+    expected = (stats.false_discovery_control(found["p_values"], axis=1) <= 0.5).sum(1)
+    assert found["rejections"].tolist() == expected.tolist()
+    assert {0, 1, 2, 4} <= set(expected)
+    assert count.tolist() == expected.clip(2, 3).tolist()
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("alpha", 0), ("alpha", -0.1), ("alpha", 1.01), ("alpha", float("nan")), ("alpha", "0.05"),
+     ("temperature", 0), ("temperature", -1.0), ("temperature", float("inf")), ("min_k", 0), ("min_k", 1.5),
+     ("max_k", 0), ("max_k", 2.5), ("min_k", 9), ("router_logits", torch.ones(3, dtype=torch.int64)),
+     ("router_logits", torch.tensor(1.0)), ("router_logits", torch.ones(2, 0)),
+     ("router_logits", torch.tensor([1.0, torch.nan])), ("router_logits", torch.tensor([1.0, torch.inf])),
+     ("router_logits", torch.full((2, 4), -torch.inf))],
+)  # fmt: skip
+def test_bad_arguments(argument, value):
+    """Each bad argument is refused by name, with one line."""
+    arguments = {"router_logits": torch.ones(4), argument: value}
+    with pytest.raises(ValueError, match=argument) as error:
+        bh.benjamini_hochberg_routing(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_docstring_examples():
+    result = doctest.testmod(bh)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("experts", [1, 2, 16, 64])
+def test_flat_null(experts):
+    """The upper tail of Beta(1, E - 1), uniform when the gate vector is uniform on the simplex."""
+    q = torch.linspace(0.001, 0.999, 200, dtype=torch.float64)
+    if experts > 1:
+        found = bh.FlatNull(experts).p_values(q.log())
+        np.testing.assert_allclose(found, stats.beta.sf(q, 1, experts - 1), rtol=1e-9)
+    else:
+        assert bh.FlatNull(1).p_values(torch.zeros(3)).tolist() == [1, 1, 1]
+        return
+    gates = np.random.default_rng(0).dirichlet(np.ones(experts), size=4000)[:, 0]
+    assert stats.kstest(bh.FlatNull(experts).p_values(torch.tensor(gates).log()), "uniform").pvalue > 0.01
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.5, 0.98])
+def test_softmax_null_is_degenerate(alpha):
+    """1 - q never rejects past rank 1 for alpha < 1 - 1/E, whatever the logits: BH returns min_k."""
+    extreme = [torch.zeros(64), torch.eye(64)[0] * 50, torch.eye(64)[:2].sum(0) * 50, torch.arange(64.0)]
+    logits = torch.cat([random_logits(2000, 64, spread=8), torch.stack(extreme)])
+    for floor in (1, 3):
+        count = bh.benjamini_hochberg_routing(logits, alpha, min_k=floor, null=bh.SoftmaxNull(64))[2]
+        assert (count == floor).all()
+
+
+def test_empirical_null():
+    """p = (1 + #{null >= s}) / (n0 + 1) by direct count; never 0; uniform for fresh scores."""
+    random = np.random.default_rng(0)
+    null_scores = random.normal(size=3000).round(2).astype(np.float32)  # with ties
+    null = bh.EmpiricalNull(torch.tensor(null_scores))
+    scores = np.append(random.normal(size=500).round(2), [-99, 99]).astype(np.float32)
+    expected = [(1 + (null_scores >= s).sum()) / 3001 for s in scores]
+    np.testing.assert_allclose(null.p_values(torch.tensor(scores)), expected, rtol=1e-15)
+    assert min(expected) > 0
+    fresh = bh.EmpiricalNull(torch.tensor(random.normal(size=50_000)))
+    assert stats.kstest(fresh.p_values(torch.tensor(random.normal(size=2000))), "uniform").pvalue > 0.01
+    with pytest.raises(ValueError, match="finite"):
+        bh.EmpiricalNull(torch.tensor([1.0, torch.nan]))
+
+
+def make_null(name, experts=64):
+    if name == "empirical":
+        scores = bh.gate_scores(random_logits(500, experts, seed=5))
+        return bh.EmpiricalNull(scores[scores < scores.topk(8).values[:, -1:]])
+    return {"flat": bh.FlatNull, "softmax": bh.SoftmaxNull}[name](experts)
+
+
+@pytest.mark.parametrize("name", ["flat", "softmax", "empirical"])
+@pytest.mark.parametrize("alpha", [0.01, 0.1, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_critical_scores_decide_like_p_values(name, alpha, temperature):
+    """The table of critical scores gives, at any depth, the number that BH finds from the p-values."""
+    fresh, own = random_logits(3000, 64, seed=6, spread=3), random_logits(500, 64, seed=5)
+    scores = torch.cat([bh.gate_scores(fresh, temperature), bh.gate_scores(own)])  # own: ties with the null
+    null = make_null(name)
+    expected = bh.bh_rejections(null.p_values(scores), alpha)
+    critical = null.critical_scores(bh.bh_levels(alpha, 64)).float()
+    assert (critical.diff().nan_to_num(0) <= 0).all()
+    for depth in (1, 4, 8, 63, 64, 100):
+        found = bh.count_rejections(scores, critical, depth)
+        assert torch.equal(found.clamp(max=depth), expected.clamp(max=depth))
+
+
+def test_rank_beyond_the_depth():
+    """Where ranks 1 to `depth` fail and a deeper one passes, the deeper one counts."""
+    critical = torch.tensor([5.0, 4.0, 3.0, 2.0])
+    scores = torch.tensor(
+        [[3.5, 3.4, 3.3, 0.0], [3.5, 3.4, 2.9, 2.5], [3.5, 3.4, 2.9, 1.9], [9.0, 3.0, 2.0, 1.0]]
+    )
+    assert bh.count_rejections(scores, critical, 2).clamp(max=2).tolist() == [2, 2, 0, 1]
+    assert bh.count_rejections(scores, critical, 4).tolist() == [3, 4, 0, 1]
+
+
+def test_too_few_null_scores(mock_model):
+    """An alpha that the calibration cannot support is refused, with the smallest alpha that it can."""
+    logits = random_logits(4, 10, 64)
+    own = logits.topk(8).indices.to(torch.int16)
+    calibration = bh.Calibration(logits, own)
+    n0 = 10 * 56
+    assert calibration.null(0, 1.0).n0 == n0
+    with (
+        pytest.raises(bh.UserError, match=f"alpha >= {64 / (n0 + 1):.2g}"),
+        bh.patched_routing(mock_model, {**EMPIRICAL, "alpha": 0.1}, calibration),
+    ):
+        pass
+    with bh.patched_routing(mock_model, {**EMPIRICAL, "alpha": 0.12}, calibration):
+        pass
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 2. Runner set-up
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_default_suite():
+    """Five configurations and twelve prompts, three a category; ids differ, references exist."""
+    table = {n: [c.get(f) for f in ("method", "alpha", "temperature")] for n, c in bh.ROUTING_CONFIGS.items()}
+    assert table == {
+        "topk_8": ["topk", None, None],
+        "bh_strict": ["bh", 0.01, 1.0],
+        "bh_moderate": ["bh", 0.05, 1.0],
+        "bh_loose": ["bh", 0.10, 1.0],
+        "bh_adaptive": ["bh", 0.05, 2.0],
+    }
+    assert all((c.get("k") or c.get("max_k")) == 8 and c["description"] for c in bh.ROUTING_CONFIGS.values())
+    categories = [prompt["category"] for prompt in bh.TEST_PROMPTS]
+    assert {c: categories.count(c) for c in categories} == dict.fromkeys(
+        ("simple", "medium", "complex", "domain_specific"), 3
+    )
+    assert len({prompt["id"] for prompt in bh.TEST_PROMPTS}) == 12
+    assert all(len(prompt["reference"]) > 100 for prompt in bh.TEST_PROMPTS)
+
+
+def test_ready_model(mock_model, tmp_path):
+    """A ready model and tokenizer are taken as they are; making a runner writes nothing."""
+    runner = mock_runner(mock_model, tmp_path / "out")
+    assert runner.model is mock_model
+    assert not runner.model.training
+    assert "4 MoE layers x 64 experts, top-8" in repr(runner)
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_folder(tiny_folder, tmp_path):
+    """A model folder is loaded on the chosen device, in float32 where 16 bits are not wanted."""
+    runner = bh.BHExperimentRunner(str(tiny_folder), tmp_path, device="cpu", use_fp16=False)
+    assert (runner.device.type, runner.dtype) == ("cpu", "float32")
+    assert [(layer.num_experts, layer.own_k) for layer in runner.layers] == [(16, 4)] * 2
+
+
+def test_device_and_dtype(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bh.choose_device("auto") == bh.choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(bh.UserError, match="--device cpu"):
+        bh.choose_device("cuda")
+    with pytest.raises(bh.UserError, match='Did you mean "cuda"'):
+        bh.choose_device("cud")
+    assert bh.choose_dtype(torch.device("cpu"), use_fp16=False) == torch.float32
+    assert bh.choose_dtype(torch.device("cpu"), use_fp16=True) in (torch.bfloat16, torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert bh.choose_dtype(torch.device("cuda"), use_fp16=True) == torch.float16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert bh.choose_dtype(torch.device("cuda"), use_fp16=True) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"model": MockMoE(layers=1)}, "tokenizer"), ({"tokenizer": MockTokenizer()}, "model="),
+     ({"checkpoint_interval": 0}, "checkpoint_interval"), ({"calibration_text": "no.txt"}, "no.txt"),
+     ({"device": "gpu"}, "device"), ({}, "models/olmoe-mini")],
+)  # fmt: skip
+def test_bad_runner(options, message, tmp_path):
+    """Bad arguments, and a model name that is nowhere, get one line that says what to do."""
+    with pytest.raises(bh.UserError, match=message) as error:
+        bh.BHExperimentRunner("nobody/no-such-model", tmp_path, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_dense_model_is_refused(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2))
+    with pytest.raises(bh.UserError, match="LlamaForCausalLM has no router"):
+        mock_runner(model, tmp_path)
+
+
+def test_damaged_weights(tiny_folder, tmp_path):
+    """A model folder whose weights are cut short is one line, not a traceback."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(bh.UserError, match="cannot be loaded"):
+        bh.BHExperimentRunner(str(tmp_path / "model"), tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"method": "bhh"}, 'Did you mean "bh"'), ({}, "method"), ({"method": "bh", "k": 3}, "k does not apply"),
+     ({"method": "topk", "k": 0}, "k = 0"), ({"method": "bh", "alpha": 2}, "alpha = 2"),
+     ({"method": "bh", "min_k": 5, "max_k": 4}, "min_k = 5"),
+     ({"method": "bh", "p_values": "flatt"}, "empirical, flat, softmax"),
+     ({"method": "bh", "alhpa": 0.1}, "alhpa"), ({"method": "topk", "k": 65}, "65")],
+)  # fmt: skip
+def test_bad_configuration(config, message, mock_model, tmp_path):
+    """Refused before anything is run, with the configuration's name, the field and what is allowed."""
+    with pytest.raises(bh.UserError, match=message):
+        mock_runner(mock_model, tmp_path / "out").run_full_experiment_suite({"mine": config}, PROMPTS, 2)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    with pytest.raises(bh.UserError, match=message):
+        mock_runner(mock_model, tmp_path / "out")._apply_routing_config(config)
+
+
+def test_log_has_no_duplicate_lines(mock_model, tmp_path):
+    """However many runners are made, each line is logged once, and no handler is left behind."""
+    for i in range(3):
+        mock_runner(mock_model, tmp_path)
+        mock_runner(mock_model, tmp_path).run_full_experiment_suite(CONFIGS, PROMPTS[: i + 1], 2)
+    with bh.log_to(tmp_path / "experiment_log.txt"), bh.log_to(tmp_path / "experiment_log.txt"):
+        bh.logger.info("only once")
+    lines = (tmp_path / "experiment_log.txt").read_text().splitlines()
+    assert sum("only once" in line for line in lines) == 1
+    assert len(lines) == len(set(lines)) > 3  # a line written twice has the same time
+    assert logging.getLogger("bh_experiments").handlers == []
+
+
+def test_import_is_cheap_and_silent(tmp_path):
+    """The script alone in an empty folder can be imported, prints nothing and loads no heavy library."""
+    shutil.copy(HERE / "run_bh_experiments.py", tmp_path)
+    code = (
+        "import sys, logging, run_bh_experiments as b; "
+        "assert not b.logger.handlers and not logging.root.handlers; "
+        "print(*{'transformers', 'matplotlib', 'seaborn', 'scipy'} & set(sys.modules), end='')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 3. Applying and restoring configurations
+# ---------------------------------------------------------------------------------------------------------
+
+
+def fixed(count, widest):
+    """A BH configuration whose rule always ends at its floor."""
+    return {**FLAT, "alpha": 1e-9, "min_k": count, "max_k": widest, "p_values": "softmax"}
+
+
+def test_keeping_all_changes_nothing(subject):
+    """A rule that keeps exactly the model's own experts gives bit-identical logits."""
+    ids, k = sample_ids(), subject.own_k
+    expected = logits_of(subject.model, ids)
+    configs = (fixed(k, k), {**FLAT, "alpha": 1.0, "max_k": k}, {"method": "topk", "k": k})
+    for config in configs:
+        with bh.patched_routing(subject.model, config) as recorder:
+            assert torch.equal(logits_of(subject.model, ids), expected)
+        assert recorder.counts[:, k].tolist() == [ids.numel()] * len(subject.layers)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_fixed_k_equals_native_model(subject, k):
+    """`topk`, and BH held at k of more candidates, equal the model built with that k."""
+    ids = sample_ids()
+    native = logits_of(build(subject.kind, top_k=k), ids)
+    with bh.patched_routing(subject.model, {"method": "topk", "k": k}):
+        assert torch.equal(logits_of(subject.model, ids), native)
+    for widest in (subject.own_k, subject.own_k + 3):
+        with bh.patched_routing(subject.model, fixed(k, widest)) as recorder:
+            torch.testing.assert_close(logits_of(subject.model, ids), native, rtol=1e-4, atol=2e-5)
+        assert (recorder.counts.sum(0).nonzero() == k).all()
+    assert not torch.allclose(logits_of(subject.model, ids), native, atol=1e-2)
+
+
+def test_bfloat16_model():
+    """The invariants hold in 16 bits: keeping all is bit-identical, a fixed count is the native model."""
+    model, native = (build("olmoe-grouped_mm", top_k=k).bfloat16() for k in (4, 3))
+    ids = sample_ids()
+    expected = logits_of(model, ids)
+    with bh.patched_routing(model, fixed(4, 4)):
+        assert torch.equal(logits_of(model, ids), expected)
+    with bh.patched_routing(model, fixed(3, 6)):
+        found = logits_of(model, ids)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, logits_of(native, ids), rtol=0.05, atol=0.05)
+    assert torch.equal(logits_of(model, ids), expected)
+
+
+class Boom(Exception):
+    pass
+
+
+@pytest.mark.parametrize("failure", [None, Boom, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["inside", "in the experts"])
+def test_restored_whatever_happens(subject, failure, where):
+    """After leaving, by whatever way, the model is bit-identical and nothing is left on any instance."""
+    ids = sample_ids()
+    before, expected = state_of(subject.model), logits_of(subject.model, ids)
+    for config in (FLAT, EMPIRICAL, {"method": "topk", "k": 2}):
+        last = subject.layers[-1].experts
+
+        def fail(*_):
+            raise failure
+
+        def use(config=config, last=last, fail=fail):
+            with bh.patched_routing(subject.model, config, subject.calibration):
+                if failure and where == "in the experts":
+                    with last.register_forward_pre_hook(fail):
+                        logits_of(subject.model, ids)
+                logits_of(subject.model, ids)
+                if failure:
+                    fail()
+
+        if failure:
+            with pytest.raises(failure):
+                use()
+        else:
+            use()
+        assert state_of(subject.model) == before
+        assert torch.equal(logits_of(subject.model, ids), expected)
+
+
+def test_dropped_experts_are_not_computed(subject, monkeypatch):
+    """Only the kept (token, expert) pairs reach the model's experts; an instance forward is put back."""
+    seen = []
+    for layer in subject.layers:
+
+        def counting(hidden, indices, weights, *args, original=layer.experts.forward, **kwargs):
+            seen.append(indices.numel())
+            return original(hidden, indices, weights, *args, **kwargs)
+
+        monkeypatch.setitem(layer.experts.__dict__, "forward", counting)
+    before = state_of(subject.model)
+    with bh.patched_routing(subject.model, EMPIRICAL, subject.calibration) as recorder:
+        logits_of(subject.model, sample_ids())
+    pairs = recorder.counts @ torch.arange(recorder.counts.shape[1])
+    assert seen == pairs.tolist() == recorder.use.sum(1).tolist()
+    assert sum(seen) < sample_ids().numel() * 4 * len(subject.layers)
+    assert state_of(subject.model) == before
+
+
+def routed(subject, config, ids, mask=None):
+    """Logits, and the number of experts of every token in every layer [L, B, S], under a configuration."""
+    counts = []
+    with bh.patched_routing(subject.model, config, subject.calibration), contextlib.ExitStack() as stack:
+        for layer in subject.layers:
+            hook = layer.router.register_forward_hook(lambda m, i, out: counts.append((out[1] != 0).sum(-1)))
+            stack.enter_context(hook)
+        logits = logits_of(subject.model, ids, mask)
+    return logits, torch.stack(counts).view(len(counts), *ids.shape)
+
+
+@pytest.mark.parametrize("config", [FLAT, EMPIRICAL], ids=["flat", "empirical"])
+def test_batch_and_padding_do_not_matter(subject, config):
+    """A prompt gets the same experts and logits alone and in a left-padded batch."""
+    ids, lengths = sample_ids(3, 12), (12, 7, 4)
+    mask = torch.stack([(torch.arange(12) >= 12 - length).long() for length in lengths])
+    together, counts = routed(subject, config, ids * mask, mask)
+    assert counts.unique().numel() > 1
+    for row, length in enumerate(lengths):
+        alone, own_counts = routed(subject, config, ids[row : row + 1, 12 - length :])
+        assert torch.equal(own_counts[:, 0], counts[:, row, 12 - length :])
+        torch.testing.assert_close(alone[0], together[row, 12 - length :], rtol=1e-3, atol=1e-4)
+
+
+def test_generate_equals_stepwise_argmax(subject):
+    """generate() under a configuration takes the same path as calling the patched model token by token."""
+    from transformers import GenerationConfig
+
+    ids = sample_ids(1, 6)
+    settings = GenerationConfig(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+    with bh.patched_routing(subject.model, EMPIRICAL, subject.calibration) as recorder:
+        made = subject.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
+        )
+        seen = recorder.counts.sum(1).tolist()
+        for _ in range(8):
+            ids = torch.cat([ids, logits_of(subject.model, ids)[:, -1:].argmax(-1)], dim=1)
+    assert made.tolist() == ids.tolist()
+    if subject.kind != "mock":  # with a cache every token but the last is routed once
+        assert seen == [13] * len(subject.layers)
+
+
+HOT = {**EMPIRICAL, "temperature": 2.0, "min_k": 2, "alpha": 0.02}
+
+
+@pytest.mark.parametrize("config", [FLAT, EMPIRICAL, HOT], ids=["flat", "empirical", "hot"])
+def test_recorder_equals_reference(subject, config):
+    """Counts, use and summary equal a slow loop from router logits to p-values to ranks."""
+    taken = []
+    patch = bh.patched_routing(subject.model, config, subject.calibration)
+    with patch as recorder, contextlib.ExitStack() as stack:
+        for layer in subject.layers:
+            stack.enter_context(layer.router.register_forward_hook(lambda m, i, out: taken.append(out[0])))
+        logits_of(subject.model, sample_ids())
+        logits_of(subject.model, sample_ids(1, 5))
+    layers, experts = len(subject.layers), subject.layers[0].num_experts
+    counts, use = np.zeros((layers, experts + 1), int), np.zeros((layers, experts), int)
+    numbers, nothing = [], 0
+    for call, logits in enumerate(taken):
+        layer = call % layers
+        empirical = config["p_values"] == "empirical"
+        null = subject.calibration.null(layer, config["temperature"]) if empirical else bh.FlatNull(experts)
+        p = null.p_values(bh.gate_scores(logits, config["temperature"])).numpy()
+        for token in range(len(logits)):
+            rejected = int((stats.false_discovery_control(p[token]) <= config["alpha"]).sum())
+            number = min(max(rejected, config["min_k"]), config["max_k"])
+            counts[layer, number] += 1
+            use[layer, logits[token].argsort(descending=True)[:number].numpy()] += 1
+            numbers.append(number)
+            nothing += rejected == 0
+    assert recorder.counts.tolist() == counts.tolist()
+    assert recorder.use.tolist() == use.tolist()
+    summary = recorder.summary(config)
+    numbers = np.array(numbers)
+    assert summary == pytest.approx({
+        "avg_experts_per_token": numbers.mean(), "std_experts_per_token": numbers.std(),
+        "min_experts": numbers.min(), "max_experts": numbers.max(),
+        "expert_utilization_cv": np.mean(use.std(1) / use.mean(1)),
+        "expert_utilization_max_min_ratio": np.mean(use.max(1) / use.min(1).clip(1)),
+        "floor_frac": np.mean(numbers == config["min_k"]), "cap_frac": np.mean(numbers == config["max_k"]),
+        "zero_rejection_frac": nothing / len(numbers),
+    })  # fmt: skip
+    assert set(summary) == set(bh.ROUTING_COLUMNS)
+    assert numbers.min() < numbers.max()
+
+
+def test_patching_twice(subject):
+    """A patched model is not patched again; one configuration after the other is fine."""
+    ids, before = sample_ids(), state_of(subject.model)
+    with bh.patched_routing(subject.model, FLAT):
+        first = logits_of(subject.model, ids)
+        for other in (FLAT, {"method": "topk", "k": 2}):
+            second = bh.patched_routing(subject.model, other)
+            with pytest.raises(bh.UserError, match="patched already"), second:
+                pass
+        assert torch.equal(logits_of(subject.model, ids), first)
+    with bh.patched_routing(subject.model, {"method": "topk", "k": 1}):
+        assert not torch.equal(logits_of(subject.model, ids), first)
+    with bh.patched_routing(subject.model, FLAT):
+        assert torch.equal(logits_of(subject.model, ids), first)
+    assert state_of(subject.model) == before
+
+
+def test_apply_and_restore(mock_model, tmp_path):
+    """A runner applies one configuration, replaces it by the next, and restores, twice if asked."""
+    runner = mock_runner(mock_model, tmp_path)
+    ids, before = sample_ids(), state_of(mock_model)
+    expected = logits_of(mock_model, ids)
+    recorder = runner._patch_bh_routing(alpha=0.1, temperature=1.0, min_k=2, max_k=5)
+    logits_of(mock_model, ids)
+    assert set(recorder.counts.sum(0).nonzero().flatten().tolist()) <= {2, 3, 4, 5}
+    recorder = runner._apply_routing_config({"method": "topk", "k": 3})
+    logits_of(mock_model, ids)
+    assert recorder.counts.sum(0).nonzero().flatten().tolist() == [3]
+    for _ in range(2):
+        runner._restore_original_routing()
+        assert state_of(mock_model) == before
+        assert torch.equal(logits_of(mock_model, ids), expected)
+
+
+def test_calibration(subject, tmp_path):
+    """From the unpatched routers with a fixed seed, first positions left out, global randomness untouched."""
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    again = bh.calibrate(subject.model, subject.tokenizer, seed=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    experts = subject.layers[0].num_experts
+    assert again.logits.shape == (len(subject.layers), 6 * 23, experts)
+    torch.testing.assert_close(again.logits, subject.calibration.logits, rtol=1e-3, atol=1e-3)
+    best = again.logits.topk(subject.own_k).indices.sort().values
+    assert torch.equal(again.own.long().sort().values, best)
+    assert again.null(0, 1.0).n0 == 6 * 23 * (experts - subject.own_k)
+    other = bh.calibrate(subject.model, subject.tokenizer, seed=1)
+    assert not torch.equal(other.logits, again.logits)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 20)
+    from_file = bh.calibrate(subject.model, subject.tokenizer, text_path=text)
+    assert from_file.logits.shape[1] % 23 == 0
+    text.write_text("too short")
+    with pytest.raises(bh.UserError, match="24"):
+        bh.calibrate(subject.model, subject.tokenizer, text_path=text)
+
+
+def test_calibration_cache(mock_model, tmp_path, monkeypatch, caplog):
+    """Calibration is read back by the next runner, made again when damaged or made from something else."""
+    first = mock_runner(mock_model, tmp_path).calibration
+    made = []
+    monkeypatch.setattr(bh, "calibrate", lambda *args, real=bh.calibrate: made.append(1) or real(*args))
+    assert torch.equal(mock_runner(mock_model, tmp_path).calibration.logits, first.logits)
+    assert not made
+    (tmp_path / "calibration.safetensors").write_bytes(b"damaged")
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(mock_runner(mock_model, tmp_path).calibration.logits, first.logits)
+    assert "calibrating again" in caplog.text
+    assert not torch.equal(mock_runner(mock_model, tmp_path, seed=1).calibration.logits, first.logits)
+    assert len(made) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 4. One experiment
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["topk_8", "bh_flat", "bh_moderate"])
+def test_row(subject, name, tmp_path):
+    """A row has exactly RESULT_COLUMNS, its values agree, and the model is clean afterwards."""
+    runner = bh.BHExperimentRunner("x", tmp_path, model=subject.model, tokenizer=subject.tokenizer)
+    runner._calibration = subject.calibration
+    config = {**CONFIGS, **bh.ROUTING_CONFIGS}[name]
+    before = state_of(subject.model)
+    row = runner.run_single_experiment(name, config, PROMPTS[0], max_new_tokens=6)
+    assert tuple(row) == bh.RESULT_COLUMNS
+    assert state_of(subject.model) == before
+    assert (row["status"], row["error"], row["max_new_tokens"]) == ("ok", "", row["num_output_tokens"])
+    assert row["num_output_tokens"] == 6
+    assert row["num_input_tokens"] == len(subject.tokenizer(PROMPTS[0]["text"])["input_ids"])
+    assert row["full_text"] == PROMPTS[0]["text"] + row["generated_text"]
+    assert row["tokens_per_sec"] == pytest.approx(6 / row["inference_time_sec"])
+    decode = row["inference_time_sec"] - row["time_to_first_token_sec"]
+    assert row["decode_sec_per_token"] == pytest.approx(decode / 5)
+    low, high = (subject.own_k,) * 2 if name == "topk_8" else (config["min_k"], config["max_k"])
+    assert low <= row["min_experts"] <= row["avg_experts_per_token"] <= row["max_experts"] <= high
+    if name == "topk_8":
+        assert (row["k"], row["avg_experts_per_token"], row["std_experts_per_token"]) == (low, low, 0)
+        assert row["floor_frac"] is row["cap_frac"] is row["zero_rejection_frac"] is row["alpha"] is None
+    json.dumps(bh.strict_json(row), allow_nan=False)
+
+
+def test_end_of_text_does_not_end_early(tmp_path):
+    """Every experiment makes the same number of tokens, so that clocks compare equal work."""
+    model, tokenizer = build("olmoe-grouped_mm"), byte_tokenizer()
+    model.lm_head.weight.data[257:] = 0  # only tokens that the tokenizer has
+    ids = tokenizer(PROMPTS[0]["text"], return_tensors="pt")["input_ids"]
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(logits_of(model, ids)[0, -1].argmax().item())
+    runner = bh.BHExperimentRunner("x", tmp_path, model=model, tokenizer=tokenizer)
+    row = runner.run_single_experiment("topk_8", bh.ROUTING_CONFIGS["topk_8"], PROMPTS[0], 5)
+    assert row["num_output_tokens"] == 5
+
+
+def test_run_again_gives_the_same(mock_model, tmp_path):
+    """Two runs agree in every column but the clocks, also for a calibration that is sampled anew."""
+    asked = ("bh_loose", bh.ROUTING_CONFIGS["bh_loose"], PROMPTS[1], 5)
+    first, second = (mock_runner(mock_model, tmp_path / n).run_single_experiment(*asked) for n in "ab")
+    assert {c: first[c] for c in STABLE_COLUMNS} == {c: second[c] for c in STABLE_COLUMNS}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "message"),
+    [({"text": "word " * 250, "id": "long"}, 7, "context of 256"),
+     ({"text": " \n", "id": "blank"}, 2, "blank"),
+     ({"id": "none"}, 2, "none"), ({"text": "fine", "id": "zero"}, 0, "max_new_tokens")],
+)  # fmt: skip
+def test_bad_prompt(mock_model, tmp_path, prompt, tokens, message):
+    """Refused with the prompt's id or the argument's name; the model stays clean."""
+    before = state_of(mock_model)
+    with pytest.raises(ValueError, match=message):
+        mock_runner(mock_model, tmp_path).run_single_experiment("bh_flat", FLAT, prompt, tokens)
+    assert state_of(mock_model) == before
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 5. A mini suite
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_mini_suite(mock_model, tmp_path):
+    """2 configurations x 3 prompts: every pair once, configurations in turn, CSV equal to the frame."""
+    frame = mock_runner(mock_model, tmp_path).run_full_experiment_suite(CONFIGS, PROMPTS, 5)
+    assert list(frame) == list(bh.RESULT_COLUMNS)
+    pairs = list(zip(frame["config_name"], frame["prompt_id"], strict=True))
+    assert pairs == [(name, prompt["id"]) for prompt in PROMPTS for name in CONFIGS]
+    assert (frame["status"] == "ok").all()
+    assert frame["prompt_category"].tolist()[::2] == ["plain", "awkward", "NA"]
+    read = bh.read_results(tmp_path / "bh_routing_results.csv")
+    assert_same_results(read, frame, list(bh.RESULT_COLUMNS))
+    assert read["max_new_tokens"].tolist() == [5] * 6
+    stored = json.loads((tmp_path / "checkpoints" / "latest_checkpoint.json").read_text())["results"]
+    assert_same_results(pd.DataFrame(stored), frame, list(bh.RESULT_COLUMNS))
+
+
+AWKWARD_TEXTS = [
+    "NA", "null", "nan", "", " x ", "1.0", 'a "b", c',
+    "a\nb", "a\rb", "a\r\nb\rc", "\u00e9 \u2028 \x00", "|<b>`",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", AWKWARD_TEXTS)
+def test_texts_survive_the_csv(text, mock_model, tmp_path):
+    """Whatever a model writes, the CSV gives it back."""
+    tokenizer = MockTokenizer()
+    tokenizer.decode = lambda *args, **kwargs: text
+    runner = bh.BHExperimentRunner("mock", tmp_path, model=mock_model, tokenizer=tokenizer)
+    runner.run_full_experiment_suite(CONFIGS, PROMPTS[:1], 1)
+    assert bh.read_results(tmp_path / "bh_routing_results.csv")["generated_text"].tolist() == [text, text]
+
+
+def test_failed_experiment_becomes_a_row(mock_model, tmp_path):
+    """The error is recorded with its configuration and prompt, and the other experiments are run."""
+    prompts = [PROMPTS[0], {"id": "long", "text": "word " * 300}, PROMPTS[2]]
+    frame = mock_runner(mock_model, tmp_path).run_full_experiment_suite(CONFIGS, prompts, 3)
+    assert frame["status"].tolist() == ["ok", "ok", "error", "error", "ok", "ok"]
+    failed = frame[frame["status"] == "error"]
+    assert failed["error"].str.contains("context of 256").all()
+    assert failed["avg_experts_per_token"].isna().all()
+    assert (failed["prompt_id"] == "long").all()
+    assert_same_results(bh.read_results(tmp_path / "bh_routing_results.csv"), frame, list(bh.RESULT_COLUMNS))
+    analysis = bh.write_report(frame, tmp_path)
+    assert (analysis["n_experiments"], analysis["n_failed"]) == (6, 2)
+    assert "Failed experiments" in (tmp_path / "REPORT.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("configs", "prompts", "tokens", "message"),
+    [({}, PROMPTS, 2, "at least one"), (CONFIGS, [], 2, "at least one"),
+     (CONFIGS, PROMPTS[:1] * 2, 2, "'one' occurs"),
+     (CONFIGS, [{"text": ""}], 2, "no text"), (CONFIGS, PROMPTS, 0, "max_new_tokens = 0")],
+)  # fmt: skip
+def test_bad_suite(mock_model, tmp_path, configs, prompts, tokens, message):
+    with pytest.raises(bh.UserError, match=message):
+        mock_runner(mock_model, tmp_path / "out").run_full_experiment_suite(configs, prompts, tokens)
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 6. Analysis, plots, report
+# ---------------------------------------------------------------------------------------------------------
+
+SECTIONS = ("Executive summary", "Summary by configuration", "Statistical tests", "Performance by category",
+            "Plots", "Conclusions and recommendations", "Configuration details")  # fmt: skip
+
+
+def invented_results(configs=("topk_8", "bh_strict", "bh_loose"), prompts=8):
+    """A results table with random measurements."""
+    random, rows = np.random.default_rng(0), []
+    for p, (c, name) in itertools.product(range(prompts), enumerate(configs)):
+        config = bh.resolve_config(name, bh.ROUTING_CONFIGS[name])
+        seconds = random.uniform(0.5, 1.5)
+        experts = 8.0 if config["method"] == "topk" else random.uniform(4, 5) + c
+        row = dict.fromkeys(bh.RESULT_COLUMNS) | dict.fromkeys(bh.STRING_COLUMNS, "x")
+        row |= {f: config[f] for f in bh.CONFIG_FIELDS}
+        nll = random.uniform(2.9, 3.0)
+        row |= {"reference_nll": nll, "reference_tokens": 50, "reference_bytes": 200,
+                "reference_perplexity": 19.0, "reference_avg_experts": experts,
+                "kl_to_baseline": 0.01, "top1_agreement": 0.9, "static_nll": "",
+                "document": f"p{p}"}  # fmt: skip
+        if name == "topk_8":
+            row |= {
+                "repeat_reference_nll": nll,
+                "repeat_inference_time_sec": seconds + random.normal(0, 0.01),
+            }
+            row["static_nll"] = json.dumps({k: nll + 0.5 / k**2 for k in range(1, 8)})
+        row |= {column: random.uniform() for column in bh.ROUTING_COLUMNS}
+        row |= {"config_name": name, "prompt_id": f"p{p}", "prompt_category": f"c{p % 3}", "status": "ok",
+                "error": "", "avg_experts_per_token": experts, "min_experts": 1, "max_experts": 8, "seed": 0,
+                "num_input_tokens": 5, "num_output_tokens": 10, "max_new_tokens": 10, "peak_memory_gb": None,
+                "inference_time_sec": seconds, "tokens_per_sec": 10 / seconds, "time_to_first_token_sec": 0.1,
+                "decode_sec_per_token": (seconds - 0.1) / 9}  # fmt: skip
+        rows.append(row)
+    return pd.DataFrame(rows, columns=list(bh.RESULT_COLUMNS))
+
+
+def strict_loads(text):
+    def refuse(constant):
+        raise AssertionError(f"{constant} in JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("n", [2, 3, 12, 60])
+def test_paired_comparison_equals_scipy(n):
+    """t, Wilcoxon, interval and d agree with scipy and the textbook formula."""
+    random = np.random.default_rng(n)
+    base = random.uniform(1, 2, n)
+    other = base + random.normal(0.2, 0.3, n)
+    found = bh.paired_comparison(base, other)
+    t = stats.ttest_rel(other, base)
+    assert found["t_statistic"] == pytest.approx(t.statistic)
+    assert found["p_value"] == pytest.approx(t.pvalue)
+    assert (found["ci95_low"], found["ci95_high"]) == pytest.approx(tuple(t.confidence_interval(0.95)))
+    assert found["wilcoxon_p_value"] == pytest.approx(stats.wilcoxon(other - base).pvalue)
+    assert found["cohens_d"] == pytest.approx((other - base).mean() / (other - base).std(ddof=1))
+    assert found["cohens_d"] == pytest.approx(found["t_statistic"] / np.sqrt(n))
+    assert found["median_ratio"] == pytest.approx(np.median(other / base))
+    assert (found["n_pairs"], found["reason"]) == (n, None)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("base", "other", "pairs", "reason", "tested"),
+    [([], [], 0, "0 complete pairs", False), ([1.0], [2.0], 1, "1 complete pairs", False),
+     ([1.0, np.nan, 3.0], [np.nan, 2.0, 4.0], 1, "1 complete pairs", False),
+     ([8.0] * 5, [8.0] * 5, 5, "no pair differs", False),
+     ([0.0] * 5, [0.0] * 5, 5, "no pair differs", False), ([8.0] * 5, [1.0] * 5, 5, "same amount", True),
+     ([0.1, 0.2, 0.3], [0.2, 0.3, 0.4], 3, "same amount", True), ([1.0, 2.0], [2.0, 1.0], 2, None, True),
+     ([1.0, 2.0, 3.0], [1.0, 2.0, 4.0], 3, None, True),
+     ([1.0, np.nan, 2.0, 5.0], [2.0, 1.0, 4.0, np.nan], 2, None, True),
+     ([None, None], [None, None], 0, "0 complete pairs", False)],
+)  # fmt: skip
+def test_degenerate_comparisons(base, other, pairs, reason, tested):
+    """A test that says nothing gives None and a reason; nothing warns, nothing is NaN."""
+    found = bh.paired_comparison(base, other)
+    assert found["n_pairs"] == pairs
+    assert (found["reason"] is None) == (reason is None)
+    assert reason is None or reason in found["reason"]
+    assert (found["p_value"] is not None) == (reason is None)
+    assert (found["wilcoxon_p_value"] is not None) == tested
+    strict_loads(json.dumps(found))
+
+
+def test_pairs_are_formed_by_prompt(tmp_path):
+    """Row order does not matter, and a prompt that one side lacks is left out."""
+    frame = invented_results()
+    frame = frame[~((frame["config_name"] == "bh_strict") & (frame["prompt_id"] == "p3"))]
+    shuffled = frame.sample(frac=1, random_state=1)
+    wide = frame.pivot(index="prompt_id", columns="config_name", values="inference_time_sec")
+    expected = stats.ttest_rel(wide["bh_strict"], wide["topk_8"], nan_policy="omit")
+    for rows in (frame, shuffled):
+        test = bh.analyze_results(rows, tmp_path)["statistical_tests"]["bh_strict"]["inference_time_sec"]
+        assert test["n_pairs"] == 7
+        assert (test["t_statistic"], test["p_value"]) == pytest.approx((expected.statistic, expected.pvalue))
+
+
+def test_analysis(tmp_path):
+    """Summaries and adjusted p-values follow from the table; the file is strict JSON and says the same."""
+    frame = invented_results()
+    analysis = bh.analyze_results(frame, tmp_path)
+    assert strict_loads((tmp_path / "analysis_summary.json").read_text()) == analysis
+    assert analysis["baseline"] == "topk_8"
+    loose = frame[frame["config_name"] == "bh_loose"]
+    summary = analysis["summary_by_config"]["bh_loose"]["inference_time_sec"]
+    assert summary["mean"] == pytest.approx(loose["inference_time_sec"].mean())
+    assert summary["std"] == pytest.approx(loose["inference_time_sec"].std())
+    by_category = analysis["summary_by_category"]["c1"]["bh_loose"]["avg_experts_per_token"]
+    assert by_category["mean"] == pytest.approx(
+        loose[loose["prompt_category"] == "c1"]["avg_experts_per_token"].mean()
+    )
+    tests = [test for by_metric in analysis["statistical_tests"].values() for test in by_metric.values()]
+    for key in ("p_value", "wilcoxon_p_value"):
+        adjusted = stats.false_discovery_control([test[key] for test in tests])
+        assert [test[f"{key}_adjusted"] for test in tests] == pytest.approx(adjusted.tolist())
+    assert all(test["significant"] == (test["p_value_adjusted"] < 0.05) for test in tests)
+
+
+def test_hypotheses(tmp_path):
+    """Each expectation stands beside its measured value; it held when that lies within the bounds."""
+    frame = invented_results()
+    rows = bh.analyze_results(frame, tmp_path)["hypotheses"]
+    means = frame.groupby("config_name")["avg_experts_per_token"].mean()
+    for row in rows:
+        if row["configuration"] not in means:
+            assert row["measured"] is row["held"] is None
+            continue
+        upper = float("inf") if row["high"] is None else row["high"]
+        assert row["held"] == (row["low"] <= row["measured"] <= upper)
+        if row["quantity"] == "avg_experts_per_token":
+            assert row["measured"] == pytest.approx(means[row["configuration"]])
+    assert {row["held"] for row in rows} == {True, False, None}
+
+
+def table_widths(text):
+    """For every table of a Markdown text: the numbers of unescaped pipes of its rows."""
+    widths, inside = [], False
+    for line in text.splitlines():
+        if line.startswith("|"):
+            widths += [] if inside else [set()]
+            widths[-1].add(len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)))
+        inside = line.startswith("|")
+    return widths
+
+
+SPEC_PLOTS = {"avg_experts_comparison", "inference_time_comparison", "expert_utilization_cv",
+              "experts_by_category", "experts_vs_latency"}  # fmt: skip
+
+
+def check_outputs(folder, configs, without=frozenset()):
+    """Plots and report of a run are complete."""
+    from PIL import Image
+
+    drawn = {path.stem for path in (folder / "plots").glob("*.png")}
+    assert SPEC_PLOTS - without <= drawn <= set(bh.PLOTS)
+    for name in drawn:
+        with Image.open(folder / "plots" / f"{name}.png") as image:
+            assert image.format == "PNG"
+            assert image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+            assert min(image.size) > 600
+            assert any(low < high for low, high in image.convert("RGB").getextrema())
+    report = (folder / "REPORT.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.*)$", report, flags=re.MULTILINE)
+    assert [heading for heading in headings if heading in SECTIONS] == list(SECTIONS)
+    links = re.findall(r"!\[.*?\]\((.*?)\)", report)
+    assert {Path(link).stem for link in links} == drawn
+    assert all((folder / link).is_file() for link in links)
+    assert not re.search(r"\b(nan|None|inf)\b", report)
+    assert all(len(widths) == 1 for widths in table_widths(report))
+    assert all(name in report for name in configs)
+    return report
+
+
+@pytest.mark.parametrize(
+    ("configs", "prompts"),
+    [(tuple(bh.ROUTING_CONFIGS), 8), (("topk_8",), 3), (("bh_loose",), 1), (("topk_8", "bh_loose"), 1)],
+)
+def test_report(configs, prompts, tmp_path):
+    """Complete for the whole suite, for one configuration and for one prompt."""
+    bh.write_report(invented_results(configs, prompts), tmp_path)
+    check_outputs(tmp_path, configs)
+
+
+def report_of(frame, folder):
+    path = bh.generate_markdown_report(frame, bh.analyze_results(frame, folder), folder / "REPORT.md")
+    return path.read_text(encoding="utf-8")
+
+
+NASTY = "a|b \\| `c` \\\n\n## d\n| e <script>alert(1)</script> [f](g) ![h](i) \r\n---"
+
+
+@pytest.mark.parametrize(
+    "column", ["prompt_category", "prompt_id", "prompt_text", "generated_text", "model_name", "error"]
+)
+def test_texts_cannot_break_the_report(column, tmp_path):
+    """Pipes, newlines, backticks, headings and HTML in any text leave the tables whole."""
+    frame = invented_results(("topk_8", "bh_loose"), 3)
+    frame.loc[frame["prompt_id"] == "p2", ["status", "error"]] = ["error", "failed"]
+    clean = report_of(frame, tmp_path)
+    nasty = frame.copy()
+    nasty.loc[nasty["config_name"] == "bh_loose", column] = NASTY
+    if column == "prompt_id":
+        nasty[column] = [f"{NASTY} {i // 2}" for i in range(len(nasty))]
+    report = report_of(nasty, tmp_path)
+    assert all(len(widths) == 1 for widths in table_widths(report))
+    assert "<script>" not in report
+    assert len(table_widths(report)) == len(table_widths(clean))
+    assert re.findall("^#+ .*", report, flags=re.MULTILINE) == re.findall("^#+ .*", clean, flags=re.MULTILINE)
+
+
+def test_a_configuration_name_that_could_break_the_report_is_refused(tmp_path):
+    frame = invented_results(("topk_8", "bh_loose"), 3)
+    frame.loc[frame["config_name"] == "bh_loose", "config_name"] = NASTY
+    with pytest.raises(bh.UserError, match="configuration name"):
+        report_of(frame, tmp_path)
+
+
+def test_analysis_needs_a_finished_experiment(tmp_path):
+    frame = invented_results().assign(status="error")
+    for function in (bh.analyze_results, bh.create_visualizations):
+        with pytest.raises(bh.UserError, match="none of 24"):
+            function(frame, tmp_path)
+
+
+def cli(folder, output, *options):
+    """Run the command line in this process."""
+    fixed_options = ["--model", str(folder), "--output", str(output), "--device", "cpu", "--no-fp16"]
+    return bh.main([*fixed_options, *map(str, options)])
+
+
+@pytest.fixture(scope="module")
+def softmax_run(tiny_folder, tmp_path_factory):
+    """The output of the whole default suite from the command line, with the degenerate p-values."""
+    output = tmp_path_factory.mktemp("softmax")
+    assert cli(tiny_folder, output, "--p-values", "softmax", "--max-tokens", 2) == 0
+    return output
+
+
+def test_command_line(softmax_run):
+    """60 experiments, all files, and the degenerate rule shown for what it is: mean experts 1.00."""
+    frame = bh.read_results(softmax_run / "bh_routing_results.csv")
+    assert len(frame) == 60
+    adaptive = frame[frame["method"] == "bh"]
+    assert len(adaptive) == 48
+    assert (adaptive["avg_experts_per_token"] == 1).all()
+    assert (frame[frame["method"] == "topk"]["avg_experts_per_token"] == 4).all()
+    report = check_outputs(softmax_run, bh.ROUTING_CONFIGS)
+    assert "| `bh_loose` | 1.00 ± 0.00 |" in report
+    assert "same amount" in report
+    assert (softmax_run / "experiment_log.txt").stat().st_size > 0
+
+
+def test_analyze_only(softmax_run, tmp_path):
+    """Analysis, plots and report are redone from the CSV alone, byte for byte."""
+    shutil.copy(softmax_run / "bh_routing_results.csv", tmp_path)
+    assert bh.main(["--analyze-only", "--output", str(tmp_path)]) == 0
+    plots = [str(path.relative_to(softmax_run)) for path in (softmax_run / "plots").iterdir()]
+    for name in ("analysis_summary.json", "REPORT.md", *plots):
+        assert (tmp_path / name).read_bytes() == (softmax_run / name).read_bytes(), name
+
+
+def test_one_new_token(mock_model, tmp_path):
+    """With a single new token there is no decode time: left out of plots and report, not an error."""
+    frame = mock_runner(mock_model, tmp_path).run_full_experiment_suite(CONFIGS, PROMPTS, 1)
+    assert frame["decode_sec_per_token"].isna().all()
+    for rows in (frame, bh.read_results(tmp_path / "bh_routing_results.csv")):
+        bh.write_report(rows, tmp_path)
+        check_outputs(tmp_path, CONFIGS, without={"experts_vs_latency"})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 7. Checkpoint and resume
+# ---------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_row(i):
+    text = 'é "]}\n, {"results": [' * i
+    return {"config_name": f"c{i}", "prompt_id": f"p{i}", "text": text, "value": i / 3}
+
+
+def open_checkpoint(path, resume=True, **settings):
+    return bh.Checkpoint(path, {"model": "m", "seed": 0, **settings}, 2, resume)
+
+
+def filled(path, rows):
+    """A checkpoint file with some rows; returns its bytes."""
+    checkpoint = open_checkpoint(path)
+    for i in range(rows):
+        checkpoint.append(checkpoint_row(i))
+    checkpoint.close()
+    return path.read_bytes()
+
+
+def test_checkpoint_is_valid_at_every_moment(tmp_path):
+    """Strict JSON after every append; the bytes of earlier rows stay; texts and floats survive."""
+    path = tmp_path / "c" / "latest.json"
+    checkpoint = open_checkpoint(path)
+    before = path.read_bytes()
+    for i in range(12):
+        checkpoint.append({**checkpoint_row(i), "number": np.float32(0.5), "missing": float("nan")})
+        content = path.read_bytes()
+        assert content.startswith(before[: -len(bh.Checkpoint.END)])
+        rows = strict_loads(content.decode())["results"]
+        assert rows == checkpoint.rows
+        assert rows == [{**checkpoint_row(n), "number": 0.5, "missing": None} for n in range(i + 1)]
+        before = content
+    checkpoint.close()
+    assert open_checkpoint(path).rows == rows
+
+
+@pytest.mark.parametrize("tear", ["cut", "half overwritten"])
+@pytest.mark.parametrize("rows", [0, 1, 2])
+def test_torn_end(tmp_path, rows, tear):
+    """A file cut at any byte of its last row, or half overwritten, keeps every row before."""
+    path, end = tmp_path / "latest.json", bh.Checkpoint.END
+    start = len(filled(path, rows)) - len(end)
+    path.unlink()
+    whole = filled(path, rows + 1)
+    if tear == "cut":
+        states = [whole[:stop] for stop in range(start, len(whole))]
+    else:
+        states = [whole[: start + n] + end[n:] for n in range(len(end))]
+    for torn in states:
+        path.write_bytes(torn)
+        checkpoint = open_checkpoint(path)
+        kept = checkpoint.rows[:]
+        assert kept[:rows] == [checkpoint_row(n) for n in range(rows)], torn
+        assert kept[rows:] in ([], [checkpoint_row(rows)]), torn
+        checkpoint.append(checkpoint_row(9))
+        checkpoint.close()
+        assert strict_loads(path.read_text())["results"] == [*kept, checkpoint_row(9)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        *((text, "not a checkpoint") for text in ("hello", "", "[1, 2]", "null", '{"results": []}')),
+        ('{"schema": 99, "settings": {}, "results": []}', "schema 99"),
+        ('{"schema": 1, "settings": {"model": "m", "seed": 7}, "results": []}', "seed is 7 there, 0 here"),
+    ],
+)
+def test_foreign_files_are_refused(content, message, tmp_path):
+    """What is not this run's checkpoint is named and left exactly as it was."""
+    path = tmp_path / "latest.json"
+    path.write_text(content)
+    with pytest.raises(bh.UserError, match=message):
+        open_checkpoint(path)
+    assert path.read_text() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_no_resume_sets_aside(tmp_path):
+    """Earlier results are kept under another name, however quickly runs follow each other."""
+    path = tmp_path / "latest.json"
+    contents = set()
+    for i in range(3):
+        checkpoint = open_checkpoint(path, resume=False)
+        assert checkpoint.rows == []
+        checkpoint.append(checkpoint_row(i))
+        checkpoint.close()
+        contents.add(path.read_bytes())
+    assert {file.read_bytes() for file in tmp_path.iterdir()} == contents
+
+
+def count_experiments(monkeypatch, tokens, stop_after=None):
+    """Count experiments, without warm-up; Ctrl-C in place of the one after `stop_after` of them."""
+    real, done = bh.BHExperimentRunner.run_single_experiment, []
+
+    def run(runner, name, config, prompt, max_new_tokens):
+        if max_new_tokens == tokens:
+            if len(done) == stop_after:
+                raise KeyboardInterrupt
+            done.append(name)
+        return real(runner, name, config, prompt, max_new_tokens)
+
+    monkeypatch.setattr(bh.BHExperimentRunner, "run_single_experiment", run)
+    return done
+
+
+SUITE = {**CONFIGS, "bh_loose": bh.ROUTING_CONFIGS["bh_loose"]}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(mock_model, tmp_path_factory):
+    """The frame and the folder of 3 configurations x 3 prompts, run in one go."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return mock_runner(mock_model, folder).run_full_experiment_suite(SUITE, PROMPTS, 6), folder
+
+
+@pytest.mark.parametrize("finished", [0, 1, 5, 8])
+def test_resume_after_ctrl_c(mock_model, tmp_path, monkeypatch, uninterrupted, finished):
+    """Interrupted and resumed equals uninterrupted; nothing is run twice; the model is clean after Ctrl-C."""
+    shutil.copy(uninterrupted[1] / "calibration.safetensors", tmp_path)
+    before = state_of(mock_model)
+    with monkeypatch.context() as patch:
+        first = count_experiments(patch, 6, stop_after=finished)
+        with pytest.raises(KeyboardInterrupt):
+            mock_runner(mock_model, tmp_path).run_full_experiment_suite(SUITE, PROMPTS, 6)
+    assert len(first) == finished
+    assert state_of(mock_model) == before
+    second = count_experiments(monkeypatch, 6)
+    frame = mock_runner(mock_model, tmp_path).run_full_experiment_suite(SUITE, PROMPTS, 6)
+    assert len(second) == 9 - finished
+    assert_same_results(frame, uninterrupted[0])
+    saved = [bh.read_results(folder / "bh_routing_results.csv") for folder in (tmp_path, uninterrupted[1])]
+    assert_same_results(*saved)
+
+
+def test_finished_work_is_not_run_again(mock_model, tmp_path, monkeypatch, uninterrupted):
+    """The same suite again runs nothing, a larger one what is new, and without resume everything."""
+    folder = tmp_path / "copy"
+    shutil.copytree(uninterrupted[1], folder)
+    calls = []
+    real = mock_model.generate
+    monkeypatch.setitem(mock_model.__dict__, "generate", lambda **kwargs: calls.append(1) or real(**kwargs))
+    frame = mock_runner(mock_model, folder).run_full_experiment_suite(SUITE, PROMPTS, 6)
+    assert not calls
+    pd.testing.assert_frame_equal(frame, uninterrupted[0])
+    monkeypatch.undo()
+    done = count_experiments(monkeypatch, 6)
+    more = mock_runner(mock_model, folder).run_full_experiment_suite(
+        SUITE | {"topk_2": {"method": "topk", "k": 2}}, PROMPTS, 6
+    )
+    assert (len(more), len(done)) == (12, 3)
+    fresh = mock_runner(mock_model, folder).run_full_experiment_suite(SUITE, PROMPTS, 6, resume=False)
+    assert len(done) == 3 + 9
+    assert_same_results(fresh, frame)
+    assert len(list((folder / "checkpoints").glob("*.json"))) == 2
+
+
+def test_save_checkpoint_by_hand(mock_model, tmp_path):
+    """Harmless at any time: before a suite, where there is nothing to save, and after it."""
+    runner = mock_runner(mock_model, tmp_path)
+    runner._save_checkpoint()
+    runner.run_full_experiment_suite({"bh_flat": FLAT}, PROMPTS[:1], 2)
+    runner._save_checkpoint()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"tokens": 7}, "max_new_tokens is 6 there, 7 here"), ({"seed": 3}, "seed is 0 there, 3 here"),
+     ({"configs": {**SUITE, "bh_flat": {**FLAT, "alpha": 0.25}}}, "alpha = 0.5, now it is 0.25"),
+     ({"prompts": [{**PROMPTS[0], "text": "other"}]}, "prompt_text"),
+     ({"model": "other weights"}, "model is")],
+)  # fmt: skip
+def test_other_runs_results_are_refused(mock_model, tmp_path, uninterrupted, change, message):
+    """Other settings, weights, configuration or prompt under the same name: refused, untouched."""
+    folder = tmp_path / "copy"
+    shutil.copytree(uninterrupted[1], folder)
+    path = folder / "checkpoints" / "latest_checkpoint.json"
+    before = path.read_bytes()
+    model = mock_model
+    if "model" in change:
+        model = copy.deepcopy(mock_model)
+        model.layers[2].experts.up.data += 1e-3
+    runner = mock_runner(model, folder, seed=change.get("seed", 0))
+    asked = (change.get("configs", SUITE), change.get("prompts", PROMPTS), change.get("tokens", 6))
+    with pytest.raises(bh.UserError, match=message):
+        runner.run_full_experiment_suite(*asked)
+    assert path.read_bytes() == before
+
+
+def test_kill_and_resume(tiny_folder, tmp_path):
+    """A process killed in mid-suite loses at most one experiment; resumed equals uninterrupted."""
+    names = ("topk_8", "bh_loose")
+    configs = {name: bh.ROUTING_CONFIGS[name] for name in names}
+
+    def suite(output):
+        runner = bh.BHExperimentRunner(str(tiny_folder), output, device="cpu", use_fp16=False)
+        return runner.run_full_experiment_suite(configs, max_new_tokens=24)
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    expected = suite(whole)
+    code = (
+        f"import run_bh_experiments as b; vars(b).update({CALIBRATION}); "
+        f"r = b.BHExperimentRunner({str(tiny_folder)!r}, {str(killed)!r}, device='cpu', use_fp16=False); "
+        f"r.run_full_experiment_suite({{n: b.ROUTING_CONFIGS[n] for n in {names}}}, max_new_tokens=24)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stderr=subprocess.DEVNULL)
+    path = killed / "checkpoints" / "latest_checkpoint.json"
+    while process.poll() is None and (not path.exists() or path.read_bytes().count(b'"config_name"') < 3):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    finished = len(strict_loads(path.read_text())["results"])
+    assert 3 <= finished < 24
+    assert_same_results(suite(killed), expected)
+
+
+def test_exit_codes(tiny_folder, tmp_path, monkeypatch, capsys):
+    """0 done, 1 when an experiment failed, 130 after Ctrl-C with a hint how to go on; never a traceback."""
+    monkeypatch.setattr(bh, "ROUTING_CONFIGS", CONFIGS)
+    monkeypatch.setattr(bh, "TEST_PROMPTS", PROMPTS[:2])
+    with monkeypatch.context() as patch:
+
+        def interrupt(*args):
+            raise KeyboardInterrupt
+
+        patch.setattr(bh.BHExperimentRunner, "run_single_experiment", interrupt)
+        assert cli(tiny_folder, tmp_path, "--max-tokens", 2) == 130
+    assert "same command goes on" in capsys.readouterr().err
+    assert cli(tiny_folder, tmp_path, "--max-tokens", 2) == 0
+    monkeypatch.setattr(bh, "TEST_PROMPTS", [*PROMPTS[:2], {"id": "long", "text": "x" * 800}])
+    assert cli(tiny_folder, tmp_path, "--max-tokens", 2) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert bh.logger.handlers == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--max-tokens", "0"], "--max-tokens 0"), (["--checkpoint-interval", "0"], "--checkpoint-interval 0"),
+     (["--calibration-text", "no.txt"], "no.txt"), (["--model", "nobody/no-such-model"], "models/olmoe-mini"),
+     (["--analyze-only"], "does not exist"),
+     (["--output", "{file}"], "{file}"), (["--output", "{file}/x"], "{file}"),
+     (["--analyze-only", "--output", "{file}"], "{file}")],
+)  # fmt: skip
+def test_bad_command_lines(options, message, tiny_folder, tmp_path, capsys):
+    """Wrong input ends with exit code 2 and one line that names it."""
+    file = tmp_path / "file"
+    file.write_text("keep me")
+    options = [option.replace("{file}", str(file)) for option in options]
+    assert cli(tiny_folder, tmp_path / "out", *options) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(lines) == 1
+    assert message.replace("{file}", str(file)) in lines[0]
+    assert file.read_text() == "keep me"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 8. Drift
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_requirements_equal_script_header():
+    """The PEP 723 block of the script lists the runtime part of requirements.txt."""
+    header = re.search(
+        r"^# dependencies = \[\n(.*?)^# \]", (HERE / "run_bh_experiments.py").read_text(), re.M | re.S
+    )
+    runtime = (HERE / "requirements.txt").read_text().split("\n#")[0]
+    assert re.findall(r'"(.+?)"', header[1]) == runtime.split()
+
+
+def test_manual_names_everything():
+    """Every option, column, plot and configuration stands in the manual; README.md is the same file."""
+    manual = (HERE / "README_BH_EXPERIMENTS.md").read_text(encoding="utf-8")
+    options = [
+        option
+        for action in bh.build_parser()._actions
+        for option in action.option_strings
+        if option not in ("-h", "--help")
+    ]
+    wanted = [*options, *bh.RESULT_COLUMNS, *bh.PLOTS, *bh.ROUTING_CONFIGS, *bh.P_VALUES]
+    assert [name for name in wanted if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", manual)] == []
+    assert (HERE / "README.md").resolve() == HERE / "README_BH_EXPERIMENTS.md"
+
+
+def test_contents_match_rulers():
+    """Contents and rulers of the script agree."""
+    source = (HERE / "run_bh_experiments.py").read_text()
+    contents = re.findall(r"^    (\d+)   ?(.+?)(?:  +.*)?$", bh.__doc__, re.M)
+    rulers = re.findall(r"^# -{90,}\n# (\d+)\. (.+)\n# -{90,}$", source, re.M)
+    assert [number for number, _ in contents] == [number for number, _ in rulers]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 9. The embedded model
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """A runner of the embedded model, calibrated on as much text as a real run."""
+    runner = bh.BHExperimentRunner(
+        str(EMBEDDED), tmp_path_factory.mktemp("mini"), device="cpu", use_fp16=False
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bh, "CALIBRATION_SEQUENCES", 32)
+        patch.setattr(bh, "CALIBRATION_LENGTH", 128)
+        yield runner
+
+
+def test_embedded_model_is_olmoe(embedded):
+    """OLMoE's own architecture and routing shape, small, in safetensors only."""
+    config = embedded.model.config
+    assert type(embedded.model).__name__ == "OlmoeForCausalLM"
+    assert (config.num_experts, config.num_experts_per_tok, config.norm_topk_prob) == (64, 8, False)
+    assert len(embedded.layers) >= 4
+    files = [file for file in EMBEDDED.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 25e6
+    assert any(file.suffix == ".safetensors" for file in files)
+    assert not {file.suffix for file in files} & {".bin", ".pt", ".pth", ".pkl", ".py"}
+
+
+def test_embedded_model_adapts(embedded):
+    """Mean experts rise from strict to loose, and no rule sits at its floor or cap."""
+    configs = {name: bh.ROUTING_CONFIGS[name] for name in ("bh_strict", "bh_moderate", "bh_loose")}
+    frame = embedded.run_full_experiment_suite(configs, bh.TEST_PROMPTS[::5], max_new_tokens=16)
+    assert (frame["status"] == "ok").all()
+    strict, moderate, loose = frame.groupby("config_name", sort=False)["avg_experts_per_token"].mean()
+    assert 1.5 < strict < moderate < loose < 7.8
+    assert (frame["floor_frac"] < 0.9).all()
+    assert (frame["cap_frac"] < 0.9).all()
+
+
+def test_embedded_model_uses_its_experts(embedded):
+    """The built-in continuations are more probable with eight experts than with one."""
+    nll = {}
+    for k in (1, 8):
+        with bh.patched_routing(embedded.model, {"method": "topk", "k": k}):
+            losses = []
+            for prompt in bh.TEST_PROMPTS[:6]:
+                ids = torch.tensor([embedded.tokenizer(prompt["text"] + prompt["reference"])["input_ids"]])
+                logits = logits_of(embedded.model, ids)[0, :-1]
+                losses.append(nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+        nll[k] = torch.cat(losses).mean()
+    assert nll[8] < nll[1] - 0.1
+    assert nll[8] < 5.5
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 9. Quality, controls and the verdict
+# ---------------------------------------------------------------------------------------------------------
+
+
+def plain_nll(model, ids, context):
+    """transformers' own loss over the tokens after `context`."""
+    labels = ids.clone()
+    labels[:, :context] = -100
+    with torch.inference_mode():
+        return model(input_ids=ids, labels=labels).loss.item()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A runner on a tiny real OLMoE."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return bh.BHExperimentRunner("tiny", folder, model=build("olmoe-grouped_mm"), tokenizer=byte_tokenizer())
+
+
+SCORED = {"id": "scored", "text": "The river is", "reference": " wide and slow in the plain."}
+RULES = {
+    "topk_4": {"method": "topk", "k": 4},
+    "topk_2": {"method": "topk", "k": 2},
+    "bh": {"method": "bh", "alpha": 0.3, "max_k": 4, "p_values": "flat"},
+    "by": {"method": "by", "alpha": 0.3, "max_k": 4, "p_values": "flat"},
+    "top_p": {"method": "top_p", "p": 0.6, "max_k": 4},
+    "min_p": {"method": "min_p", "ratio": 0.3, "max_k": 4},
+    "threshold": {"method": "threshold", "threshold": 0.1, "max_k": 4},
+}
+
+
+def test_scores_agree_with_an_independent_computation(tiny):
+    """NLL is transformers' own loss; the baseline is at KL 0 from itself; KL is the textbook sum."""
+    ids = torch.tensor([byte_tokenizer()(SCORED["text"] + SCORED["reference"])["input_ids"]])
+    context = len(byte_tokenizer()(SCORED["text"])["input_ids"])
+    rows = {name: tiny.run_single_experiment(name, config, SCORED, 4) for name, config in RULES.items()}
+    own = rows["topk_4"]
+    assert own["reference_nll"] == pytest.approx(plain_nll(tiny.model, ids, context), abs=1e-4)
+    assert own["repeat_reference_nll"] == own["reference_nll"]
+    assert (own["kl_to_baseline"], own["top1_agreement"], own["tokens_until_divergence"]) == (0, 1, 4)
+    assert own["reference_tokens"] == own["reference_bytes"] == len(SCORED["reference"])
+    assert own["reference_perplexity"] == pytest.approx(math.exp(own["reference_nll"]))
+    assert own["bits_per_byte"] == pytest.approx(own["reference_nll"] / math.log(2))
+    curve = {int(k): nll for k, nll in json.loads(own["static_nll"]).items()}
+    assert set(curve) == {1, 2, 3}
+    assert curve[2] == rows["topk_2"]["reference_nll"]
+    base = logits_of(tiny.model, ids)[0, context - 1 : -1].double().log_softmax(-1)
+    with bh.patched_routing(tiny.model, RULES["bh"]):
+        other = logits_of(tiny.model, ids)[0, context - 1 : -1].double().log_softmax(-1)
+    kl = (base.exp() * (base - other)).sum(-1).mean().item()
+    assert rows["bh"]["kl_to_baseline"] == pytest.approx(kl, abs=1e-5)
+    assert rows["bh"]["kl_to_baseline"] > 1e-4
+
+
+@pytest.mark.parametrize("name", ["bh", "by", "top_p", "min_p", "threshold"])
+def test_rules_count_what_they_say(name):
+    """Each rule against its definition in a loop over tokens, experts ranked by gate."""
+    logits = torch.randn(200, 16, generator=torch.Generator().manual_seed(3)) * 2
+    config = bh.resolve_config(name, RULES[name] | {"max_k": 16})
+    critical = bh.critical_scores(config, 16, 0, None)
+    counts = bh.counting_rule(config, critical)(bh.gate_scores(logits))
+    for row, count in zip(logits.double().softmax(-1).tolist(), counts.tolist(), strict=True):
+        q = sorted(row, reverse=True)
+        if name in ("bh", "by"):
+            alpha = 0.3 / (sum(1 / k for k in range(1, 17)) if name == "by" else 1)
+            expected = max([k for k in range(1, 17) if (1 - q[k - 1]) ** 15 <= k * alpha / 16], default=0)
+        elif name == "top_p":
+            expected = next(k for k in range(1, 17) if sum(q[:k]) >= 0.6)
+        elif name == "min_p":
+            expected = sum(value >= 0.3 * q[0] for value in q)
+        else:
+            expected = sum(value >= 0.1 for value in q)
+        assert count == expected
+
+
+def test_shuffle_keeps_the_counts_and_moves_them(tiny):
+    """A shuffled rule has the same histogram of counts in every layer, on other tokens."""
+    ids = sample_ids(1, 60) % 250 + 1
+    plain, shuffled = RULES["top_p"], RULES["top_p"] | {"shuffle": True}
+    with bh.patched_routing(tiny.model, plain) as first:
+        one = logits_of(tiny.model, ids)
+    with bh.patched_routing(tiny.model, shuffled) as second:
+        other = logits_of(tiny.model, ids)
+    with bh.patched_routing(tiny.model, shuffled):
+        assert torch.equal(logits_of(tiny.model, ids), other)
+    assert torch.equal(first.counts[0], second.counts[0])
+    assert not torch.allclose(one, other)
+
+
+@pytest.mark.parametrize(("kind", "own"), [("olmoe-eager", False), ("mixtral", True)])
+def test_renormalize(kind, own):
+    """What the kept weights sum to, as the experts get them, for models that do and do not renormalise."""
+    model = build(kind)
+    router = bh.find_moe_layers(model)[0].router
+
+    def sums(config):
+        seen = []
+        with (
+            bh.patched_routing(model, config),
+            router.register_forward_hook(lambda m, a, out: seen.append(out[1])),
+        ):
+            logits_of(model, sample_ids() % 250 + 1)
+        return seen[0].sum(-1)
+
+    by_target = {t: sums({"method": "topk", "k": 2, "renormalize": t}) for t in bh.RENORMALIZE}
+    torch.testing.assert_close(by_target["sum"], torch.ones_like(by_target["sum"]))
+    torch.testing.assert_close(by_target["topk_mass"], sums({"method": "topk", "k": 4}))
+    assert torch.allclose(by_target["model"], by_target["sum"]) == own
+
+
+def test_match_experts(tiny):
+    """Every adaptive rule reaches the asked-for mean on the calibration text, or says what it can reach."""
+    for name, target in {"by": 1.4, "bh": 1.9, "top_p": 2.5, "min_p": 2.5, "threshold": 2.5}.items():
+        config = bh.match_experts(name, RULES[name], target, tiny.calibration)
+        counts = []
+        for index, logits in enumerate(tiny.calibration.logits):
+            critical = bh.critical_scores(config, 16, index, None)
+            counts.append(
+                bh.counting_rule(config, critical)(bh.gate_scores(logits)).clamp(1, 4).double().mean()
+            )
+        assert torch.stack(counts).mean().item() == pytest.approx(target, abs=0.06)
+    with pytest.raises(bh.UserError, match="bh can keep .* to 4.00 experts"):
+        bh.match_experts("bh", RULES["bh"], 6, tiny.calibration)
+    with pytest.raises(bh.UserError, match="jumps over it"):
+        bh.match_experts("bh", RULES["bh"], 3, tiny.calibration)
+    assert bh.match_experts("topk_2", RULES["topk_2"], 6, tiny.calibration)["k"] == 2
+
+
+def test_text_windows_are_those_of_rolling_log_likelihood(tiny, tmp_path):
+    """Windows cover every token once, with one token of context, and their NLL is a plain forward pass."""
+    text = "The quick brown fox jumps over the lazy dog. " * 5
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("Short but long enough to be a window.", encoding="utf-8")
+    items = bh.text_windows([tmp_path], tiny.tokenizer, 32)
+    assert {item["document"] for item in items} == {"b.txt", "sub/a.txt"}
+    ids = tiny.tokenizer(text)["input_ids"]
+    windows = [item["token_ids"] for item in items if item["document"] == "sub/a.txt"]
+    assert [token for window in windows for token in window[1:]] == ids[: sum(len(w) - 1 for w in windows)]
+    assert [window[0] for window in windows] == [0, *ids[31:-1:32]][: len(windows)]
+    frame = tiny.run_full_experiment_suite({n: RULES[n] for n in ("topk_4", "bh")}, items, resume=False)
+    assert (frame["status"] == "ok").all()
+    assert frame["generated_text"].isna().all()
+    row = frame[(frame["document"] == "sub/a.txt") & (frame["config_name"] == "topk_4")].iloc[1]
+    assert row["reference_nll"] == pytest.approx(
+        plain_nll(tiny.model, torch.tensor([windows[1]]), 1), abs=1e-4
+    )
+    assert (frame["avg_experts_per_token"] == frame["reference_avg_experts"]).all()
+    analysis = bh.write_report(frame, tmp_path / "out")
+    assert analysis["verdict"]["bh"]["n_units"] == 2
+    assert not (tmp_path / "out" / "plots" / "inference_time_comparison.png").exists()
+
+
+def test_diagnosed_nulls(tiny):
+    """On the calibration text itself the empirical null is uniform and its FDP is at most about alpha."""
+    report = bh.diagnose_nulls(tiny.calibration, tiny.calibration)
+    assert max(report["nulls"]["empirical"]["ks"]) < 0.01
+    for row in report["nulls"]["empirical"]["alphas"]:
+        assert row["realised_fdp"] <= row["alpha"] * 1.1 + 0.01
+    assert max(report["nulls"]["flat"]["ks"]) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("a.txt", b"", "empty"), ("a.txt", b"\xff\xfe\x00x", "codec"), ("a.jsonl", b"{", "not valid jsonl"),
+     ("a.jsonl", b'{"id": "x"}', "entry 1.*no text"), ("a.json", b"3", "list of prompts"),
+     ("a.json", b"[1]", "entry 1 is int"),
+     ("a.csv", b"name\nx\n", "entry 1.*no text"), ("a.txt", b"same\nsame\n", "occurs 2 times"),
+     ("a.xml", b"x", "kind of --prompts"), ("a.json", b'[{"text": 4}]', "no text")],
+)  # fmt: skip
+def test_bad_prompt_files(tmp_path, capsys, name, content, message):
+    """One clear line and exit code 2, before a model is loaded."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert bh.main(["--prompts", str(path), "--model", "nowhere", "--output", str(tmp_path / "out")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_prompt_files(tmp_path):
+    """The four kinds of file give the same prompts."""
+    rows = [{"id": "a", "text": "One, two", "category": "x"}, {"id": "b", "text": "Three"}]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "p.csv").write_text('id,text,category\na,"One, two",x\nb,Three,\n')
+    (tmp_path / "p.txt").write_text("One, two\n\nThree\n")
+    first, *others = (bh.load_prompts(tmp_path / f"p.{kind}") for kind in ("json", "jsonl", "csv", "txt"))
+    assert others[:2] == [first, first]
+    assert [prompt["text"] for prompt in others[2]] == ["One, two", "Three"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--suite", "frontir"], 'Did you mean "frontier"'),
+     (["--configs", "bh_strct"], 'Did you mean "bh_strict"'),
+     (["--match-experts", "9"], "can keep"), (["--window", "0"], "--window 0"),
+     (["--text", "nowhere.txt"], "nowhere.txt"),
+     (["--prompts", "x.txt", "--text", "y.txt"], "exclude each other"),
+     (["--routing-configs", "nowhere.json"], "nowhere.json")],
+)  # fmt: skip
+def test_bad_options(tiny_folder, tmp_path, capsys, arguments, message):
+    """Mistakes on the command line are one line and exit code 2."""
+    base = ["--model", str(tiny_folder), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert bh.main([*base, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_own_configurations(tmp_path):
+    """--routing-configs adds to the suite, and --configs picks from both."""
+    path = tmp_path / "own.json"
+    path.write_text('{"mine": {"method": "top_p", "p": 0.3}}')
+    parse = bh.build_parser().parse_args
+    assert list(bh.choose_configs(parse(["--routing-configs", str(path)]))) == [*bh.ROUTING_CONFIGS, "mine"]
+    chosen = bh.choose_configs(parse(["--routing-configs", str(path), "--configs", "mine, topk_3"]))
+    assert list(chosen) == ["mine", "topk_3"]
+    assert {len(bh.choose_configs(parse(["--suite", name]))) for name in bh.SUITES} == {5, 24, 20, 36}
+
+
+def quality_frame(columns, experts, tokens=None, documents=None):
+    """Result rows from configuration -> NLL per item and configuration -> experts (one or per item)."""
+    parts = []
+    for name, nll in columns.items():
+        n, static = len(nll), name.startswith("topk")
+        ids = [f"p{i}" for i in range(n)]
+        parts.append(
+            pd.DataFrame(
+                {
+                    "config_name": name,
+                    "prompt_id": ids,
+                    "document": ids if documents is None else documents,
+                    "status": "ok",
+                    "method": "topk" if static else "bh",
+                    "k": float(name.split("_")[1]) if static else math.nan,
+                    "renormalize": "model",
+                    "static_nll": "",
+                    "reference_nll": nll,
+                    "reference_tokens": 100 if tokens is None else tokens,
+                    "reference_avg_experts": experts[name],
+                    "kl_to_baseline": 0.01,
+                    "top1_agreement": 0.9,
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def simulated(seed, effect=0.0, n=40):
+    """Item effects shared by all; static Top-4 and Top-5; `bh` between them experts vary by item."""
+    rng = np.random.default_rng(seed)
+    item, sensitivity, experts = rng.normal(3, 0.4, n), rng.normal(1, 0.3, n), rng.normal(4.4, 0.2, n)
+    loss = {"topk_4": 0.023, "topk_5": 0.009}
+    columns = {name: item + x * sensitivity + rng.normal(0, 0.003, n) for name, x in loss.items()}
+    on_curve = 0.023 - (experts - 4) * (0.023 - 0.009)  # what static Top-K would lose at these experts
+    columns["bh"] = item + on_curve * sensitivity + rng.normal(0, 0.008, n) + effect
+    return quality_frame(columns, {"topk_4": 4.0, "topk_5": 5.0, "bh": experts})
+
+
+def test_units_are_the_values_when_every_item_is_its_own_document():
+    values = pd.Series([1.0, -2.0, 4.5], index=["a", "b", "c"])
+    units = bh.item_units(values, pd.Series({"c": "c", "a": "a", "b": "b", "left_out": "x"}))
+    np.testing.assert_allclose(units[["a", "b", "c"]], values, rtol=0, atol=1e-15)
+
+
+def test_units_of_clusters_give_the_ratio_estimators_variance():
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(1, 9, 60)
+    documents = pd.Series(np.repeat(np.arange(60), sizes)).map("d{}".format)
+    values = pd.Series(np.repeat(rng.normal(0, 1, 60), sizes) + rng.normal(0.3, 0.5, sizes.sum()))
+    units = bh.item_units(values, documents)
+    assert units.mean() == pytest.approx(values.mean())
+    sums = values.groupby(documents).sum() - values.mean() * documents.value_counts()
+    closed = (sums**2).sum() / len(values) ** 2 * 60 / 59  # cluster-robust variance of a mean, CR1
+    assert units.var(ddof=1) / 60 == pytest.approx(closed)
+    groups = [group.to_numpy() for _, group in values.groupby(documents)]
+    means = [np.concatenate([groups[i] for i in rng.integers(0, 60, 60)]).mean() for _ in range(4000)]
+    assert units.std(ddof=1) / math.sqrt(60) == pytest.approx(np.std(means), rel=0.06)
+    assert closed > 2 * values.var() / len(values)  # ignoring the clusters would claim far too much
+
+
+def test_difference_summary_against_direct_computation():
+    x = np.random.default_rng(2).gamma(2, 0.01, 30) - 0.015
+    found = bh.difference_summary(pd.Series(x), margin=0.02, seed=5)
+    rng = np.random.default_rng(5)
+    name = "rng" if "rng" in inspect.signature(stats.bootstrap).parameters else "random_state"
+    interval = stats.bootstrap((x,), np.mean, n_resamples=9_999, **{name: rng}).confidence_interval
+    assert (found["ci95_low"], found["ci95_high"]) == pytest.approx(tuple(interval))
+    assert found["p_value"] == pytest.approx(stats.ttest_1samp(x, 0).pvalue)
+    assert found["wilcoxon_p_value"] == pytest.approx(stats.wilcoxon(x).pvalue)
+    one_sided = (
+        stats.ttest_1samp(x, -0.02, alternative="greater").pvalue,
+        stats.ttest_1samp(x, 0.02, alternative="less").pvalue,
+    )
+    assert found["equivalence_p_value"] == pytest.approx(max(one_sided))
+    assert found["equivalent"] is True
+    assert bh.difference_summary(pd.Series(x), margin=0.001)["equivalent"] is False
+    shift = found["smallest_detectable"] / stats.sem(x)  # its power by the noncentral t
+    assert stats.nct.sf(stats.t.ppf(0.975, 29), 29, shift) == pytest.approx(0.80, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("units", "reason"),
+    [([], "0 independent"), ([0.1], "1 independent"), ([0.0] * 5, "no item"), ([0.1] * 5, "same amount")],
+)
+def test_degenerate_differences_have_a_reason_and_no_numbers(units, reason):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = bh.difference_summary(pd.Series(units, dtype=float), margin=0.01)
+    assert reason in found["reason"]
+    assert all(found[key] is None for key in ("ci95_low", "p_value", "wilcoxon_p_value", "equivalent"))
+
+
+@pytest.mark.parametrize("units", [[0.1, 0.2], [0.0, 0.0, 0.1], [0.1, 0.1, -0.1], [0.0] * 9 + [1.0]])
+def test_small_and_tied_samples_give_finite_numbers_without_warnings(units):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = bh.difference_summary(pd.Series(units), margin=0.01, n_resamples=999)
+    assert found["ci95_low"] <= found["mean"] <= found["ci95_high"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_static_curve_is_interpolated_and_never_extrapolated():
+    columns = {"topk_3": [3.0, 5.0], "topk_4": [2.0, 3.0], "topk_8": [1.0, 2.0], "bh": [9.0, 9.0]}
+    frame = quality_frame(columns, {"topk_3": 3.0, "topk_4": 4.0, "topk_8": 8.0, "bh": 3.0})
+    frame = frame.sample(frac=1, random_state=0)
+    nll, mixture = bh.static_at(frame, 3.75)
+    assert mixture == (3, 4, 0.75)
+    assert nll.to_dict() == {"p0": 2.25, "p1": 3.5}
+    assert bh.static_at(frame, 8.0)[1] == (8, 8, 0.0)
+    assert bh.static_at(frame, 8.0)[0].to_dict() == {"p0": 1.0, "p1": 2.0}
+    for outside in (2.9, 8.1):
+        nll, reason = bh.static_at(frame, outside)
+        assert nll is None
+        assert "3.00 to 8.00" in reason
+    assert "between topk_4 and topk_8" in bh.static_at(frame, 5.0)[1]  # a gap is not bridged
+    assert bh.static_at(frame[frame["config_name"] == "topk_8"], 5)[1].endswith("only 8.00")
+    assert bh.static_at(frame[frame["method"] == "bh"], 5)[1].startswith("no static")
+
+
+def test_verdict_pairs_by_id_and_leaves_incomplete_items_out():
+    tokens = np.random.default_rng(0).integers(50, 120, 40)
+    frame = simulated(3, effect=-0.02).assign(reference_tokens=list(tokens) * 3)
+    keep = ~frame["prompt_id"].isin(["p1", "p2", "p3"])
+    expected = bh.quality_verdicts(frame[keep], "topk_5")["bh"]
+    broken = frame.sample(frac=1, random_state=1).reset_index(drop=True)
+    at = {name: (broken["config_name"] == name) for name in ("bh", "topk_4", "topk_5")}
+    broken.loc[at["bh"] & (broken["prompt_id"] == "p1"), "status"] = "error"
+    broken.loc[at["topk_4"] & (broken["prompt_id"] == "p2"), "reference_nll"] = math.nan
+    broken = broken[~(at["topk_5"] & (broken["prompt_id"] == "p3"))]
+    found = bh.quality_verdicts(broken, "topk_5")["bh"]
+    assert (found["n_items"], found["n_left_out"], found["verdict"]) == (37, 3, "better")
+    for key in ("mean_experts", "delta_nll", "p_value", "perplexity", "delta_to_baseline"):
+        assert found[key] == pytest.approx(expected[key])
+    own = frame[keep & (frame["config_name"] == "bh")]
+    weights = own["reference_tokens"] / own["reference_tokens"].sum()
+    assert found["mean_experts"] == pytest.approx((own["reference_avg_experts"] * weights).sum())
+    assert found["perplexity"] == pytest.approx(math.exp((own["reference_nll"] * weights).sum()))
+    nll, _ = bh.static_at(frame[keep], found["mean_experts"])
+    assert found["delta_nll"] == pytest.approx((own.set_index("prompt_id")["reference_nll"] - nll).mean())
+    with pytest.raises(bh.UserError, match="twice"):
+        bh.quality_verdicts(pd.concat([frame, frame[:1]]), "topk_5")
+
+
+def test_a_rule_on_the_static_curve_is_exactly_zero_whatever_items_get_more_experts():
+    """Items at 4 or at 5 static experts are a static mixture: experts that vary by item are not noise."""
+    frame = simulated(0)
+    static = {k: frame[frame["config_name"] == f"topk_{k}"] for k in (4, 5)}
+    columns = {f"topk_{k}": rows["reference_nll"].to_numpy() for k, rows in static.items()}
+    columns["topk_5"] = columns["topk_4"] - 0.01
+    wide = np.arange(40) % 3 == 0
+    columns["bh"] = np.where(wide, columns["topk_5"], columns["topk_4"])
+    experts = {"topk_4": 4.0, "topk_5": 5.0, "bh": np.where(wide, 5.0, 4.0)}
+    row = bh.quality_verdicts(quality_frame(columns, experts), "topk_5")["bh"]
+    assert row["delta_nll"] == pytest.approx(0, abs=1e-12)
+    assert row["reason"] == "no item differs"
+
+
+def test_verdicts_that_cannot_be_given_say_why():
+    frame = simulated(4)
+    high = frame[frame["config_name"] == "bh"].assign(config_name="bh_high", reference_avg_experts=9.0)
+    failed = frame[frame["config_name"] == "bh"].assign(config_name="bh_failed", status="error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = bh.quality_verdicts(pd.concat([frame, high, failed]), "topk_5", n_resamples=999)
+    rows = found
+    assert rows["topk_5"]["verdict"] is None
+    assert rows["topk_5"]["delta_to_baseline"] == 0
+    assert "measured at 4.00 to 5.00" in rows["bh_high"]["reason"]
+    assert rows["bh_high"]["delta_to_baseline"] is not None
+    assert rows["bh_failed"]["n_items"] == 0
+    assert rows["bh_high"]["verdict"] == rows["bh_failed"]["verdict"] == "undecided"
+    assert rows["bh"]["p_value_adjusted"] == rows["bh"]["p_value"]  # the only test of the family
+    json.dumps(bh.strict_json(found), allow_nan=False)
+
+
+def test_clustered_items_widen_the_interval():
+    frame, document = simulated(5), {f"p{i}": f"d{i // 8}" for i in range(40)}
+    shift = frame["prompt_id"].map(document).map({f"d{i}": 0.02 * (i - 2) for i in range(5)})
+    frame["reference_nll"] += shift.where(frame["config_name"] == "bh", 0)
+    alone = bh.quality_verdicts(frame, "topk_5")["bh"]
+    grouped = frame.assign(document=frame["prompt_id"].map(document))
+    together = bh.quality_verdicts(grouped, "topk_5")["bh"]
+    assert (alone["n_units"], together["n_units"]) == (40, 5)
+    assert together["delta_nll"] == pytest.approx(alone["delta_nll"])
+    assert together["ci95_high"] - together["ci95_low"] > 1.4 * (alone["ci95_high"] - alone["ci95_low"])
+
+
+def simulated_verdicts(effect, sets=400):
+    results = [
+        bh.quality_verdicts(simulated(seed, effect), "topk_5", n_resamples=399) for seed in range(sets)
+    ]
+    return pd.DataFrame([result["bh"] for result in results])
+
+
+def test_verdict_is_wrong_in_about_five_percent_and_finds_four_standard_errors():
+    without = simulated_verdicts(0.0)
+    standard_error = without["delta_nll"].std()
+    assert abs(without["delta_nll"].mean()) < 3 * standard_error / math.sqrt(400)
+    estimated = without["delta_nll"] / without["cohens_d"] / math.sqrt(40)
+    assert estimated.mean() == pytest.approx(standard_error, rel=0.1)
+    assert (without["verdict"] != "undecided").mean() <= 0.08
+    found = simulated_verdicts(-4 * standard_error, sets=200)
+    assert (found["verdict"] == "better").mean() > 0.90
+
+
+@pytest.mark.parametrize("configurations", [0, 1, 30])
+def test_quality_plots_show_every_configuration(configurations):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    frame = simulated(6, n=8)
+    rule = frame[frame["config_name"] == "bh"]
+    many = [rule.assign(config_name=f"bh_{i}", shuffle=i % 2 == 1) for i in range(configurations)]
+    frame = pd.concat([frame[frame["config_name"] != "bh"], *many], ignore_index=True)
+    verdicts = bh.quality_verdicts(frame, "topk_5", n_resamples=99)
+    ax = bh.plot_delta_at_equal_compute(frame, verdicts=verdicts)
+    labels = [tick.get_text() for tick in ax.get_yticklabels()]
+    assert labels == [f"bh_{i}" for i in range(configurations)]
+    ax = bh.plot_quality_vs_experts(frame, verdicts=verdicts)
+    families = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert families == ["static Top-K", "bh", "bh, shuffled"][: configurations + 1]
+    matplotlib.pyplot.close("all")
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
