@@ -1732,11 +1732,8 @@ class BHExperimentRunner:
     def _log_probabilities(self, ids: Tensor, context: int) -> Tensor:
         """Log-probabilities of every token at the scored positions, float32: [S - context, V]."""
         with torch.inference_mode():
-            inputs = ids[:, :-1]
-            logits = self.model(
-                input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False
-            ).logits
-            return logits[0, context - 1 :].float().log_softmax(-1)
+            inputs = {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1])}
+            return self.model(**inputs, use_cache=False).logits[0, context - 1 :].float().log_softmax(-1)
 
     def _score(self, config: Mapping[str, Any], prompt: Mapping[str, Any], own: bool) -> dict[str, Any]:
         """The QUALITY_COLUMNS that come from teacher forcing; {} for a prompt without a reference."""
@@ -1744,8 +1741,7 @@ class BHExperimentRunner:
         if scored is None:
             return {}
         ids, context, num_bytes = scored
-        key = (prompt["text"], prompt["reference"], context)
-        if self._baseline_of != key:
+        if self._baseline_of != (key := (ids.tolist(), context)):
             self._baseline_of, self._baseline = key, self._log_probabilities(ids, context)
         targets, curve = ids[0, context:, None], {}
         for k in self._curve if own else ():
@@ -1789,9 +1785,8 @@ class BHExperimentRunner:
         """
         self._restore_original_routing()
         config, prompt = self._resolve(config_name, config), resolve_prompt(prompt_data)
-        own = config == resolve_config("own", {"method": "topk", "k": self.layers[0].own_k}) | {
-            "description": config["description"]
-        }
+        own_routing = resolve_config("own", {"method": "topk", "k": self.layers[0].own_k})
+        own = all(config[field] == own_routing[field] for field in CONFIG_FIELDS)
         row = self._row(config_name, config, prompt, max_new_tokens)
         if "token_ids" in prompt:
             return row | self._score(config, prompt, own)
@@ -2720,23 +2715,18 @@ def _verdict_sentence(analysis: Mapping[str, Any]) -> str:
         reason = reasons[0] if reasons else "only static Top-K was run"
         return f"This run cannot compare quality at equal compute: {reason}."
     counts = {word: sum(row["verdict"] == word for row in compared.values()) for word in VERDICT_COLORS}
-    best = min(compared, key=lambda name: compared[name]["delta_nll"])
-    row = compared[best]
-    if counts["better"]:
-        best = min(
-            (n for n in compared if compared[n]["verdict"] == "better"),
-            key=lambda n: compared[n]["delta_nll"],
-        )
-        row = compared[best]
-        ending = f"the largest gain is `{best}`'s, "
-    else:
-        ending = f"the lowest estimate, which is no evidence of a gain, is `{best}`'s, "
+    found = [name for name in compared if compared[name]["verdict"] == "better"]
+    best = min(found or compared, key=lambda name: compared[name]["delta_nll"])
+    row, kind = (
+        compared[best],
+        "largest gain" if found else "lowest estimate, which is no evidence of a gain,",
+    )
     return (
         f"**Against static Top-K that spends the same number of experts, {counts['better']} of "
         f"{len(compared)} configurations predict the text better, {counts['worse']} worse, "
-        f"{counts['undecided']} undecided; {ending}{row['delta_nll']:+.4f} nats per token (95 % interval "
-        f"{_interval(row['ci95_low'], row['ci95_high'])}, adjusted p {_p(row['p_value_adjusted'])}, "
-        f"{row['n_items']} items) at {row['mean_experts']:.2f} experts.**"
+        f"{counts['undecided']} undecided; the {kind} is `{best}`'s, {row['delta_nll']:+.4f} nats per "
+        f"token (95 % interval {_interval(row['ci95_low'], row['ci95_high'])}, adjusted p "
+        f"{_p(row['p_value_adjusted'])}, {row['n_items']} items) at {row['mean_experts']:.2f} experts.**"
     )
 
 
@@ -2845,16 +2835,20 @@ def _quality_parts(analysis: Mapping[str, Any]) -> list[str]:
 
 def _findings(analysis: Mapping[str, Any]) -> list[str]:
     """A sentence per configuration; a difference in time is claimed only where it is significant."""
-    lines = []
+    lines, base = [], analysis["baseline"]
+    again = analysis["noise_floor"]["inference_time_sec"]["median_ratio"]
+    noise = "" if again is None else f"; `{base}` against itself {again:.2f}"
     for name, tests in analysis["statistical_tests"].items():
         experts, clock = tests["avg_experts_per_token"], tests["inference_time_sec"]
         if not experts["n_pairs"]:
             continue
         saved = 100 * (1 - experts["mean"] / experts["mean_baseline"])
         line = f"`{name}` ran {experts['mean']:.2f} experts per token and layer, {abs(saved):.0f} % "
-        line += f"{'fewer' if saved >= 0 else 'more'} than `{analysis['baseline']}`"
+        line += f"{'fewer' if saved >= 0 else 'more'} than `{base}`"
         if clock["median_ratio"] is not None:
-            line += f"; its inference time was {clock['median_ratio']:.2f} times the baseline's (median), "
+            line += (
+                f"; its inference time was {clock['median_ratio']:.2f} times the baseline's (median{noise}), "
+            )
             if clock["significant"]:
                 line += "slower" if clock["mean_difference"] > 0 else "faster"
                 line += f" with adjusted p {_p(clock['p_value_adjusted'])}"

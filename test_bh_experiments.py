@@ -1773,6 +1773,21 @@ def test_text_windows_are_those_of_rolling_log_likelihood(tiny, tmp_path):
     assert not (tmp_path / "out" / "plots" / "inference_time_comparison.png").exists()
 
 
+def test_perplexity_equals_lm_evaluation_harness(tiny, tmp_path):
+    """The same text and windows give the harness's rolling log-likelihood, an optional dependency."""
+    harness = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
+
+    text = "The quick brown fox jumps over the lazy dog; "[:32] * 6  # one token a byte: six whole windows
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    items = bh.text_windows([tmp_path / "a.txt"], tiny.tokenizer, 32)
+    rows = [tiny.run_single_experiment("topk_4", RULES["topk_4"], item) for item in items]
+    total = sum(row["reference_nll"] * row["reference_tokens"] for row in rows)
+    model = harness.HFLM(pretrained=tiny.model, tokenizer=tiny.tokenizer, max_length=32, batch_size=1)
+    (expected,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+    assert math.exp(total / 192) == pytest.approx(math.exp(-expected / 192), rel=1e-3)
+
+
 def test_diagnosed_nulls(tiny):
     """On the calibration text itself the empirical null is uniform and its FDP is at most about alpha."""
     report = bh.diagnose_nulls(tiny.calibration, tiny.calibration)
