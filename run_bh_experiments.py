@@ -2721,12 +2721,15 @@ def _verdict_sentence(analysis: Mapping[str, Any]) -> str:
         compared[best],
         "largest gain" if found else "lowest estimate, which is no evidence of a gain,",
     )
+    items = f"{row['n_items']} items" + (
+        f" of {row['n_units']} documents" if row["n_units"] != row["n_items"] else ""
+    )
     return (
         f"**Against static Top-K that spends the same number of experts, {counts['better']} of "
         f"{len(compared)} configurations predict the text better, {counts['worse']} worse, "
         f"{counts['undecided']} undecided; the {kind} is `{best}`'s, {row['delta_nll']:+.4f} nats per "
         f"token (95 % interval {_interval(row['ci95_low'], row['ci95_high'])}, adjusted p "
-        f"{_p(row['p_value_adjusted'])}, {row['n_items']} items) at {row['mean_experts']:.2f} experts.**"
+        f"{_p(row['p_value_adjusted'])}, {items}) at {row['mean_experts']:.2f} experts.**"
     )
 
 
@@ -2833,6 +2836,11 @@ def _quality_parts(analysis: Mapping[str, Any]) -> list[str]:
     return parts
 
 
+def _is_static(analysis: Mapping[str, Any], name: str) -> bool:
+    """Whether a configuration is plain Top-K: part of the static curve, not compared with it."""
+    return analysis["verdict"][name]["verdict"] is None
+
+
 def _findings(analysis: Mapping[str, Any]) -> list[str]:
     """A sentence per configuration; a difference in time is claimed only where it is significant."""
     lines, base = [], analysis["baseline"]
@@ -2840,7 +2848,7 @@ def _findings(analysis: Mapping[str, Any]) -> list[str]:
     noise = "" if again is None else f"; `{base}` against itself {again:.2f}"
     for name, tests in analysis["statistical_tests"].items():
         experts, clock = tests["avg_experts_per_token"], tests["inference_time_sec"]
-        if not experts["n_pairs"]:
+        if not experts["n_pairs"] or _is_static(analysis, name):
             continue
         saved = 100 * (1 - experts["mean"] / experts["mean_baseline"])
         line = f"`{name}` ran {experts['mean']:.2f} experts per token and layer, {abs(saved):.0f} % "
@@ -2868,20 +2876,19 @@ def _conclusions(analysis: Mapping[str, Any]) -> list[str]:
         ]
         if names:
             lines.append(f"{word} than `{base}` on this machine: {', '.join(f'`{name}`' for name in names)}.")
-    if clocks and not lines:
+    if not lines and any(test["n_pairs"] for test in clocks.values()):
         lines.append(f"No configuration was significantly faster or slower than `{base}` on this machine.")
-    experts = {
-        name: summary["avg_experts_per_token"] for name, summary in analysis["summary_by_config"].items()
-    }
-    for name, spread in experts.items():
-        if name != base and analysis["n_prompts"] > 1 and spread["min"] == spread["max"]:
+    for name, summary in analysis["summary_by_config"].items():
+        spread = summary["avg_experts_per_token"]
+        if not _is_static(analysis, name) and spread["n"] > 1 and spread["min"] == spread["max"]:
             lines.append(
                 f"`{name}` ran {spread['mean']:.2f} experts on every prompt: it does not adapt. With "
                 "`p_values` = softmax that is certain (see `SoftmaxNull` in the script); otherwise "
                 "choose another alpha."
             )
     held = [item["held"] for item in analysis["hypotheses"] if item["held"] is not None]
-    lines.append(f"{sum(held)} of {len(held)} measured expectations of the earlier attempt held.")
+    if held:
+        lines.append(f"{sum(held)} of {len(held)} measured expectations of the earlier attempt held.")
     words = {name: row["verdict"] for name, row in analysis["verdict"].items()}
     for word in ("better", "worse"):
         if names := [f"`{name}`" for name, found in words.items() if found == word]:
@@ -2973,14 +2980,23 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
         _test_row(name, metric, test)
         for name, by_metric in analysis["statistical_tests"].items()
         for metric, test in by_metric.items()
+        if test["n_pairs"]
     ]
+    expected = [
+        _hypothesis_row(item) for item in analysis["hypotheses"] if item["configuration"] in by_config
+    ]
+    generated = done["inference_time_sec"].notna().any()
+    amount = (
+        f"{int(first['max_new_tokens'])} new tokens each, {minutes:.1f} minutes of inference"
+        if generated
+        else f"scored text of {done['document'].nunique()} documents, nothing generated"
+    )
     parts = [
         "# BH routing against Top-K: report",
         "## Executive summary",
         _verdict_sentence(analysis),
         f"{_cell(first['model_name'])}, {machine}: {df['config_name'].nunique()} configurations x "
-        f"{df['prompt_id'].nunique()} prompts, {int(first['max_new_tokens'])} new tokens each, "
-        f"{minutes:.1f} minutes of inference. "
+        f"{df['prompt_id'].nunique()} items, {amount}. "
         f"{f'{len(failed)} experiments failed and are left out.' if len(failed) else ''}",
         _bullets(_findings(analysis)),
         *_quality_parts(analysis),
@@ -3012,9 +3028,11 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
         "## What was expected, and what was measured",
         "An earlier attempt wrote these expectations down for OLMoE-1B-7B-0924 without measuring them. "
         f"Measured here on {_cell(first['model_name'])}.",
-        _table([_hypothesis_row(item) for item in analysis["hypotheses"]]),
+        _table(expected) if expected else "None of their configurations was in this run.",
         f"Suite time: {minutes:.1f} minutes of inference here, {machine}; expected for OLMoE-1B-7B: "
-        f"{'; '.join(suite_times)}.",
+        f"{'; '.join(suite_times)}."
+        if generated
+        else "",
         "## Conclusions and recommendations",
         _bullets(_conclusions(analysis)),
         "## Configuration details",
@@ -3029,7 +3047,7 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
             "## Failed experiments",
             _table([{k: _cell(row[k]) for k in keys} for _, row in failed.iterrows()]),
         ]
-    write_whole(Path(output_path), "\n\n".join(part.strip() for part in parts) + "\n")
+    write_whole(Path(output_path), "\n\n".join(part.strip() for part in parts if part) + "\n")
     return Path(output_path)
 
 
