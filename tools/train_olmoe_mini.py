@@ -608,7 +608,11 @@ def load_tokens(args: argparse.Namespace):
         train = [path.read_text(encoding="utf-8") for name, path in files if not is_heldout(name)]
         heldout = [path.read_text(encoding="utf-8") for name, path in files if is_heldout(name)]
         np.random.default_rng(args.seed).shuffle(train)  # neighbours in the stream come from all sources
-        tokenizer = build_tokenizer(train, tokenizer_folder)
+        if args.start_from:
+            tokenizer = AutoTokenizer.from_pretrained(args.start_from)
+            tokenizer.save_pretrained(tokenizer_folder)
+        else:
+            tokenizer = build_tokenizer(train, tokenizer_folder)
         np.save(streams[0], token_stream(tokenizer, train))
         np.save(streams[1], token_stream(tokenizer, heldout))
     return np.load(streams[0]), np.load(streams[1]), AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -803,6 +807,11 @@ def train(args: argparse.Namespace) -> None:
         torch.distributed.init_process_group("gloo")
     stream, heldout, tokenizer = load_tokens(args)
     model = new_model(VOCABULARY, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if args.start_from:
+        from transformers import OlmoeForCausalLM
+
+        trained = OlmoeForCausalLM.from_pretrained(args.start_from, dtype=torch.float32)
+        model.load_state_dict(trained.state_dict())
     use_fast_experts(model)
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim == 1]
@@ -1213,6 +1222,9 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="train, or go on from the last checkpoint")
     command.add_argument("--text", type=Path, nargs="+", required=True, help=".txt files or folders of them")
     command.add_argument("--run", type=Path, required=True, help="folder for tokens, checkpoint and log")
+    command.add_argument(
+        "--start-from", type=Path, help="exported folder whose weights and tokenizer to begin with"
+    )
     command.add_argument("--steps", type=int, default=4000)
     command.add_argument("--rows", type=int, default=8, help="rows in a step")
     command.add_argument("--length", type=int, default=256, help="tokens in a row")
