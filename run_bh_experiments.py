@@ -150,6 +150,7 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
 P_VALUES = ("empirical", "flat", "softmax")
 RENORMALIZE = ("model", "none", "sum", "topk_mass")
 _ANY = ("temperature", "min_k", "max_k", "shuffle", "renormalize")
+STEP_UP = ("bh", "by")  # the methods that take a null
 METHODS = {  # method -> the fields it takes; the first is the knob that moves its mean number of experts
     "topk": ("k", "renormalize"),
     "bh": ("alpha", "p_values", *_ANY),
@@ -602,7 +603,7 @@ def counting_rule(config: Mapping[str, Any], critical: Tensor | None) -> Callabl
     critical: the table [E] of a step-up rule, see `critical_scores`; None for the others.
     """
     method = config["method"]
-    if method in ("bh", "by"):
+    if method in STEP_UP:
         return lambda scores: count_rejections(scores, critical, config["max_k"])
     if method == "top_p":  # an expert runs while the mass of the better ones is below p
 
@@ -712,6 +713,11 @@ class MoELayer:
     device: torch.device
 
 
+def _refuse_patched(name: str, router: nn.Module) -> None:
+    if hasattr(router, "_bh_patched"):
+        raise UserError(f"{name} is patched already: leave the first `with` block before the next")
+
+
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a transformers model, in order, by the architecture's own declaration.
 
@@ -729,8 +735,7 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     for name, router in model.named_modules():
         if not isinstance(router, router_classes):
             continue
-        if hasattr(router, "_bh_patched"):
-            raise UserError(f"{name} is patched already: leave the first `with` block before the next")
+        _refuse_patched(name, router)
         experts = getattr(model.get_submodule(name.rpartition(".")[0]), "experts", None)
         num_experts, own_k = getattr(router, "num_experts", None), getattr(router, "top_k", None)
         if isinstance(experts, nn.Module) and isinstance(num_experts, int) and isinstance(own_k, int):
@@ -776,18 +781,32 @@ def _renormalizes(router: nn.Module, own_k: int, num_experts: int) -> bool:
 
 
 def _adaptive_router(
-    layer: MoELayer, config: Mapping[str, Any], critical: Tensor | None, observe: Callable, seed: int
+    layer: MoELayer,
+    config: Mapping[str, Any],
+    critical: Tensor | None,
+    width: int,
+    observe: Callable,
+    seed: int,
 ) -> Callable:
     """A `forward` for the router: its own candidates, those beyond the rule's count with weight zero.
 
-    critical: see `counting_rule`. observe: called with the counts [T] before floor and cap. seed: to shuffle.
+    critical: see `counting_rule`. width: K, how many candidates the router returns. observe: called with the
+    counts [T] before floor and cap. seed: to shuffle.
     """
     forward, rule = layer.router.forward, counting_rule(config, critical)
     temperature = config["temperature"] or 1.0
     min_k, max_k = _bounds(config, layer.num_experts)
+    ranks = torch.arange(width, device=layer.device)
     target = config["renormalize"]
     if target == "model":
         target = "candidates" if layer.renormalizes else "none"
+    kept_sum = {  # what the kept weights are scaled to, from the weights of all candidates [T, K]
+        "none": None,
+        # As if the model had been asked for fewer: the kept take over the sum of all.
+        "candidates": lambda weights: weights.sum(-1, keepdim=True),
+        "sum": lambda weights: 1.0,
+        "topk_mass": lambda weights: weights.topk(layer.own_k).values.sum(-1, keepdim=True),
+    }[target]
 
     @functools.wraps(forward)
     def adaptive_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -800,17 +819,10 @@ def _adaptive_router(
             count = count[order.to(count.device)]
         # Half of the architectures return candidates unsorted: a candidate's rank is that of its weight.
         order = weights.argsort(dim=-1, descending=True, stable=True)
-        ranks = torch.arange(weights.shape[-1], device=weights.device)
         kept = torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, ranks < count)
         kept_weights = weights.masked_fill(~kept, 0)
-        if target != "none":
-            # "candidates": as if the model had been asked for fewer, the kept take over the sum of all.
-            total = {
-                "candidates": lambda: weights.sum(-1, keepdim=True),
-                "sum": lambda: 1.0,
-                "topk_mass": lambda: weights.topk(layer.own_k).values.sum(-1, keepdim=True),
-            }[target]()
-            kept_weights = kept_weights * (total / kept_weights.sum(-1, keepdim=True))
+        if kept_sum is not None:
+            kept_weights = kept_weights * (kept_sum(weights) / kept_weights.sum(-1, keepdim=True))
         return logits, kept_weights.to(weights.dtype), indices
 
     return adaptive_forward
@@ -919,6 +931,11 @@ class RoutingRecorder:
         number = torch.arange(len(histogram), dtype=torch.float64)
         mean = (histogram @ number).item() / decisions
         present = histogram.nonzero().flatten()
+        shares: tuple = (None, None, None)
+        if config["method"] != "topk":
+            floor, cap = (min(config[bound], len(histogram) - 1) for bound in ("min_k", "max_k"))
+            shares = (histogram[floor], histogram[cap], no_rejection.sum())
+            shares = tuple(share.item() / decisions for share in shares)
         statistics = (
             mean,
             math.sqrt((histogram @ (number - mean) ** 2).item() / decisions),
@@ -927,12 +944,8 @@ class RoutingRecorder:
             (use.std(dim=1, correction=0) / use.mean(dim=1)).mean().item(),
             # An unused expert counts as used once, so that the ratio stays finite.
             (use.amax(1) / use.amin(1).clamp(min=1)).mean().item(),
-            *(None, None, None),
+            *shares,
         )
-        if config["method"] != "topk":
-            floor, cap = (min(config[bound], len(histogram) - 1) for bound in ("min_k", "max_k"))
-            shares = (histogram[floor], histogram[cap], no_rejection.sum())
-            statistics = (*statistics[:-3], *(share.item() / decisions for share in shares))
         return dict(zip(ROUTING_COLUMNS, statistics, strict=True))
 
 
@@ -956,10 +969,7 @@ def patched_routing(
     recorder = RoutingRecorder(layers)
     with contextlib.ExitStack() as stack:
         for index, layer in enumerate(layers):
-            if hasattr(layer.router, "_bh_patched"):
-                raise UserError(
-                    f"{layer.name} is patched already: leave the first `with` block before the next"
-                )
+            _refuse_patched(layer.name, layer.router)
             stack.enter_context(_replaced(layer.router, "_bh_patched", True))
             width = _bounds(config, layer.num_experts)[1]
             if config["renormalize"] == "topk_mass":
@@ -967,7 +977,9 @@ def patched_routing(
             if config["method"] != "topk" or config["renormalize"] != "model":
                 critical = critical_scores(config, layer.num_experts, index, calibration)
                 critical = None if critical is None else critical.to(layer.device)
-                routed = _adaptive_router(layer, config, critical, recorder.observer(index), seed=index)
+                routed = _adaptive_router(
+                    layer, config, critical, width, recorder.observer(index), seed=index
+                )
                 stack.enter_context(_replaced(layer.router, "forward", routed))
                 stack.enter_context(_replaced(layer.experts, "forward", _skipping_experts(layer.experts)))
             # config.num_experts_per_tok has no effect after loading; the router's own attribute has.
@@ -976,19 +988,18 @@ def patched_routing(
         yield recorder
 
 
+def _correction(config: Mapping[str, Any], num_experts: int) -> float:
+    """What divides alpha: Benjamini-Yekutieli is BH at alpha / (1 + 1/2 + ... + 1/E) (2001, theorem 1.3)."""
+    return sum(1 / k for k in range(1, num_experts + 1)) if config["method"] == "by" else 1.0
+
+
 def critical_scores(
     config: Mapping[str, Any], num_experts: int, layer_index: int, calibration: Calibration | None
 ) -> Tensor | None:
-    """The table c_1 >= ... >= c_E of one layer, float32 [E], for a resolved step-up rule; None for other
-    rules.
-
-    Benjamini-Yekutieli is BH at alpha / (1 + 1/2 + ... + 1/E) (2001, theorem 1.3).
-    """
-    if config["method"] not in ("bh", "by"):
+    """The table c_1 >= ... >= c_E of one layer for a resolved step-up rule, float32 [E]; None for others."""
+    if config["method"] not in STEP_UP:
         return None
-    alpha = config["alpha"]
-    if config["method"] == "by":
-        alpha /= sum(1 / k for k in range(1, num_experts + 1))
+    alpha = config["alpha"] / _correction(config, num_experts)
     if config["p_values"] != "empirical":
         null = FlatNull(num_experts) if config["p_values"] == "flat" else SoftmaxNull(num_experts)
         return null.critical_scores(bh_levels(alpha, num_experts)).float()
@@ -1019,13 +1030,18 @@ class Calibration:
         self._nulls: dict[tuple, EmpiricalNull] = {}
         self._tables: dict[tuple, Tensor] = {}
 
+    def scores(self, layer_index: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """Scores [N, E] of one layer, and bool [N, E]: which pairs lie outside the model's own Top-K."""
+        scores = gate_scores(self.logits[layer_index], temperature)
+        everywhere = torch.ones_like(scores, dtype=torch.bool)
+        return scores, everywhere.scatter(1, self.own[layer_index].long(), False)
+
     def null(self, layer_index: int, temperature: float) -> EmpiricalNull:
-        """The null of one layer: the scores of all pairs outside the model's own Top-K."""
+        """The null of one layer: the scores of its irrelevant pairs."""
         key = (layer_index, temperature)
         if key not in self._nulls:
-            scores = gate_scores(self.logits[layer_index], temperature)  # [N, E]
-            outside = torch.ones_like(scores, dtype=torch.bool)
-            self._nulls[key] = EmpiricalNull(scores[outside.scatter(1, self.own[layer_index].long(), False)])
+            scores, outside = self.scores(layer_index, temperature)
+            self._nulls[key] = EmpiricalNull(scores[outside])
         return self._nulls[key]
 
     def critical_scores(self, layer_index: int, temperature: float, alpha: float) -> Tensor:
@@ -1040,10 +1056,8 @@ class Calibration:
         """Write as safetensors, whole or not at all, together with what it was made from."""
         from safetensors.torch import save_file
 
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        save_file({"logits": self.logits, "own": self.own}, part, metadata={"about": json.dumps(about)})
-        os.replace(part, path)
+        with replacing(path) as part:
+            save_file({"logits": self.logits, "own": self.own}, part, metadata={"about": json.dumps(about)})
 
     @classmethod
     def load(cls, path: Path, about: Mapping[str, Any]) -> Calibration | None:
@@ -1160,7 +1174,7 @@ def match_experts(
     lowest = 1e-6
     if config["p_values"] == "empirical":
         lowest = 1.001 * calibration.null(0, config["temperature"]).smallest_alpha(num_experts)
-        lowest *= sum(1 / k for k in range(1, num_experts + 1)) if config["method"] == "by" else 1
+        lowest *= _correction(config, num_experts)
     ends = math.log(lowest), 0.0
     reach = sorted(mean_experts(end) for end in ends)
     if not reach[0] <= target <= reach[1]:
@@ -1199,8 +1213,7 @@ def diagnose_nulls(calibration: Calibration, heldout: Calibration) -> dict[str, 
     for name in ("empirical", "flat"):
         shares, distances, rows = [], [], {alpha: [] for alpha in DIAGNOSED_ALPHAS}
         for index in range(num_layers):
-            scores = gate_scores(heldout.logits[index])  # [N, E]
-            outside = torch.ones_like(scores, dtype=torch.bool).scatter(1, heldout.own[index].long(), False)
+            scores, outside = heldout.scores(index, 1.0)  # [N, E], [N, E]
             null = calibration.null(index, 1.0) if name == "empirical" else FlatNull(num_experts)
             p_values = null.p_values(scores)  # [N, E]
             null_p = p_values[outside].sort().values
@@ -1248,12 +1261,19 @@ def strict_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file in one step, so that a reader or a crash never sees half of it."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; it takes the place of `path` in one step, so that nobody ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    yield part
     os.replace(part, path)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 class Checkpoint:
@@ -2289,11 +2309,21 @@ def quality_verdicts(
     verdict = {name: one(name) for name in _order(frame["config_name"])}
     adjust_p_values(list(verdict.values()))
     for name, row in verdict.items():
-        found = row.pop("significant") and not row["ci95_low"] <= 0 <= row["ci95_high"]
+        found = row.pop("significant") and excludes_zero(row)
         row["verdict"] = ("better" if row["delta_nll"] < 0 else "worse") if found else "undecided"
         if name in static.values():
             row["verdict"] = None
     return verdict
+
+
+def is_static(row: Mapping[str, Any]) -> bool:
+    """Whether a row of `quality_verdicts` is plain Top-K: part of the static curve, not compared with it."""
+    return row["verdict"] is None
+
+
+def excludes_zero(row: Mapping[str, Any]) -> bool:
+    """The condition for every claim about quality: there is an interval and zero is not in it."""
+    return row["ci95_low"] is not None and not row["ci95_low"] <= 0 <= row["ci95_high"]
 
 
 def shuffle_effects(frame: pd.DataFrame) -> dict[str, Any]:
@@ -2512,8 +2542,8 @@ def plot_quality_vs_experts(frame: pd.DataFrame, ax: Any = None, verdicts: Any =
     import seaborn as sns
 
     found = verdicts or quality_verdicts(frame, choose_baseline(frame))
-    frame = with_static_curve(frame)
-    ax, mean, names = _axes(ax), "delta_to_baseline", _static_names(frame).values()
+    ax, mean = _axes(ax), "delta_to_baseline"
+    names = [name for name, row in found.items() if is_static(row)]
     rows = pd.DataFrame.from_dict(found, orient="index").dropna(subset=mean)
     ends = [rows[f"{mean}_ci95_{side}"].astype(float).fillna(rows[mean]) for side in ("low", "high")]
     rows = rows.assign(low=ends[0], high=ends[1])  # no width where no item differs: the baseline itself
@@ -2555,8 +2585,8 @@ def plot_quality_vs_experts(frame: pd.DataFrame, ax: Any = None, verdicts: Any =
 def plot_delta_at_equal_compute(frame: pd.DataFrame, ax: Any = None, verdicts: Any = None) -> Any:
     """One row per adaptive configuration: NLL minus that of static Top-K with the same mean experts, 95 %."""
     found = verdicts or quality_verdicts(frame, choose_baseline(frame))
-    ax, static, spans = _axes(ax), _static_names(with_static_curve(frame)).values(), [0.0]
-    rows = {name: row for name, row in found.items() if name not in static}
+    ax, spans = _axes(ax), [0.0]
+    rows = {name: row for name, row in found.items() if not is_static(row)}
     if len(ax.figure.axes) == 1:
         ax.figure.set_figheight(1.7 + 0.26 * max(len(rows), 4))
     side = {"va": "center", "transform": ax.get_yaxis_transform()}
@@ -2628,6 +2658,13 @@ PLOTS: dict[str, tuple[Callable, str, str]] = {
 }
 
 
+def _has_data(needed: str, done: pd.DataFrame, diagnostics: Any) -> bool:
+    """Whether a plot that needs this column, or the null diagnostics, has something to show."""
+    if needed == "null_diagnostics":
+        return bool(diagnostics)
+    return needed in done and bool(done[needed].notna().any())
+
+
 def create_visualizations(
     df: pd.DataFrame, output_dir: str | Path, analysis: Mapping[str, Any] | None = None
 ) -> list[Path]:
@@ -2650,14 +2687,14 @@ def create_visualizations(
         for name, (draw, _, needed) in PLOTS.items():
             path = folder / f"{name}.png"
             path.unlink(missing_ok=True)  # no plot of an earlier run beside the report of this one
-            if needed == "null_diagnostics" and diagnostics:
+            if not _has_data(needed, done, diagnostics):
+                continue
+            if needed == "null_diagnostics":
                 figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
                 arguments: tuple = (diagnostics, axes)
-            elif needed in done and done[needed].notna().any():
+            else:
                 figure, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
                 arguments = (df, ax, verdicts) if needed == "reference_nll" else (done, ax)
-            else:
-                continue
             try:
                 draw(*arguments)
                 sns.despine(figure, left=True)
@@ -2711,19 +2748,17 @@ def _verdict_sentence(analysis: Mapping[str, Any]) -> str:
     """The answer in one sentence; it claims nothing whose interval includes zero."""
     compared = {n: row for n, row in analysis["verdict"].items() if row["delta_nll"] is not None}
     if not compared:
-        reasons = [row["reason"] for row in analysis["verdict"].values() if row["verdict"]]
+        reasons = [row["reason"] for row in analysis["verdict"].values() if not is_static(row)]
         reason = reasons[0] if reasons else "only static Top-K was run"
         return f"This run cannot compare quality at equal compute: {reason}."
     counts = {word: sum(row["verdict"] == word for row in compared.values()) for word in VERDICT_COLORS}
     found = [name for name in compared if compared[name]["verdict"] == "better"]
     best = min(found or compared, key=lambda name: compared[name]["delta_nll"])
-    row, kind = (
-        compared[best],
-        "largest gain" if found else "lowest estimate, which is no evidence of a gain,",
-    )
-    items = f"{row['n_items']} items" + (
-        f" of {row['n_units']} documents" if row["n_units"] != row["n_items"] else ""
-    )
+    row = compared[best]
+    kind = "largest gain" if found else "lowest estimate, which is no evidence of a gain,"
+    items = f"{row['n_items']} items"
+    if row["n_units"] != row["n_items"]:
+        items += f" of {row['n_units']} documents"
     return (
         f"**Against static Top-K that spends the same number of experts, {counts['better']} of "
         f"{len(compared)} configurations predict the text better, {counts['worse']} worse, "
@@ -2757,11 +2792,8 @@ def _quality_row(name: str, row: Mapping[str, Any]) -> dict[str, str]:
 
 def _noise_sentences(analysis: Mapping[str, Any]) -> list[str]:
     """What the baseline differs from itself by: the least that any other difference must exceed."""
-    lines, clock, nll = (
-        [],
-        analysis["noise_floor"]["inference_time_sec"],
-        analysis["noise_floor"]["reference_nll"],
-    )
+    lines, floor = [], analysis["noise_floor"]
+    clock, nll = floor["inference_time_sec"], floor["reference_nll"]
     if clock["n_pairs"]:
         line = f"Time: `{analysis['baseline']}` run twice, {clock['median_ratio']:.3f} times itself (median)"
         if clock["ci95_low"] is not None:
@@ -2777,8 +2809,8 @@ def _shuffle_sentences(analysis: Mapping[str, Any]) -> list[str]:
     for name, effect in analysis["shuffle_effects"].items():
         if effect["mean"] is None:
             continue
-        clear = effect["ci95_low"] is not None and not effect["ci95_low"] <= 0 <= effect["ci95_high"]
-        word = ("worse" if effect["mean"] > 0 else "better") if clear else "not clearly different"
+        word = "worse" if effect["mean"] > 0 else "better"
+        word = word if excludes_zero(effect) else "not clearly different"
         lines.append(
             f"`{name}`, the counts of `{effect['unshuffled']}` given to other tokens: {word}, "
             f"{_signed(effect['mean'])} nats per token "
@@ -2836,11 +2868,6 @@ def _quality_parts(analysis: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _is_static(analysis: Mapping[str, Any], name: str) -> bool:
-    """Whether a configuration is plain Top-K: part of the static curve, not compared with it."""
-    return analysis["verdict"][name]["verdict"] is None
-
-
 def _findings(analysis: Mapping[str, Any]) -> list[str]:
     """A sentence per configuration; a difference in time is claimed only where it is significant."""
     lines, base = [], analysis["baseline"]
@@ -2848,7 +2875,7 @@ def _findings(analysis: Mapping[str, Any]) -> list[str]:
     noise = "" if again is None else f"; `{base}` against itself {again:.2f}"
     for name, tests in analysis["statistical_tests"].items():
         experts, clock = tests["avg_experts_per_token"], tests["inference_time_sec"]
-        if not experts["n_pairs"] or _is_static(analysis, name):
+        if not experts["n_pairs"] or is_static(analysis["verdict"][name]):
             continue
         saved = 100 * (1 - experts["mean"] / experts["mean_baseline"])
         line = f"`{name}` ran {experts['mean']:.2f} experts per token and layer, {abs(saved):.0f} % "
@@ -2880,7 +2907,7 @@ def _conclusions(analysis: Mapping[str, Any]) -> list[str]:
         lines.append(f"No configuration was significantly faster or slower than `{base}` on this machine.")
     for name, summary in analysis["summary_by_config"].items():
         spread = summary["avg_experts_per_token"]
-        if not _is_static(analysis, name) and spread["n"] > 1 and spread["min"] == spread["max"]:
+        if not is_static(analysis["verdict"][name]) and spread["n"] > 1 and spread["min"] == spread["max"]:
             lines.append(
                 f"`{name}` ran {spread['mean']:.2f} experts on every prompt: it does not adapt. With "
                 "`p_values` = softmax that is certain (see `SoftmaxNull` in the script); otherwise "
@@ -2894,7 +2921,9 @@ def _conclusions(analysis: Mapping[str, Any]) -> list[str]:
         if names := [f"`{name}`" for name, found in words.items() if found == word]:
             lines.append(f"{word.capitalize()} than static Top-K at equal compute: {', '.join(names)}.")
     if equivalent := [
-        f"`{n}`" for n, row in analysis["verdict"].items() if words[n] and row["equivalent_to_baseline"]
+        f"`{n}`"
+        for n, row in analysis["verdict"].items()
+        if not is_static(row) and row["equivalent_to_baseline"]
     ]:
         margin = 100 * math.expm1(analysis["quality_margin"])
         lines.append(
@@ -3023,7 +3052,7 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
         *(
             f"### {title}\n\n![{title}](plots/{name}.png)"
             for name, (_, title, needed) in PLOTS.items()
-            if analysis.get(needed) or (needed in done and done[needed].notna().any())
+            if _has_data(needed, done, analysis["null_diagnostics"])
         ),
         "## What was expected, and what was measured",
         "An earlier attempt wrote these expectations down for OLMoE-1B-7B-0924 without measuring them. "
@@ -3150,9 +3179,8 @@ def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     names = [name.strip() for name in args.configs.split(",")] if args.configs else [*suite, *own]
     configs = {name: known[_choice("configuration in --configs", name, tuple(known))] for name in names}
     if args.p_values:
-        step_up = ("bh", "by")
         configs = {
-            n: c | {"p_values": args.p_values} if c.get("method") in step_up else c
+            n: c | {"p_values": args.p_values} if c.get("method") in STEP_UP else c
             for n, c in configs.items()
         }
     return {name: resolve_config(name, config) for name, config in configs.items()}
