@@ -525,19 +525,22 @@ def test_model_folder(tiny_folder, tmp_path):
     assert [(layer.num_experts, layer.own_k) for layer in runner.layers] == [(16, 4)] * 2
 
 
-def test_device_and_dtype(monkeypatch):
+def test_device_and_dtype(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bh.choose_device("auto") == bh.choose_device("cpu") == torch.device("cpu")
     with pytest.raises(bh.UserError, match="--device cpu"):
         bh.choose_device("cuda")
     with pytest.raises(bh.UserError, match='Did you mean "cuda"'):
         bh.choose_device("cud")
-    assert bh.choose_dtype(torch.device("cpu"), use_fp16=False) == torch.float32
-    assert bh.choose_dtype(torch.device("cpu"), use_fp16=True) in (torch.bfloat16, torch.float32)
+    assert bh.choose_dtype(torch.device("cpu"), "float16") == torch.float16
+    assert bh.choose_dtype(torch.device("cpu")) in (torch.bfloat16, torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
-    assert bh.choose_dtype(torch.device("cuda"), use_fp16=True) == torch.float16
+    with caplog.at_level("INFO"):
+        assert bh.choose_dtype(torch.device("cuda")) == torch.float16
+    assert "Tesla T4 has no bfloat16" in caplog.text
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    assert bh.choose_dtype(torch.device("cuda"), use_fp16=True) == torch.bfloat16
+    assert bh.choose_dtype(torch.device("cuda")) == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -631,7 +634,7 @@ def test_keeping_all_changes_nothing(subject):
     for config in configs:
         with bh.patched_routing(subject.model, config) as recorder:
             assert torch.equal(logits_of(subject.model, ids), expected)
-        assert recorder.counts[:, k].tolist() == [ids.numel()] * len(subject.layers)
+        assert recorder.total().counts[:, k].tolist() == [ids.numel()] * len(subject.layers)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -644,7 +647,7 @@ def test_fixed_k_equals_native_model(subject, k):
     for widest in (subject.own_k, subject.own_k + 3):
         with bh.patched_routing(subject.model, fixed(k, widest)) as recorder:
             torch.testing.assert_close(logits_of(subject.model, ids), native, rtol=1e-4, atol=2e-5)
-        assert (recorder.counts.sum(0).nonzero() == k).all()
+        assert (recorder.total().counts.sum(0).nonzero() == k).all()
     assert not torch.allclose(logits_of(subject.model, ids), native, atol=1e-2)
 
 
@@ -709,8 +712,8 @@ def test_dropped_experts_are_not_computed(subject, monkeypatch):
     before = state_of(subject.model)
     with bh.patched_routing(subject.model, EMPIRICAL, subject.calibration) as recorder:
         logits_of(subject.model, sample_ids())
-    pairs = recorder.counts @ torch.arange(recorder.counts.shape[1])
-    assert seen == pairs.tolist() == recorder.use.sum(1).tolist()
+    pairs = recorder.total().counts @ torch.arange(recorder.total().counts.shape[1])
+    assert seen == pairs.tolist() == recorder.total().use.sum(1).tolist()
     assert sum(seen) < sample_ids().numel() * 4 * len(subject.layers)
     assert state_of(subject.model) == before
 
@@ -749,7 +752,7 @@ def test_generate_equals_stepwise_argmax(subject):
         made = subject.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
         )
-        seen = recorder.counts.sum(1).tolist()
+        seen = recorder.total().counts.sum(1).tolist()
         for _ in range(8):
             ids = torch.cat([ids, logits_of(subject.model, ids)[:, -1:].argmax(-1)], dim=1)
     assert made.tolist() == ids.tolist()
@@ -772,7 +775,7 @@ def test_recorder_equals_reference(subject, config):
         logits_of(subject.model, sample_ids(1, 5))
     layers, experts = len(subject.layers), subject.layers[0].num_experts
     counts, use = np.zeros((layers, experts + 1), int), np.zeros((layers, experts), int)
-    numbers, nothing = [], 0
+    numbers, nothing, mass = [], 0, []
     for call, logits in enumerate(taken):
         layer = call % layers
         empirical = config["p_values"] == "empirical"
@@ -782,12 +785,14 @@ def test_recorder_equals_reference(subject, config):
             rejected = int((stats.false_discovery_control(p[token]) <= config["alpha"]).sum())
             number = min(max(rejected, config["min_k"]), config["max_k"])
             counts[layer, number] += 1
-            use[layer, logits[token].argsort(descending=True)[:number].numpy()] += 1
+            kept = logits[token].argsort(descending=True)[:number]
+            use[layer, kept.numpy()] += 1
+            mass.append(logits[token].softmax(-1)[kept].sum().item())
             numbers.append(number)
             nothing += rejected == 0
-    assert recorder.counts.tolist() == counts.tolist()
-    assert recorder.use.tolist() == use.tolist()
-    summary = recorder.summary(config)
+    assert recorder.total().counts.tolist() == counts.tolist()
+    assert recorder.total().use.tolist() == use.tolist()
+    summary = recorder.total().row()
     numbers = np.array(numbers)
     assert summary == pytest.approx({
         "avg_experts_per_token": numbers.mean(), "std_experts_per_token": numbers.std(),
@@ -795,7 +800,7 @@ def test_recorder_equals_reference(subject, config):
         "expert_utilization_cv": np.mean(use.std(1) / use.mean(1)),
         "expert_utilization_max_min_ratio": np.mean(use.max(1) / use.min(1).clip(1)),
         "floor_frac": np.mean(numbers == config["min_k"]), "cap_frac": np.mean(numbers == config["max_k"]),
-        "zero_rejection_frac": nothing / len(numbers),
+        "zero_rejection_frac": nothing / len(numbers), "gate_mass_frac": np.mean(mass),
     })  # fmt: skip
     assert set(summary) == set(bh.ROUTING_COLUMNS)
     assert numbers.min() < numbers.max()
@@ -825,10 +830,10 @@ def test_apply_and_restore(mock_model, tmp_path):
     expected = logits_of(mock_model, ids)
     recorder = runner._patch_bh_routing(alpha=0.1, temperature=1.0, min_k=2, max_k=5)
     logits_of(mock_model, ids)
-    assert set(recorder.counts.sum(0).nonzero().flatten().tolist()) <= {2, 3, 4, 5}
+    assert set(recorder.total().counts.sum(0).nonzero().flatten().tolist()) <= {2, 3, 4, 5}
     recorder = runner._apply_routing_config({"method": "topk", "k": 3})
     logits_of(mock_model, ids)
-    assert recorder.counts.sum(0).nonzero().flatten().tolist() == [3]
+    assert recorder.total().counts.sum(0).nonzero().flatten().tolist() == [3]
     for _ in range(2):
         runner._restore_original_routing()
         assert state_of(mock_model) == before
@@ -951,11 +956,12 @@ def test_mini_suite(mock_model, tmp_path):
     read = bh.read_results(tmp_path / "bh_routing_results.csv")
     assert_same_results(read, frame, list(bh.RESULT_COLUMNS))
     assert read["max_new_tokens"].tolist() == [5] * 6
-    stored = json.loads((tmp_path / "checkpoints" / "latest_checkpoint.json").read_text())["results"]
-    assert_same_results(pd.DataFrame(stored), frame, list(bh.RESULT_COLUMNS))
+    stored = pd.DataFrame(rows_in(tmp_path / "checkpoints" / "latest_checkpoint.json"))
+    assert_same_results(stored[list(bh.RESULT_COLUMNS)], frame, list(bh.RESULT_COLUMNS))
 
 
 AWKWARD_TEXTS = [
+    "=1+1", "'=1", "@x", "- item", "\t'", "'",
     "NA", "null", "nan", "", " x ", "1.0", 'a "b", c',
     "a\nb", "a\rb", "a\r\nb\rc", "\u00e9 \u2028 \x00", "|<b>`",
 ]  # fmt: skip
@@ -1277,7 +1283,18 @@ def test_one_new_token(mock_model, tmp_path):
 
 def checkpoint_row(i):
     text = 'é "]}\n, {"results": [' * i
-    return {"config_name": f"c{i}", "prompt_id": f"p{i}", "text": text, "value": i / 3}
+    names = {"config_name": f"c{i}", "prompt_id": f"p{i}", "sample": 0, "status": "ok"}
+    return {**names, "text": text, "value": i / 3}
+
+
+def rows_of(checkpoint):
+    return list(checkpoint.rows(list(checkpoint.places)))
+
+
+def rows_in(path):
+    """The rows of a checkpoint as a plain JSON reader sees them."""
+    rows = strict_loads(path.read_text())["results"]
+    return [{key: value for key, value in row.items() if key != "crc32"} for row in rows]
 
 
 def open_checkpoint(path, resume=True, **settings):
@@ -1302,12 +1319,12 @@ def test_checkpoint_is_valid_at_every_moment(tmp_path):
         checkpoint.append({**checkpoint_row(i), "number": np.float32(0.5), "missing": float("nan")})
         content = path.read_bytes()
         assert content.startswith(before[: -len(bh.Checkpoint.END)])
-        rows = strict_loads(content.decode())["results"]
-        assert rows == checkpoint.rows
+        rows = rows_in(path)
+        assert rows == rows_of(checkpoint)
         assert rows == [{**checkpoint_row(n), "number": 0.5, "missing": None} for n in range(i + 1)]
         before = content
     checkpoint.close()
-    assert open_checkpoint(path).rows == rows
+    assert rows_of(open_checkpoint(path)) == rows
 
 
 @pytest.mark.parametrize("tear", ["cut", "half overwritten"])
@@ -1325,20 +1342,23 @@ def test_torn_end(tmp_path, rows, tear):
     for torn in states:
         path.write_bytes(torn)
         checkpoint = open_checkpoint(path)
-        kept = checkpoint.rows[:]
+        kept = rows_of(checkpoint)
         assert kept[:rows] == [checkpoint_row(n) for n in range(rows)], torn
         assert kept[rows:] in ([], [checkpoint_row(rows)]), torn
         checkpoint.append(checkpoint_row(9))
         checkpoint.close()
-        assert strict_loads(path.read_text())["results"] == [*kept, checkpoint_row(9)]
+        assert rows_in(path) == [*kept, checkpoint_row(9)]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         *((text, "not a checkpoint") for text in ("hello", "", "[1, 2]", "null", '{"results": []}')),
-        ('{"schema": 99, "settings": {}, "results": []}', "schema 99"),
-        ('{"schema": 1, "settings": {"model": "m", "seed": 7}, "results": []}', "seed is 7 there, 0 here"),
+        ('{"schema": 99,\n"settings": {},\n"results": []}', "schema 99"),
+        (
+            '{"schema": 2,\n"settings": {"model": "m", "seed": 7},\n"results": [\n]}\n',
+            "seed is 7 there, 0 here",
+        ),
     ],
 )
 def test_foreign_files_are_refused(content, message, tmp_path):
@@ -1357,7 +1377,7 @@ def test_no_resume_sets_aside(tmp_path):
     contents = set()
     for i in range(3):
         checkpoint = open_checkpoint(path, resume=False)
-        assert checkpoint.rows == []
+        assert not checkpoint.places
         checkpoint.append(checkpoint_row(i))
         checkpoint.close()
         contents.add(path.read_bytes())
@@ -1366,16 +1386,16 @@ def test_no_resume_sets_aside(tmp_path):
 
 def count_experiments(monkeypatch, tokens, stop_after=None):
     """Count experiments, without warm-up; Ctrl-C in place of the one after `stop_after` of them."""
-    real, done = bh.BHExperimentRunner.run_single_experiment, []
+    real, done = bh.BHExperimentRunner._run, []
 
-    def run(runner, name, config, prompt, max_new_tokens):
+    def run(runner, name, config, prompts, max_new_tokens, sample):
         if max_new_tokens == tokens:
             if len(done) == stop_after:
                 raise KeyboardInterrupt
             done.append(name)
-        return real(runner, name, config, prompt, max_new_tokens)
+        return real(runner, name, config, prompts, max_new_tokens, sample)
 
-    monkeypatch.setattr(bh.BHExperimentRunner, "run_single_experiment", run)
+    monkeypatch.setattr(bh.BHExperimentRunner, "_run", run)
     return done
 
 
@@ -1498,7 +1518,7 @@ def test_exit_codes(tiny_folder, tmp_path, monkeypatch, capsys):
         def interrupt(*args):
             raise KeyboardInterrupt
 
-        patch.setattr(bh.BHExperimentRunner, "run_single_experiment", interrupt)
+        patch.setattr(bh.BHExperimentRunner, "_run", interrupt)
         assert cli(tiny_folder, tmp_path, "--max-tokens", 2) == 130
     assert "same command goes on" in capsys.readouterr().err
     assert cli(tiny_folder, tmp_path, "--max-tokens", 2) == 0
@@ -1705,7 +1725,7 @@ def test_shuffle_keeps_the_counts_and_moves_them(tiny):
         other = logits_of(tiny.model, ids)
     with bh.patched_routing(tiny.model, shuffled):
         assert torch.equal(logits_of(tiny.model, ids), other)
-    assert torch.equal(first.counts[0], second.counts[0])
+    assert torch.equal(first.total().counts[0], second.total().counts[0])
     assert not torch.allclose(one, other)
 
 
@@ -1757,7 +1777,7 @@ def test_text_windows_are_those_of_rolling_log_likelihood(tiny, tmp_path):
     items = bh.text_windows([tmp_path], tiny.tokenizer, 32)
     assert {item["document"] for item in items} == {"b.txt", "sub/a.txt"}
     ids = tiny.tokenizer(text)["input_ids"]
-    windows = [item["token_ids"] for item in items if item["document"] == "sub/a.txt"]
+    windows = [item["token_ids"].tolist() for item in items if item["document"] == "sub/a.txt"]
     assert [token for window in windows for token in window[1:]] == ids[: sum(len(w) - 1 for w in windows)]
     assert [window[0] for window in windows] == [0, *ids[31:-1:32]][: len(windows)]
     frame = tiny.run_full_experiment_suite({n: RULES[n] for n in ("topk_4", "bh")}, items, resume=False)
