@@ -3069,6 +3069,39 @@ def _read_diagnostics(output_dir: Path) -> dict[str, Any] | None:
         return None
 
 
+def read_layer_table(output_dir: Path, name: str) -> pd.DataFrame | None:
+    """layer_statistics or expert_usage of a run, None where the folder has none that can be read."""
+    try:
+        frame = pd.read_csv(output_dir / f"{name}.csv", keep_default_na=False, na_values={"": ""})
+    except (OSError, ValueError):
+        return None
+    numbers = [c for c in frame if c not in ("config_name", "router", "prompt_category")]
+    return frame.assign(**{c: pd.to_numeric(frame[c], errors="coerce") for c in numbers})
+
+
+def summarize_layers(table: pd.DataFrame | None) -> dict[str, Any]:
+    """Configuration -> which layers run most and fewest experts, and whether categories use different ones.
+
+    category_p_values: one permutation test a layer, BH-adjusted over the layers of the configuration.
+    """
+    from scipy import stats
+
+    found = {}
+    for name, rows in [] if table is None else table.groupby("config_name", sort=False):
+        experts, p_values = rows["avg_experts_per_token"], rows["category_p_value"].dropna()
+        found[name] = {
+            "fewest_experts": experts.min(),
+            "fewest_in_layer": int(rows["layer"][experts.idxmin()]),
+            "most_experts": experts.max(),
+            "most_in_layer": int(rows["layer"][experts.idxmax()]),
+            "gate_mass_frac": rows["gate_mass_frac"].mean(),
+            "use_entropy_bits": rows["use_entropy_bits"].mean(),
+            "category_divergence_bits": rows["category_divergence_bits"].mean() if len(p_values) else None,
+            "category_p_values": list(stats.false_discovery_control(p_values)) if len(p_values) else None,
+        }
+    return found
+
+
 def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
     """Summaries and paired tests of a results table; also written to `analysis_summary.json`, strict JSON.
 
@@ -3077,8 +3110,8 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
 
     Returns a dict with baseline, n_experiments, n_failed, n_prompts, summary_by_config, summary_by_category,
     statistical_tests (configuration -> metric -> tests against the baseline), verdict (`quality_verdicts`),
-    shuffle_effects, noise_floor (the baseline's second run against its first), null_diagnostics and
-    hypotheses. Raises UserError when no row is left.
+    shuffle_effects, noise_floor (the baseline's second run against its first), null_diagnostics, layers
+    (`summarize_layers`) and hypotheses. Raises UserError when no row is left.
     """
     done = df[df["status"] == "ok"]
     if done.empty:
@@ -3119,6 +3152,7 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
             for column in REPEATED
         },
         "null_diagnostics": _read_diagnostics(Path(output_dir)),
+        "layers": summarize_layers(read_layer_table(Path(output_dir), "layer_statistics")),
     }
     analysis = strict_json(analysis | {"hypotheses": check_hypotheses(analysis)})
     write_whole(
@@ -3289,7 +3323,7 @@ def plot_quality_vs_experts(frame: pd.DataFrame, ax: Any = None, verdicts: Any =
             "label": label,
         }
         ax.errorbar(ladder["mean_experts"], ladder[mean], yerr=bars, markeredgewidth=0.5, **mark, **style)
-    if len(ax.figure.axes) == 1:
+    if len(ax.figure.axes) == 1:  # the figure is this plot's own
         ax.figure.set_figwidth(8.5)  # room for the legend
     if len(rows):
         _nats_scale(ax, "y", [*rows["low"], *rows["high"]])
@@ -3365,7 +3399,60 @@ def plot_null_calibration(diagnostics: Mapping[str, Any], axes: Any = None) -> A
     return left, right
 
 
-# File name -> how it is drawn, what it shows, and the column without which there is nothing to show
+def plot_layer_profile(table: pd.DataFrame, axes: Any = None) -> Any:
+    """Layer by layer: mean experts, and the share of the gate mass that the experts which ran have."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    axes = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")[1] if axes is None else axes
+    order = _order(table["config_name"])
+    for ax, column, label in (
+        (axes[0], "avg_experts_per_token", "experts per token"),
+        (axes[1], "gate_mass_frac", "share of gate mass that ran"),
+    ):
+        style = {"palette": _palette(order), "marker": "o", "markersize": 5, "linewidth": 1.2}
+        sns.lineplot(table, x="layer", y=column, hue="config_name", hue_order=order, ax=ax, **style)
+        ax.set(xlabel="MoE layer", ylabel=label, ylim=(0, None))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend_.remove()
+    axes[0].set_title("Experts by layer")
+    axes[1].set_title("Gate mass by layer")
+    handles = axes[0].get_legend_handles_labels()
+    axes[1].legend(*handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
+    return axes
+
+
+HEATMAP_CONFIGS = 5  # the baseline and the next ones; more would be too small to read
+
+
+def plot_expert_usage_heatmap(usage: pd.DataFrame, figure: Any = None) -> Any:
+    """How often each expert of each layer ran, relative to even use, for the first configurations."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    order = _order(usage["config_name"])
+    order = [*(n for n in order if n == BASELINE), *(n for n in order if n != BASELINE)][:HEATMAP_CONFIGS]
+    counts = usage.groupby(["config_name", "layer", "expert"], sort=False)["count"].sum().unstack()
+    layers = counts.index.get_level_values("layer").nunique()
+    figure = figure or plt.figure(layout="constrained")
+    figure.set_size_inches(9, 1 + len(order) * (0.55 + 0.16 * layers))
+    axes = figure.subplots(len(order), 1, sharex=True, squeeze=False)[:, 0]
+    relative = counts.div(counts.mean(axis=1), axis=0)
+    limit = max(2.0, float(relative.loc[order].stack().quantile(0.99)))
+    for ax, name in zip(axes, order, strict=True):
+        image = ax.imshow(relative.loc[name], aspect="auto", cmap=sns.color_palette("rocket_r", as_cmap=True),
+                          vmin=0, vmax=limit, interpolation="nearest")  # fmt: skip
+        ax.set_title(name, loc="left", fontsize="medium")
+        ax.set_ylabel("layer")
+        ax.grid(visible=False)
+        ax.yaxis.get_major_locator().set_params(integer=True)
+    axes[-1].set_xlabel("expert")
+    figure.colorbar(image, ax=list(axes), label="use relative to even use", extend="max", shrink=0.9)
+    return axes
+
+
+# File name -> how it is drawn, what it shows, and what it is drawn from: a column of the results (the plot is
+# empty without it), or one of the other tables in the folder.
 PLOTS: dict[str, tuple[Callable, str, str]] = {
     "avg_experts_comparison": (plot_avg_experts, "Experts per token and layer", "avg_experts_per_token"),
     "inference_time_comparison": (plot_inference_time, "Inference time", "inference_time_sec"),
@@ -3374,15 +3461,10 @@ PLOTS: dict[str, tuple[Callable, str, str]] = {
     "experts_vs_latency": (plot_experts_vs_latency, "Experts against latency", "decode_sec_per_token"),
     "quality_vs_experts": (plot_quality_vs_experts, "Quality against compute", "reference_nll"),
     "delta_at_equal_compute": (plot_delta_at_equal_compute, "Quality at equal compute", "reference_nll"),
+    "layer_profile": (plot_layer_profile, "Layer by layer", "layer_statistics"),
+    "expert_usage_heatmap": (plot_expert_usage_heatmap, "Use of every expert", "expert_usage"),
     "null_calibration": (plot_null_calibration, "Calibration of the nulls", "null_diagnostics"),
 }
-
-
-def _has_data(needed: str, done: pd.DataFrame, diagnostics: Any) -> bool:
-    """Whether a plot that needs this column, or the null diagnostics, has something to show."""
-    if needed == "null_diagnostics":
-        return bool(diagnostics)
-    return needed in done and bool(done[needed].notna().any())
 
 
 def create_visualizations(
@@ -3395,34 +3477,35 @@ def create_visualizations(
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    done = df[df["status"] == "ok"]
+    done, output_dir = df[df["status"] == "ok"], Path(output_dir)
     if done.empty:
         raise UserError(f"nothing to draw: none of {len(df)} experiments finished")
-    folder = Path(output_dir) / "plots"
-    folder.mkdir(parents=True, exist_ok=True)
-    diagnostics = _read_diagnostics(Path(output_dir))
+    (output_dir / "plots").mkdir(parents=True, exist_ok=True)
+    tables = {name: read_layer_table(output_dir, name) for name in ("layer_statistics", "expert_usage")}
+    tables["null_diagnostics"] = _read_diagnostics(output_dir)
     verdicts = analysis["verdict"] if analysis else None
     paths = []
     with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
         for name, (draw, _, needed) in PLOTS.items():
-            path = folder / f"{name}.png"
+            path = output_dir / "plots" / f"{name}.png"
             path.unlink(missing_ok=True)  # no plot of an earlier run beside the report of this one
-            if not _has_data(needed, done, diagnostics):
-                continue
-            if needed == "null_diagnostics":
-                figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
-                arguments: tuple = (diagnostics, axes)
+            if needed in tables:
+                arguments: tuple = (tables[needed],)
+                missing = tables[needed] is None
             else:
-                figure, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
-                arguments = (df, ax, verdicts) if needed == "reference_nll" else (done, ax)
+                arguments = (df, None, verdicts) if needed == "reference_nll" else (done,)
+                missing = needed not in done or not done[needed].notna().any()
+            if missing:
+                continue
             try:
                 draw(*arguments)
+                figure = plt.gcf()
                 sns.despine(figure, left=True)
                 # No creation date or version in the file: the same results give the same bytes.
                 figure.savefig(path, dpi=300, metadata={"Software": None})
                 paths.append(path)
             finally:
-                plt.close(figure)
+                plt.close()
     return paths
 
 
@@ -3441,7 +3524,8 @@ def _p(value: float | None) -> str:
 
 def _cell(value: Any) -> str:
     """Text of a run in Markdown: no character of it can end a cell, a row or a table, or act as HTML."""
-    text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = _visible(" ".join(str(value).split()))
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "".join("\\" + mark if mark in "\\`*_{}[]|#!" else mark for mark in text)
 
 
@@ -3588,6 +3672,34 @@ def _quality_parts(analysis: Mapping[str, Any]) -> list[str]:
     return parts
 
 
+def _layer_parts(analysis: Mapping[str, Any]) -> list[str]:
+    """The report's section on layers, if the run has their tables."""
+    rows = []
+    for name, found in analysis["layers"].items():
+        p_values = found["category_p_values"]
+        significant = None if p_values is None else sum(p < SIGNIFICANCE_LEVEL for p in p_values)
+        rows.append(
+            {
+                "configuration": f"`{name}`",
+                "fewest experts (layer)": f"{found['fewest_experts']:.2f} ({found['fewest_in_layer']})",
+                "most experts (layer)": f"{found['most_experts']:.2f} ({found['most_in_layer']})",
+                "gate mass that ran": _number(found["gate_mass_frac"], 3),
+                "entropy of use, bits": _number(found["use_entropy_bits"]),
+                "categories diverge, bits": _number(found["category_divergence_bits"], 3),
+                "in layers": "–" if significant is None else f"{significant} of {len(p_values)}",
+            }
+        )
+    if not rows:
+        return []
+    return [
+        "## Layers",
+        _table(rows),
+        "Means over layers, from `layer_statistics.csv`; every expert is in `expert_usage.csv`. Categories "
+        "diverge: Jensen-Shannon divergence of their use of experts (0: the same experts), and in how many "
+        f"layers it is more than chance (permutation test, adjusted p below {SIGNIFICANCE_LEVEL:g}).",
+    ]
+
+
 def _findings(analysis: Mapping[str, Any]) -> list[str]:
     """A sentence per configuration; a difference in time is claimed only where it is significant."""
     lines, base = [], analysis["baseline"]
@@ -3713,7 +3825,7 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
     done, failed = df[df["status"] == "ok"], df[df["status"] != "ok"]
     first, base, by_config = done.iloc[0], analysis["baseline"], analysis["summary_by_config"]
     minutes, machine = done["inference_time_sec"].sum() / 60, f"{first['dtype']} on {_cell(first['device'])}"
-    settings = {column: ", ".join(_order(df[column].astype(str))) for column in SETTING_COLUMNS}
+    settings = {column: ", ".join(_order(df[column].astype(str))) for column in (*SETTING_COLUMNS, "command")}
     suite_times = (
         f"{low} to {high} minutes on {where}" for where, (low, high) in EXPECTED_SUITE_MINUTES.items()
     )
@@ -3759,6 +3871,7 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
         "Experts: mean and standard deviation over prompts of the mean over tokens and layers; range: "
         "fewest and most experts that any token got in any layer. At floor, at cap, no rejection: shares "
         "of all (token, layer) decisions. Times are medians over prompts.",
+        *_layer_parts(analysis),
         "## Statistical tests",
         f"Each configuration against `{base}`, paired by prompt. Interval and p: Student's t on the "
         "differences. Adjusted: Benjamini-Hochberg over all tests of this table. d: mean difference over "
@@ -3771,8 +3884,8 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
         "## Plots",
         *(
             f"### {title}\n\n![{title}](plots/{name}.png)"
-            for name, (_, title, needed) in PLOTS.items()
-            if _has_data(needed, done, analysis["null_diagnostics"])
+            for name, (_, title, _) in PLOTS.items()
+            if (Path(output_path).parent / "plots" / f"{name}.png").exists()
         ),
         "## What was expected, and what was measured",
         "An earlier attempt wrote these expectations down for OLMoE-1B-7B-0924 without measuring them. "
