@@ -2253,7 +2253,8 @@ class BHExperimentRunner:
     @torch.inference_mode()
     def _log_probabilities(self, batch: _ScoredBatch) -> Tensor:
         """Log-probabilities of every token where any row is scored, float32: [B, S - first, V]."""
-        inputs = {"input_ids": batch.ids[:, :-1], "attention_mask": batch.mask[:, :-1]}
+        # The last token of a row predicts nothing: it is left out, as padding where a longer row goes on.
+        inputs = {"input_ids": batch.ids[:, :-1], "attention_mask": batch.mask[:, 1:]}
         logits = self.model(**inputs, use_cache=False).logits[:, batch.first - 1 :]
         return logits.float().log_softmax(-1)
 
