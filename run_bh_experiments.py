@@ -2014,6 +2014,10 @@ class BHExperimentRunner:
             self.processes = _Processes(chosen.type == "cpu")
             if chosen.type == "cuda" and self.processes.world > 1:
                 chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if device_map and self.processes.world > 1:
+                raise UserError(
+                    "--device-map spreads one process over all GPUs: start it without accelerate launch"
+                )
             precision = choose_dtype(chosen, dtype if use_fp16 else "float32")
             model, tokenizer = load_model(
                 model_name, chosen, precision, device_map, revision, trust_remote_code
@@ -2029,7 +2033,8 @@ class BHExperimentRunner:
         self.layers = find_moe_layers(model)
         self.device = self.layers[0].device
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        self.context = getattr(model.config, "max_position_embeddings", None) or math.inf
+        text_config = getattr(model.config, "get_text_config", lambda: model.config)()
+        self.context = getattr(text_config, "max_position_embeddings", None) or math.inf
         self.batch_size, self._fitting = batch_size, sys.maxsize  # asked for; what the memory was enough for
         self.checkpoint: Checkpoint | None = None
         self._routing = contextlib.ExitStack()
