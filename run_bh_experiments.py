@@ -87,6 +87,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 logger = logging.getLogger("bh_experiments")
 
@@ -712,15 +713,47 @@ def benjamini_hochberg_routing(
 
 @dataclass(frozen=True)
 class MoELayer:
-    """One router and the experts it feeds, as found in a model."""
+    """One router and the experts it feeds, as found in a model by looking at what they do."""
 
     name: str
     router: nn.Module
     experts: nn.Module
     num_experts: int  # E
     own_k: int  # the model's own K
-    renormalizes: bool  # whether the router scales its weights to a fixed sum
-    device: torch.device
+    knob: str | None  # the router's attribute that sets K; without one, K cannot be raised
+    ranked: bool  # whether candidates come best first; if not, the router's own topk says which is best
+    renormalizes: bool  # whether weights at a smaller K are those at a larger one, scaled to the same sum
+    probabilities: bool  # whether the first output is not logits but their softmax
+    device: torch.device  # where it computes
+
+    @property
+    def max_k(self) -> int:
+        return self.num_experts if self.knob else self.own_k
+
+    def logits(self, first_output: Tensor) -> Tensor:
+        return first_output.log() if self.probabilities else first_output
+
+
+class _TopK(TorchFunctionMode):
+    """Keeps what `topk` returned inside the block: values, indices, and whether they are sorted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, Tensor, bool]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.topk, Tensor.topk):
+            is_sorted = args[4] if len(args) > 4 else (kwargs or {}).get("sorted", True)
+            self.calls.append((*result, is_sorted))
+        return result
+
+    def of(self, indices: Tensor) -> tuple[Tensor, bool] | None:
+        """The scores by which these candidates [T, K] were chosen, and whether they are sorted."""
+        for values, found, is_sorted in reversed(self.calls):
+            if found.shape == indices.shape and torch.equal(found, indices):
+                return values, is_sorted
+        return None
 
 
 def _refuse_patched(name: str, router: nn.Module) -> None:
@@ -731,8 +764,9 @@ def _refuse_patched(name: str, router: nn.Module) -> None:
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a transformers model, in order, by the architecture's own declaration.
 
-    `_can_record_outputs["router_logits"]` of a model class names its router class; no list of architectures
-    is needed. Raises UserError where no declared router has `top_k`, `num_experts` and `experts` beside it.
+    `_can_record_outputs["router_logits"]` of a model class names its router class; what the routers return,
+    and what they make of another K, is found by running three tokens. No list of architectures or of
+    attribute names is needed. Raises UserError, in one line, for a model that cannot be patched.
     """
     declared: list[Any] = []
     for module in model.modules():
@@ -740,54 +774,128 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
         declared += entry if isinstance(entry, (list, tuple)) else [entry]
     targets = [getattr(entry, "target_class", entry) for entry in declared]
     router_classes = tuple(target for target in targets if isinstance(target, type))
-
-    layers = []
-    for name, router in model.named_modules():
-        if not isinstance(router, router_classes):
-            continue
+    routers = [(name, module) for name, module in model.named_modules() if isinstance(module, router_classes)]
+    for name, router in routers:
         _refuse_patched(name, router)
-        experts = getattr(model.get_submodule(name.rpartition(".")[0]), "experts", None)
-        num_experts, own_k = getattr(router, "num_experts", None), getattr(router, "top_k", None)
-        if isinstance(experts, nn.Module) and isinstance(num_experts, int) and isinstance(own_k, int):
-            device = next(router.parameters()).device
-            renormalizes = _renormalizes(router, own_k, num_experts)
-            layers.append(MoELayer(name, router, experts, num_experts, own_k, renormalizes, device))
+    beside = {
+        name: getattr(model.get_submodule(name.rpartition(".")[0]), "experts", None) for name, _ in routers
+    }
+    calls = _observed_calls(model, [*(router for _, router in routers), *beside.values()])
+    layers = [
+        _inspect(name, router, beside[name], calls[router], calls.get(beside[name]))
+        for name, router in routers
+        if router in calls
+    ]
     if not layers:
         raise UserError(
-            f"{type(model).__name__} has no router that this script can patch: it needs a "
-            "mixture-of-experts model of transformers >= 5.17 whose router has `top_k` and returns "
-            "(logits, weights, indices), for example OLMoE"
+            f"{type(model).__name__} has no router that this script can patch: it needs a mixture-of-experts "
+            "model of transformers >= 5.17 that declares one, for example OLMoE (see --list-architectures)"
         )
+    for what in ("num_experts", "own_k"):
+        if len(numbers := {getattr(layer, what) for layer in layers}) > 1:
+            raise UserError(f"{type(model).__name__} has layers that differ in {what}: {sorted(numbers)}")
     return layers
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its token ids; with weights offloaded by accelerate, where it computes."""
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+        device = next(
+            hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None
+        )
+    return torch.device(device)
+
+
+@torch.no_grad()
+def _observed_calls(model: nn.Module, modules: Sequence[Any]) -> dict[nn.Module, tuple[tuple, dict]]:
+    """What each module is called with when the model reads three tokens: its args and kwargs."""
+    calls: dict[nn.Module, tuple[tuple, dict]] = {}
+    training = [module for module in model.modules() if module.training]
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if isinstance(module, nn.Module):
+                keep = lambda m, args, kwargs: calls.setdefault(m, (args, kwargs)) and None  # noqa: E731
+                stack.enter_context(module.register_forward_pre_hook(keep, with_kwargs=True))
+        stack.callback(lambda: [module.train() for module in training] and None)
+        model.eval()
+        if modules:
+            ids = torch.arange(3, device=input_device(model))[None]
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return calls
 
 
 @contextlib.contextmanager
 def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
     """Set an attribute on an instance; afterwards put back exactly what the instance held, or nothing."""
-    held = module.__dict__.get(name)
+    held, missing = module.__dict__.get(name), name not in module.__dict__
     setattr(module, name, value)
     try:
         yield
     finally:
-        if held is None:
+        if missing:
             delattr(module, name)
         else:
             setattr(module, name, held)
 
 
-def _renormalizes(router: nn.Module, own_k: int, num_experts: int) -> bool:
-    """Whether a router scales its weights to a fixed sum, found by looking at the sums it returns.
+@torch.no_grad()
+def _inspect(name: str, router: nn.Module, experts: Any, call: tuple, experts_call: tuple | None) -> MoELayer:
+    """A layer's router and experts, from what they do with the inputs they were seen to get."""
+    args, kwargs = call
 
-    For a zero hidden state no gate is saturated, so the sum of the best one and the sum of the best few
-    agree only when the router normalises. OLMoE does not; Mixtral and gpt-oss do.
-    """
-    parameter = next(router.parameters())
-    silent = parameter.new_zeros(1, getattr(router, "hidden_dim", parameter.shape[-1]))
-    sums = []
-    for k in (1, min(max(2, own_k), num_experts)):
-        with _replaced(router, "top_k", k), torch.no_grad():
-            sums.append(router.forward(silent)[1].sum().item())
-    return abs(sums[1] - sums[0]) <= 0.01 * abs(sums[0])
+    def refuse(why: str) -> UserError:
+        return UserError(f"{name} ({type(router).__name__}) cannot be patched: {why}")
+
+    with _TopK() as topk:
+        output = router(*args, **kwargs)
+    parts = output if isinstance(output, tuple) else (output,)
+    shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+    if len(parts) != 3 or not all(isinstance(part, Tensor) and part.ndim == 2 for part in parts):
+        raise refuse(f"it returns {shapes}, not logits [T, E], weights [T, K], indices [T, K]")
+    logits, weights, indices = parts  # [T, E], [T, K], [T, K]
+    num_experts, own_k = logits.shape[1], indices.shape[1]
+    if indices.is_floating_point() or weights.shape != indices.shape or own_k >= num_experts:
+        raise refuse(f"it returns {shapes}, not logits [T, E], weights [T, K], indices [T, K] with K < E")
+    given = (
+        [tuple(part.shape) for part in experts_call[0] if isinstance(part, Tensor)] if experts_call else []
+    )
+    if given[1:3] != [tuple(indices.shape)] * 2:
+        raise refuse("no `experts` beside it is called with (hidden, indices, weights)")
+
+    try:  # one row for each pair of token and expert: how dropped experts are skipped
+        experts(experts_call[0][0], indices[:, :1], weights[:, :1], *experts_call[0][3:], **experts_call[1])
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise refuse(f"its experts cannot run one expert for a token ({error})") from error
+
+    def at(attribute: str, k: int) -> tuple[Tensor, Tensor]:
+        with _replaced(router, attribute, k):
+            return router(*args, **kwargs)[1:]
+
+    other = max(1, own_k // 2) if own_k > 1 else 2  # another K to try
+    knobs = [key for key, value in vars(router).items() if type(value) is int and value == own_k]
+    knob = next((key for key in knobs if at(key, other)[1].shape[1] == other), None)
+    if knob is None and own_k == 1:
+        raise refuse("it picks one expert: there is nothing to drop, and it cannot be asked for more")
+    renormalizes = False
+    if knob is not None:
+        few, many = sorted([(weights, indices), at(knob, other)], key=lambda pair: pair[1].shape[1])
+        among = torch.zeros_like(logits, dtype=torch.float32).scatter(1, many[1], many[0].float())
+        kept = among.gather(1, few[1])  # the weights at the larger K of what the smaller K keeps
+        scaled = kept * (many[0].float().sum(1, keepdim=True) / kept.sum(1, keepdim=True))
+        errors = [((few[0].float() - guess).abs() / guess.abs()).max().item() for guess in (kept, scaled)]
+        renormalizes = errors[1] < errors[0]
+        if not min(errors) < 0.05:  # 16-bit rounding
+            raise refuse(
+                f"its weights at K = {other} are not those at K = {own_k}, nor these scaled to their sum"
+            )
+    chosen = topk.of(indices)
+    first = logits.float()
+    probabilities = bool((first >= 0).all()) and torch.allclose(first.sum(1), first.new_ones(()), atol=0.01)
+    ranked = chosen is None or chosen[1]
+    found = (knob, ranked, renormalizes, probabilities, logits.device)
+    return MoELayer(name, router, experts, num_experts, own_k, *found)
 
 
 def _adaptive_router(
@@ -805,7 +913,7 @@ def _adaptive_router(
     """
     forward, rule = layer.router.forward, counting_rule(config, critical)
     temperature = config["temperature"] or 1.0
-    min_k, max_k = _bounds(config, layer.num_experts)
+    min_k, max_k = _bounds(config, layer.max_k)
     ranks = torch.arange(width, device=layer.device)
     target = config["renormalize"]
     if target == "model":
@@ -820,28 +928,73 @@ def _adaptive_router(
 
     @functools.wraps(forward)
     def adaptive_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        logits, weights, indices = forward(*args, **kwargs)  # [T, E], [T, K], [T, K]
-        wanted = rule(gate_scores(logits, temperature))  # [T]
+        rank = ranks  # [K], or [T, K] where the candidates come in any order
+        if layer.ranked:
+            first, weights, indices = forward(*args, **kwargs)  # [T, E], [T, K], [T, K]
+        else:
+            with _TopK() as topk:
+                first, weights, indices = forward(*args, **kwargs)
+            order = topk.of(indices)[0].argsort(dim=-1, descending=True, stable=True)
+            rank = torch.empty_like(order).scatter_(-1, order, ranks.expand_as(order))
+        wanted = rule(gate_scores(layer.logits(first), temperature))  # [T]
         observe(wanted)
         count = wanted.clamp(min_k, max_k).unsqueeze(-1)  # [T, 1]
         if config["shuffle"]:
-            order = torch.randperm(len(count), generator=torch.Generator().manual_seed(seed))
-            count = count[order.to(count.device)]
-        # Half of the architectures return candidates unsorted: a candidate's rank is that of its weight.
-        order = weights.argsort(dim=-1, descending=True, stable=True)
-        kept = torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, ranks < count)
-        kept_weights = weights.masked_fill(~kept, 0)
+            shuffled = torch.randperm(len(count), generator=torch.Generator().manual_seed(seed))
+            count = count[shuffled.to(count.device)]
+        kept_weights = weights.masked_fill(rank >= count, 0)
         if kept_sum is not None:
+            # Where nothing is dropped the factor is exactly 1.
             kept_weights = kept_weights * (kept_sum(weights) / kept_weights.sum(-1, keepdim=True))
-        return logits, kept_weights.to(weights.dtype), indices
+        return first, kept_weights.to(weights.dtype), indices
 
     return adaptive_forward
 
 
-def _bounds(config: Mapping[str, Any], num_experts: int) -> tuple[int, int]:
-    """Floor and cap of the number of experts, no more than there are."""
+def _bounds(config: Mapping[str, Any], widest: int) -> tuple[int, int]:
+    """Floor and cap of the number of experts, no more than a layer can give."""
     k = config["k"]
-    return (min(k or config["min_k"], num_experts), min(k or config["max_k"], num_experts))
+    return (min(k or config["min_k"], widest), min(k or config["max_k"], widest))
+
+
+# What the tests of this script found, by building a tiny random model of each and checking the invariants of
+# the seam. The seam itself uses neither table: another architecture may work as well.
+VERIFIED_ARCHITECTURES = """
+afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32
+deepseek_v4 dots1 ernie4_5_moe exaone_moe flex_olmo flint gemma4_text glm4_moe glm4_moe_lite glm_moe_dsa
+gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4
+inkling2_text jamba kimi_linear kolibri1 laguna lfm2_moe mellum minimax minimax_m2 minimax_m3_vl_text
+mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp_text solar_open
+"""
+REFUSED_ARCHITECTURES = {
+    "dbrx": "its router returns logits only",
+    "doge": "its experts are single neurons, chosen inside the block",
+    "inkling_text": "its router weighs the shared experts together with the others",
+    "jetmoe": "its router sorts the tokens by expert itself",
+    "llama4_text": "its router returns scores of all experts, no selection",
+    "longcat_flash": "its experts cannot run one expert for a token",
+    "zaya": "its router returns no logits [T, E]",
+}
+
+
+def list_architectures() -> list[dict[str, str]]:
+    """The causal language models of the installed transformers that declare a router, and what is known."""
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    root, types = Path(modeling_auto.__file__).parents[1], collections.defaultdict(list)
+    for model_type, names in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        module = configuration_auto.model_type_to_module_name(model_type)
+        path = root / module / f"modeling_{module}.py"
+        if path.exists() and '"router_logits"' in path.read_text(encoding="utf-8"):
+            types[names if isinstance(names, str) else names[0]].append(model_type)
+    rows = []
+    for name, models in sorted(types.items(), key=lambda item: item[1]):
+        why = next((REFUSED_ARCHITECTURES[m] for m in models if m in REFUSED_ARCHITECTURES), "")
+        known = "refused" if why else "not verified"
+        if set(models) & set(VERIFIED_ARCHITECTURES.split()):
+            known = "verified"
+        rows.append({"model type": ", ".join(models), "class": name, "status": known, "why": why})
+    return rows
 
 
 def _skipping_experts(experts: nn.Module) -> Callable:
@@ -1013,7 +1166,7 @@ class RoutingRecorder:
         """A forward hook for the router of layer `index`."""
 
         def record(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            self._call(index).outputs[index] = tuple(part.detach() for part in output[:3])
+            self._call(index).outputs[index] = tuple(part.detach() for part in output)
 
         return record
 
@@ -1039,7 +1192,9 @@ class RoutingRecorder:
             rows, real = rows.to(layer.device), real.to(layer.device)
             width, size = self._width, 2 * self._width + 3
             kept = (weights != 0) & real[:, None]
-            mass = logits.float().softmax(-1).gather(-1, indices.clamp(max=logits.shape[-1] - 1))
+            mass = (
+                layer.logits(logits).float().softmax(-1).gather(-1, indices.clamp(max=logits.shape[-1] - 1))
+            )
             mass = (mass.double() * kept).sum(-1).mul(MASS_UNIT).round().long()
             start, sums, real = rows * size, self._sums[index], real.long()
             sums.index_add_(0, start + kept.sum(-1), real)
@@ -1096,18 +1251,20 @@ def patched_routing(
         with patched_routing(model, ROUTING_CONFIGS["bh_moderate"], calibrate(model, tokenizer)) as recorder:
             model.generate(**inputs)
     """
-    config = resolve_config("routing", config)
-    layers = layers or find_moe_layers(model)
+    config, layers = resolve_config("routing", config), layers or find_moe_layers(model)
+    if config["max_k"]:
+        config["max_k"] = min(config["max_k"], layers[0].max_k)
     recorder = RoutingRecorder(layers, config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(model.register_forward_pre_hook(recorder.watch_model, with_kwargs=True))
         for index, layer in enumerate(layers):
             _refuse_patched(layer.name, layer.router)
             stack.enter_context(_replaced(layer.router, "_bh_patched", True))
-            width = _bounds(config, layer.num_experts)[1]
+            width = _bounds(config, layer.max_k)[1]
             if config["renormalize"] == "topk_mass":
                 width = max(width, layer.own_k)
-            if config["method"] != "topk" or config["renormalize"] != "model":
+            if config["method"] != "topk" or config["renormalize"] != "model" or not layer.knob:
+                width = width if layer.knob else layer.own_k
                 critical = critical_scores(config, layer.num_experts, index, calibration)
                 critical = None if critical is None else critical.to(layer.device)
                 routed = _adaptive_router(
@@ -1116,7 +1273,8 @@ def patched_routing(
                 stack.enter_context(_replaced(layer.router, "forward", routed))
                 stack.enter_context(_replaced(layer.experts, "forward", _skipping_experts(layer.experts)))
             # config.num_experts_per_tok has no effect after loading; the router's own attribute has.
-            stack.enter_context(_replaced(layer.router, "top_k", width))
+            if layer.knob:
+                stack.enter_context(_replaced(layer.router, layer.knob, width))
             stack.enter_context(layer.router.register_forward_hook(recorder.hook(index)))
         yield recorder
 
@@ -1223,7 +1381,7 @@ def sample_calibration_text(model: nn.Module, tokenizer: Any, seed: int) -> Tens
     Plain sampling at temperature 1 over the whole vocabulary, from the first token on, so that the text
     follows the model's own distribution. The global random generators are left as they were.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     start = torch.full((CALIBRATION_SEQUENCES, 1), start_token(tokenizer), device=device)
     settings = _generation_config(tokenizer, CALIBRATION_LENGTH - 1, do_sample=True, top_k=0)
     with torch.random.fork_rng([start.device] if start.is_cuda else []), torch.inference_mode():
@@ -1254,8 +1412,9 @@ def record_routers(model: nn.Module, batches: Sequence[Tensor]) -> Calibration:
 
     def recorder(index: int) -> Callable:
         def record(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            logits, _, indices = (part.unflatten(0, (-1, length))[:, 1:].flatten(0, 1) for part in output)
-            seen[index].append((logits.float().cpu(), indices.to("cpu", torch.int16)))
+            first, _, indices = (part.unflatten(0, (-1, length))[:, 1:].flatten(0, 1) for part in output)
+            logits = layers[index].logits(first).float()
+            seen[index].append((logits.cpu(), indices.to("cpu", torch.int16)))
 
         return record
 
@@ -1263,7 +1422,7 @@ def record_routers(model: nn.Module, batches: Sequence[Tensor]) -> Calibration:
         for index, layer in enumerate(layers):
             stack.enter_context(layer.router.register_forward_hook(recorder(index)))
         for batch in batches:
-            length, batch = batch.shape[1], batch.to(layers[0].device)
+            length, batch = batch.shape[1], batch.to(input_device(model))
             model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
     logits, own = (torch.stack([torch.cat([batch[i] for batch in layer]) for layer in seen]) for i in (0, 1))
     return Calibration(logits, own)
@@ -2023,7 +2182,7 @@ class BHExperimentRunner:
                 model_name, chosen, precision, device_map, revision, trust_remote_code
             )
         else:
-            self.processes = _Processes(next(model.parameters()).device.type == "cpu")
+            self.processes = _Processes(input_device(model).type == "cpu")
         self.model, self.tokenizer = model.eval(), tokenizer
         self.model_name, self.output_dir, self.seed = model_name, Path(output_dir), seed
         self.revision = getattr(model.config, "_commit_hash", None) or revision or ""
@@ -2031,7 +2190,7 @@ class BHExperimentRunner:
         self.checkpoint_interval, self.command = checkpoint_interval, command
         self.calibration_text = None if calibration_text is None else Path(calibration_text)
         self.layers = find_moe_layers(model)
-        self.device = self.layers[0].device
+        self.device = input_device(model)
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         text_config = getattr(model.config, "get_text_config", lambda: model.config)()
         self.context = getattr(text_config, "max_position_embeddings", None) or math.inf
@@ -2086,16 +2245,16 @@ class BHExperimentRunner:
 
     def _resolve(self, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         """`resolve_config`, with the model's own K in the built-in baseline, whose 8 is OLMoE's."""
-        config, num_experts = resolve_config(name, config), self.layers[0].num_experts
+        config, widest = resolve_config(name, config), self.layers[0].max_k
         if name == BASELINE and config == resolve_config(BASELINE, ROUTING_CONFIGS[BASELINE]):
             config["k"] = self.layers[0].own_k
-        if max(config["k"] or 1, config["min_k"] or 1) > num_experts:
+        if max(config["k"] or 1, config["min_k"] or 1) > widest:
             field = "k" if config["k"] else "min_k"
             raise UserError(
-                f"configuration {name!r}: {field} = {config[field]}, but a layer has {num_experts} experts"
+                f"configuration {name!r}: {field} = {config[field]}, but a layer can run {widest} experts"
             )
         if config["max_k"]:
-            config["max_k"] = min(config["max_k"], num_experts)
+            config["max_k"] = min(config["max_k"], widest)
         return config
 
     # What decides the numbers, besides configuration and prompt
@@ -4011,6 +4170,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=DEFAULT_SEED, help="for sampling texts and the calibration text")
     add("--retry-failed", action="store_true", help="run experiments again that failed in an earlier run")
     add("--fail-fast", action="store_true", help="stop at the first experiment that fails")
+    add("--list-architectures", action="store_true", help="print which models can be patched, and end")
     add(
         "--analyze-only", action="store_true", help="redo analysis, plots and report from the CSV in --output"
     )
@@ -4058,6 +4218,9 @@ def choose_sampling(args: argparse.Namespace) -> dict[str, float] | None:
 
 def run(args: argparse.Namespace) -> int:
     """What the command line asks for; returns the exit code: 0, or 1 when an experiment failed."""
+    if args.list_architectures:
+        print(_table(list_architectures()), end="")
+        return 0
     for option in ("max_tokens", "checkpoint_interval", "window", "num_samples"):
         if getattr(args, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: it must be at least 1")

@@ -2357,5 +2357,198 @@ def test_notebook_snippets_of_the_manual(tmp_path, monkeypatch):
     assert (tmp_path / "results" / "notebook" / "plots" / "layer_profile.png").exists()
 
 
+# ---------------------------------------------------------------------------------------------------------
+# 12. Every architecture
+# ---------------------------------------------------------------------------------------------------------
+
+# Whatever a configuration has of these is set; the values fit together.
+TINY = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 8),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "top_k_experts", "num_experts_per_token"), 4),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "n_shared_experts"), 1),
+    **dict.fromkeys(("num_shared_experts", "moe_num_shared_experts", "num_layers"), 1),
+    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), 16),
+    **dict.fromkeys(("shared_expert_intermediate_size", "shared_experts_intermediate_size"), 16),
+    **dict.fromkeys(("shared_intermediate_size", "moe_shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("intermediate_size", "ffn_hidden_size"), 24),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "qk_head_dim"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "index_head_dim", "d_state"), 8),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "mamba_head_dim"), 8),
+    **dict.fromkeys(("hidden_size_per_layer_input", "mamba_d_state", "ssm_state_size"), 8),
+    "mamba_dt_rank": 8,
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "index_n_heads", "linear_num_heads"), 4),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "mamba_num_heads"), 4),
+    "mamba_n_heads": 4,
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 96),
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "pad_token_id"), 0),
+    "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 128, "mlp_only_layers": [],
+    "mlp_layer_types": ["sparse", "sparse"], "layers_block_type": None, "bos_token_id": 1, "eos_token_id": 2,
+    "enable_moe_block": True, "is_moe": True, "zero_expert_num": 2,
+}  # fmt: skip
+# What an architecture needs besides; None leaves a field as it is.
+HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+EXTRAS = {
+    **dict.fromkeys(("qwen3_5_moe_text", "qwen3_next", "kimi_linear", "bailing_hybrid"), HYBRID),
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 1,
+        "expert_layer_offset": 0,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+        "n_groups": 2,
+        "expand": 1,
+    },
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "ffn_config": {"ffn_hidden_size": 16},
+        "attn_config": {"kv_n_heads": 4, "rope_theta": 1e4, "clip_qkv": 8.0},
+    },
+    "zaya": {"num_experts_per_tok": 1},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "longcat_flash": {"head_dim": 8},
+    "phimoe": {"num_experts_per_tok": 2},
+    "deepseek_v4": {
+        "mlp_layer_types": ["moe", "moe"],
+        "layer_types": ["sliding_attention"] * 2,
+        "head_dim": 16,
+    },
+    "granitemoehybrid": {"mamba_d_head": 16, "layer_types": ["full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
+}
+
+
+def tiny_of(model_type, model_class):
+    """A random model of an architecture, small enough to run in milliseconds."""
+    import transformers
+
+    config_class = transformers.CONFIG_MAPPING[model_type]
+    text = config_class().get_text_config()
+    settings = {name: value for name, value in TINY.items() if hasattr(text, name) and value is not None}
+    settings |= EXTRAS.get(model_type, {})
+    config = type(text)(**{name: value for name, value in settings.items() if value is not None})
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(config if isinstance(config, config_class) else config).eval()
+    with torch.no_grad():
+        for layer in bh.find_moe_layers(model):
+            block = model.get_submodule(layer.name.rpartition(".")[0])
+            for part in (*layer.router.parameters(), *layer.router.buffers(), *block.buffers(recurse=False)):
+                if (
+                    part.is_floating_point()
+                ):  # weights that decide; biases that change the order of the experts
+                    part.normal_(std=1.0 if part.ndim == 2 else 0.3)
+    return model
+
+
+def keeping(k):
+    return {"method": "threshold", "threshold": 1.0, "min_k": k, "max_k": k}
+
+
+def check_architecture(model):
+    """The invariants of the seam; AssertionError or UserError where one does not hold."""
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+    before, layers = logits_of(model, ids), bh.find_moe_layers(model)
+    own_k = layers[0].own_k
+    for config in (keeping(own_k), {"method": "topk", "k": own_k}):
+        with bh.patched_routing(model, config) as recorder:
+            assert torch.equal(logits_of(model, ids), before), "keeping all changes the logits"
+        assert (recorder.total().counts[:, own_k] == ids.numel()).all()
+    assert torch.equal(logits_of(model, ids), before), "not restored"
+    with bh.patched_routing(model, keeping(1)) as recorder:
+        dropped = logits_of(model, ids)
+        one = recorder.total()
+    assert (one.counts[:, 1] == ids.numel()).all()
+    assert not torch.allclose(dropped, before)
+    if layers[0].knob:  # the same as a model that was told to use so many
+        with contextlib.ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(bh._replaced(layer.router, layer.knob, 1))
+            assert torch.allclose(logits_of(model, ids), dropped, atol=1e-5), "dropping is not native"
+    padded, mask = ids.clone(), torch.ones_like(ids)
+    mask[0, 5:] = 0
+    with bh.patched_routing(model, {**FLAT, "alpha": 0.9, "max_k": own_k}) as recorder:
+        recorder.start(rows=2)
+        logits_of(model, padded, mask)
+        rows = recorder.statistics()
+        recorder.start()
+        logits_of(model, ids[:1, :5])
+        assert torch.equal(recorder.total().use, rows[0].use), "padding changes the routing"
+    with bh.patched_routing(model, keeping(1)) as recorder, torch.no_grad():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3)
+    assert out.shape == (2, 10)
+    assert (recorder.total().counts.argmax(1) == 1).all()
+    assert torch.equal(logits_of(model, ids), before), "not restored after generate"
+
+
+def declared_architectures():
+    """(model type, class) for each causal language model that declares a router, one type a class."""
+    by_class = {row["class"]: row["model type"].split(", ")[-1] for row in bh.list_architectures()}
+    return [(model_type, name) for name, model_type in by_class.items()]
+
+
+@pytest.mark.parametrize(("model_type", "model_class"), declared_architectures())
+def test_architecture(model_type, model_class):
+    """The table of --list-architectures is true: what is verified holds every invariant, the rest is refused
+    in one line or cannot be built by the recipe."""
+    known = bh.VERIFIED_ARCHITECTURES.split()
+    if model_type in known:
+        check_architecture(tiny_of(model_type, model_class))
+    elif model_type in bh.REFUSED_ARCHITECTURES:
+        with pytest.raises(bh.UserError, match="cannot be patched") as caught:
+            tiny_of(model_type, model_class)
+        assert "\n" not in str(caught.value)
+    else:
+        with pytest.raises(Exception, match=".") as caught:  # if it can be built, it belongs into the table
+            check_architecture(tiny_of(model_type, model_class))
+        assert not isinstance(caught.value, AssertionError), "an invariant does not hold: refuse it"
+
+
+def test_list_of_architectures(capsys):
+    """At least 40 are verified, those that the manual promises among them; a refusal says why."""
+    assert bh.main(["--list-architectures"]) == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith("| ")][2:]
+    assert sum("| verified |" in row for row in rows) >= 40
+    promised = ("olmoe", "flex_olmo", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3",
+                "gpt_oss", "granitemoe", "phimoe", "glm4_moe", "ernie4_5_moe")  # fmt: skip
+    assert all(re.search(rf"^\| {name} \|.* verified \|", out, re.M) for name in promised)
+    assert re.search(r"^\| dbrx \|.* refused \| .*logits", out, re.M)
+
+
+def test_offloaded_model(tiny_folder, tmp_path):
+    """A model whose weights wait on the disk is patched, measured and restored like any other."""
+    from accelerate import disk_offload
+    from transformers import AutoModelForCausalLM
+
+    ids = sample_ids(1, 8)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    expected = logits_of(model, ids)
+    with bh.patched_routing(model, keeping(2)):
+        dropped = logits_of(model, ids)
+    disk_offload(model, tmp_path / "weights", execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    before = [layer.router.forward for layer in bh.find_moe_layers(model)]
+    with bh.patched_routing(model, keeping(4)):
+        assert torch.equal(logits_of(model, ids), expected)
+    with bh.patched_routing(model, keeping(2)):
+        assert torch.equal(logits_of(model, ids), dropped)
+    assert [layer.router.forward for layer in bh.find_moe_layers(model)] == before
+    assert torch.equal(logits_of(model, ids), expected)
+    runner = bh.BHExperimentRunner("offloaded", tmp_path, model=model, tokenizer=byte_tokenizer())
+    assert str(runner.device) == "cpu"
+    assert runner.settings["model"]
+
+
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__]))
