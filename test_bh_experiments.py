@@ -2392,6 +2392,7 @@ EXTRAS = {
     "qwen4_exp_text": {
         "layer_types": ["linear_attention", "indexed_attention"],
         "indexer_n_heads": 4,
+        "head_dim": 8,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 8,
         "indexer_budget": 8,
