@@ -582,7 +582,7 @@ def bh_rejections(p_values: Tensor, alpha: float) -> Tensor:
     return _last_true(ranked <= bh_levels(alpha, p_values.shape[-1]).to(ranked.device))
 
 
-FEW_TOKENS = 8  # up to here a sort takes fewer operations than counting does
+FEW_SCORES = 4096  # up to here, tokens times experts, a sort takes less time than counting does
 
 
 def count_rejections(scores: Tensor, critical: Tensor) -> Tensor:
@@ -595,7 +595,7 @@ def count_rejections(scores: Tensor, critical: Tensor) -> Tensor:
     k = n(k), and cannot pass the answer. 5 to 9 steps are usual with 64 experts. On a GPU each step would
     wait for the host, and the sort is cheap.
     """
-    if scores.device.type != "cpu" or len(scores) <= FEW_TOKENS:
+    if scores.device.type != "cpu" or scores.numel() <= FEW_SCORES:
         return _last_true(scores.sort(dim=-1, descending=True).values >= critical)
     table = nn.functional.pad(critical, (1, 0), value=math.inf)  # [E + 1], at 0 what no score reaches
     scores = scores.detach()
