@@ -38,7 +38,7 @@ def seconds(call: Callable[[], Any], device: str = "cpu") -> float:
 def medians(
     calls: Mapping[Hashable, Callable[[], float]], repeats: int, warm_up: int = 3
 ) -> dict[Hashable, float]:
-    """Median of what each call returns. They take turns, so that a machine that slows down slows all alike."""
+    """Median of what each call returns. They take turns: a machine that slows down slows all alike."""
     taken = {name: [] for name in calls}
     for turn in range(repeats + warm_up):
         for name, call in calls.items():
@@ -53,7 +53,4 @@ def print_header(*columns: str) -> None:
 
 
 def print_row(*cells: Any) -> None:
-    print(
-        "| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |",
-        flush=True,
-    )
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)

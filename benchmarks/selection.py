@@ -10,9 +10,9 @@ top-k, cast. It is patched by the script itself (`patched_routing`), with the em
 and cap, zero weights. It is the patched router's time minus the unpatched one's and minus the recorder's,
 which a static Top-k patch has as well. All take turns; ratios are to the unpatched router.
 
-The logits are those of the embedded model on text that it wrote, and of a real OLMoE where `--logits` names a
-file with some ([layers, tokens, experts], repeated with noise), because how often a rare case comes up depends
-on them. 128 experts are the logits of two tokens side by side, 8 the first 8 of 64.
+How often a rare case comes up depends on the logits. They are those of the embedded model on text that it
+wrote, and of a real OLMoE where `--logits` names a file with some ([layers, tokens, experts], repeated with
+noise). 128 experts are the logits of two tokens side by side, 8 the first 8 of 64.
 The last table is T = 1 as a share of the MoE block's time at OLMoE's width.
 """
 
@@ -103,9 +103,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=101)
-    parser.add_argument(
-        "--quick", action="store_true", help="a quarter of the repeats and of the calibration text"
-    )
+    parser.add_argument("--quick", action="store_true", help="a quarter of repeats and text")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.quick:
