@@ -10,10 +10,17 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import OlmoeConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "models" / "olmoe-mini"
 sys.path.insert(0, str(ROOT))  # so that every program finds run_bh_experiments, wherever it is started
+
+
+def olmoe_config(**changes: Any) -> OlmoeConfig:
+    """The shape of OLMoE-1B-7B with changes, for the tokens of the embedded model: 0 ends a text, 1 pads."""
+    # Its experts are 1024 wide, where the default of `OlmoeConfig` is 2048.
+    return OlmoeConfig(**{"intermediate_size": 1024, "pad_token_id": 1, "eos_token_id": 0, **changes})
 
 
 def machine(device: str = "cpu") -> str:

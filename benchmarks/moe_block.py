@@ -4,9 +4,10 @@
     python benchmarks/moe_block.py --quick
     python benchmarks/moe_block.py --device cuda --dtype bfloat16
 
-Builds one block from `OlmoeConfig()` with random weights and times it unpatched and patched, in turns, so
-that a machine that slows down slows every variant alike. Prints medians and ratios to the unpatched block.
-"masked" is the alternative to skipping: dropped experts get weight zero and run all the same.
+Builds one block with random weights (hidden 2048, 64 experts of 1024, top-8) and times it unpatched and
+patched, in turns, so that a machine that slows down slows every variant alike. Prints medians and ratios to
+the unpatched block. "masked" is the alternative to skipping: dropped experts get weight zero and
+run all the same.
 """
 
 import argparse
@@ -14,8 +15,8 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from common import machine, medians, print_header, print_row, seconds
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from common import machine, medians, olmoe_config, print_header, print_row, seconds
+from transformers import OlmoeForCausalLM
 
 from run_bh_experiments import patched_routing
 
@@ -50,8 +51,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
-    config = OlmoeConfig(num_hidden_layers=1, vocab_size=128, pad_token_id=0, eos_token_id=0)
-    model = OlmoeForCausalLM(config).eval().to(args.device, dtype)
+    model = OlmoeForCausalLM(olmoe_config(num_hidden_layers=1, vocab_size=128)).eval().to(args.device, dtype)
     block = model.model.layers[0].mlp
     torch.nn.init.normal_(block.gate.weight, std=0.02)
     variants = [(None, False), *((kept, False) for kept in args.kept)]

@@ -23,9 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import EMBEDDED, machine, medians, print_header, print_row, seconds
+from common import EMBEDDED, machine, medians, olmoe_config, print_header, print_row, seconds
 from torch import Tensor, nn
-from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 import run_bh_experiments as bh
@@ -132,13 +131,16 @@ def main() -> None:
         if alone is not None:
             print_header("MoE block at OLMoE's width, T = 1", "block, ms", "selection, us", "share")
             for dtype in (torch.float32, torch.bfloat16):
-                block = OlmoeSparseMoeBlock(OlmoeConfig()).to(args.device, dtype).eval()
+                block = (
+                    OlmoeSparseMoeBlock(olmoe_config(experts_implementation="eager"))
+                    .to(args.device, dtype)
+                    .eval()
+                )
                 for parameter in block.parameters():
                     parameter.normal_(std=0.02)
                 hidden = torch.randn(1, 1, 2048, device=args.device, dtype=dtype)
-                taken = medians(
-                    {0: lambda h=hidden, b=block: seconds(lambda: b(h), args.device)}, args.repeats
-                )[0]
+                calls = {dtype: lambda h=hidden, b=block: seconds(lambda: b(h), args.device)}
+                taken = medians(calls, args.repeats)[dtype]
                 name = str(dtype).removeprefix("torch.")
                 print_row(name, f"{1e3 * taken:.2f}", f"{1e6 * alone:.0f}", f"{alone / taken:.1%}")
 
