@@ -16,7 +16,7 @@ scoring     Text scored under static Top-1 to Top-8, tokens x rows per second, o
 memory      Peak memory of a process that scores 1,000 items, and of one that scores 10,000; tiny model.
 append      One result appended to a checkpoint of 100 and of 100,000.
 resume      Opening the checkpoint of 100,000.
-processes   The script on a text with one process and with two, one thread each, in turns. Start-up and most of
+processes   The script on a text with one process and two, one thread each, in turns. Start-up and most of
             the analysis drop out: the time of a long text minus that of a short one. Started by `torchrun`,
             because `accelerate launch --cpu` starts a single process, whatever --num_processes says.
 """
