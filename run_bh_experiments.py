@@ -57,6 +57,7 @@ approach to multiple testing", J. R. Statist. Soc. B 57 (1995), 289-300; the ste
 from __future__ import annotations
 
 import argparse
+import base64
 import collections
 import contextlib
 import csv
@@ -69,12 +70,17 @@ import json
 import logging
 import math
 import os
+import platform
 import re
+import shlex
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import unicodedata
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -354,18 +360,22 @@ PROMPT_FIELDS = ("id", "text", "category", "description", "reference")
 def resolve_prompt(prompt: Mapping[str, Any]) -> dict[str, Any]:
     """A prompt with all its fields; only `text` is needed. Raises UserError where that is missing.
 
-    `document` groups the items of one text (an item is its own document otherwise), and `token_ids`, where
-    given, are scored as they are, the first being context only, and nothing is generated: see `text_windows`.
+    `document` groups the items of one text (an item is its own document otherwise), and `token_ids`, an array
+    of integers, is scored as it is, the first being context only, and nothing is generated: see
+    `text_windows`.
     """
     text = prompt.get("text")
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not (text.strip() or "token_ids" in prompt):
         raise UserError(
             f"prompt {prompt.get('id', dict(prompt))!r} has no text: it needs a non-empty string under 'text'"
         )
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
     full = {"id": f"prompt_{digest[:12]}", "category": "none", "description": "", "reference": "", **prompt}
-    if not all(isinstance(full[field], str) for field in PROMPT_FIELDS):
-        raise UserError(f"prompt {full['id']!r}: {', '.join(PROMPT_FIELDS)} must be strings")
+    for field in PROMPT_FIELDS:
+        if not isinstance(full[field], str):
+            raise UserError(f"prompt {full['id']!r}: {', '.join(PROMPT_FIELDS)} must be strings")
+        if re.search("[\ud800-\udfff]", full[field]):
+            raise UserError(f"prompt {full['id']!r}: {field} holds half a character (a surrogate)")
     return {"document": full["id"], **full}
 
 
@@ -431,8 +441,10 @@ def text_windows(paths: Sequence[Path], tokenizer: Any, window: int) -> list[dic
 
     Each file is a document. Every token is scored once, with the one before its window as first context (the
     end-of-text token at the start): the windows of lm-evaluation-harness's rolling log-likelihood. A last
-    window shorter than half is left out.
+    window shorter than half is left out. Their `text` stays empty: the tokens hold it in less memory.
     """
+    import numpy as np
+
     files = []
     for path in paths:
         found = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
@@ -442,15 +454,13 @@ def text_windows(paths: Sequence[Path], tokenizer: Any, window: int) -> list[dic
     items = []
     for file, name in files:
         text = _read_text(file, "--text")
-        tokens = [
-            start_token(tokenizer),
-            *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
-        ]
+        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = np.array([start_token(tokenizer), *tokens], dtype=np.int32)
         for first in range(1, len(tokens), window):
             part = tokens[first - 1 : first + window]
             if len(part) > max(1, window // 2):
                 item = {"id": f"{name}:{first - 1}", "category": "text", "document": name, "token_ids": part}
-                items.append(resolve_prompt(item | {"text": tokenizer.decode(part[1:]) or " "}))
+                items.append(resolve_prompt(item | {"text": ""}))
     if not items:
         raise UserError(f"--text: no file has {window // 2} tokens, half a window of {window}")
     check_ids(items)
@@ -881,85 +891,207 @@ def _skipping_experts(experts: nn.Module) -> Callable:
 ROUTING_COLUMNS = (
     *("avg_experts_per_token", "std_experts_per_token", "min_experts", "max_experts"),
     *("expert_utilization_cv", "expert_utilization_max_min_ratio"),
-    *("floor_frac", "cap_frac", "zero_rejection_frac"),
+    *("floor_frac", "cap_frac", "zero_rejection_frac", "gate_mass_frac"),
 )
+MASS_UNIT = 2**32  # gate mass is summed in whole numbers: exact, and the same in any order
+
+
+@dataclass(frozen=True)
+class RoutingStatistics:
+    """What the routers did with some tokens, as sums [L, 2 E + 3] int64; those of two texts add up.
+
+    For each layer: tokens by the number of experts that ran, 0 to E; times each expert ran; tokens for which
+    the rule rejected nothing; gate mass of the experts that ran, in 1 / MASS_UNIT.
+    """
+
+    sums: Tensor
+    config: Mapping[str, Any]  # resolved
+
+    def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
+        return RoutingStatistics(self.sums + other.sums, self.config)
+
+    @property
+    def num_experts(self) -> int:
+        return (self.sums.shape[1] - 3) // 2
+
+    @property
+    def counts(self) -> Tensor:
+        return self.sums[:, : self.num_experts + 1]  # [L, E + 1]
+
+    @property
+    def use(self) -> Tensor:
+        return self.sums[:, self.num_experts + 1 : -2]  # [L, E]
+
+    def by_layer(self, pooled: bool = False) -> pd.DataFrame:
+        """One row a layer, or one of all layers; the README gives each formula. Empty if no token came by."""
+        counts, use, rest = self.counts.double(), self.use.double(), self.sums[:, -2:].double()
+        use = use / use.sum(1, keepdim=True)  # [L, E] shares
+        entropy = -torch.special.xlogy(use, use).sum(1) / math.log(2)
+        # An unused expert counts as used once, so that the ratio stays finite.
+        extremes = self.use.amax(1) / self.use.amin(1).clamp(min=1)
+        of_layer = torch.stack([use.std(1, correction=0) * use.shape[1], extremes, entropy], dim=1)  # [L, 3]
+        if pooled:
+            counts, rest = (part.sum(0, keepdim=True) for part in (counts, rest))
+            of_layer = of_layer.mean(0, keepdim=True)
+        tokens = counts.sum(1)
+        if not tokens.all():
+            return pd.DataFrame(columns=LAYER_COLUMNS)
+        number = torch.arange(counts.shape[1], dtype=torch.float64)
+        mean = counts @ number / tokens
+        spread = (counts @ number**2 / tokens - mean**2).clamp(min=0).sqrt()
+        ran = counts > 0
+        shares = counts.new_full((len(counts), 3), math.nan)
+        if self.config["method"] != "topk":
+            floor, cap = _bounds(self.config, self.num_experts)
+            shares = torch.stack([counts[:, floor], counts[:, cap], rest[:, 0]], 1) / tokens[:, None]
+        columns = (
+            *(mean, spread, ran.int().argmax(1), _last_true(ran) - 1),
+            *(*of_layer[:, :2].T, *shares.T, rest[:, 1] / MASS_UNIT / tokens, of_layer[:, 2], tokens),
+        )
+        frame = pd.DataFrame(dict(zip(LAYER_COLUMNS, (column.numpy() for column in columns), strict=True)))
+        return frame.astype({"min_experts": int, "max_experts": int, "num_tokens": int})
+
+    def row(self) -> dict[str, Any]:
+        """The ROUTING_COLUMNS of a result row, over all layers; all None if no token came by."""
+        rows = self.by_layer(pooled=True)[list(ROUTING_COLUMNS)].to_dict("records")
+        return strict_json(rows[0]) if rows else dict.fromkeys(ROUTING_COLUMNS)
+
+    def pack(self) -> str:
+        """The sums as text for a checkpoint."""
+        return base64.b85encode(zlib.compress(self.sums.numpy().astype("<i8").tobytes())).decode()
+
+    @classmethod
+    def unpack(cls, text: str, num_layers: int, config: Mapping[str, Any]) -> RoutingStatistics:
+        """What `pack` wrote."""
+        import numpy as np
+
+        sums = np.frombuffer(zlib.decompress(base64.b85decode(text)), "<i8").reshape(num_layers, -1)
+        return cls(torch.from_numpy(sums.copy()), config)
+
+
+LAYER_COLUMNS = (*ROUTING_COLUMNS, "use_entropy_bits", "num_tokens")
+
+
+@dataclass
+class _Call:
+    """One forward pass of the model, as the recorder keeps it until it is summed."""
+
+    mask: Tensor | None  # attention mask [B, at least S]; padding is not counted
+    shape: tuple[int, int] | None  # B, S
+    outputs: dict[int, tuple]  # layer -> (logits [T, E], weights [T, K], indices [T, K])
+    wanted: dict[int, Tensor]  # layer -> counts [T] before floor and cap
 
 
 class RoutingRecorder:
-    """Router statistics by PyTorch forward hooks: sums on the device, O(L E) whatever the number of tokens.
+    """Router statistics by PyTorch forward hooks; memory O(L E), whatever the number of tokens.
 
-    counts [L, E + 1]: tokens by number of experts that ran; use [L, E]: times each expert ran;
-    no_rejection [L]: tokens for which BH rejected nothing. All int64, on the CPU when read.
+    A hook only keeps what it sees; the sums are taken on the layer's device once for many calls, so that
+    recording costs decoding next to nothing and never waits for a GPU. Padding, by the attention mask that
+    the model was given, is not counted. In a notebook it shows itself as a table by layer.
     """
 
-    def __init__(self, layers: Sequence[MoELayer]):
-        width = max(layer.num_experts for layer in layers)
-        # One row of sums per layer, on the layer's device: counts, then use, then no_rejection.
-        self._sums = [torch.zeros(2 * width + 2, dtype=torch.int64, device=layer.device) for layer in layers]
-        self._parts = (width + 1, width, 1)
+    MAX_CALLS, MAX_TOKENS = 256, 8192  # what is kept at most before it is summed
 
-    def _views(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self._sums[index].split(self._parts)
+    def __init__(self, layers: Sequence[MoELayer], config: Mapping[str, Any]):
+        self.config = config
+        self._layers = layers
+        self._width = max(layer.num_experts for layer in layers)
+        self._calls: list[_Call] = []
+        self._tokens = 0
+        self.start()
+
+    def start(self, rows: int | None = None) -> None:
+        """Begin anew. rows: the batch size, to count each row of the batch by itself."""
+        self._calls, self._tokens, self._rows = [], 0, rows
+        size = (rows or 1) * (2 * self._width + 3)
+        self._sums = [torch.zeros(size, dtype=torch.int64, device=layer.device) for layer in self._layers]
+
+    def watch_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook for the model: a new call begins."""
+        if len(self._calls) >= self.MAX_CALLS or self._tokens >= self.MAX_TOKENS:
+            self._flush()
+        ids = args[0] if args else kwargs.get("input_ids")
+        mask = kwargs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self._calls.append(_Call(mask, None if ids is None else tuple(ids.shape[:2]), {}, {}))
+        self._tokens += 0 if ids is None else ids.numel()
+
+    def _call(self, index: int) -> _Call:
+        """The call that layer `index` is in: a new one where it was called without the whole model."""
+        if not self._calls or index in self._calls[-1].outputs:
+            self._calls.append(_Call(None, None, {}, {}))
+        return self._calls[-1]
 
     def hook(self, index: int) -> Callable:
         """A forward hook for the router of layer `index`."""
-        counts, use, _ = self._views(index)
 
         def record(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            _, weights, indices = output  # [T, E], [T, K], [T, K]
-            kept = (weights != 0).long()
-            per_token = kept.sum(-1)
-            counts.index_add_(0, per_token, torch.ones_like(per_token))
-            use.index_add_(0, indices.flatten(), kept.flatten())
+            self._call(index).outputs[index] = tuple(part.detach() for part in output[:3])
 
         return record
 
     def observer(self, index: int) -> Callable:
         """A function that takes the rejections [T] of layer `index` before floor and cap."""
-        no_rejection = self._views(index)[2]
-        return lambda rejections: no_rejection.add_((rejections == 0).sum())
 
-    @property
-    def counts(self) -> Tensor:
-        return self._read()[0]
+        def observe(wanted: Tensor) -> None:
+            self._call(index).wanted[index] = wanted
 
-    @property
-    def use(self) -> Tensor:
-        return self._read()[1]
+        return observe
 
-    def _read(self) -> tuple[Tensor, Tensor, Tensor]:
-        return (
-            torch.stack([sums.to(self._sums[0].device) for sums in self._sums])
-            .cpu()
-            .split(self._parts, dim=1)
-        )
+    @torch.no_grad()
+    def _flush(self) -> None:
+        """Add what was kept to the sums."""
+        calls, self._calls, self._tokens = self._calls, [], 0
+        for index, layer in enumerate(self._layers):
+            seen = [call for call in calls if index in call.outputs]
+            if not seen:
+                continue
+            parts = (torch.cat(part) for part in zip(*(call.outputs[index] for call in seen), strict=True))
+            logits, weights, indices = parts  # [N, E], [N, K], [N, K]
+            rows, real = (torch.cat(part) for part in zip(*map(self._places, seen), strict=True))  # [N]
+            rows, real = rows.to(layer.device), real.to(layer.device)
+            width, size = self._width, 2 * self._width + 3
+            kept = (weights != 0) & real[:, None]
+            mass = logits.float().softmax(-1).gather(-1, indices.clamp(max=logits.shape[-1] - 1))
+            mass = (mass.double() * kept).sum(-1).mul(MASS_UNIT).round().long()
+            start, sums, real = rows * size, self._sums[index], real.long()
+            sums.index_add_(0, start + kept.sum(-1), real)
+            use = (start[:, None] + width + 1 + indices).clamp(max=len(sums) - 1)
+            sums.index_add_(0, use.flatten(), kept.long().flatten())
+            if all(index in call.wanted for call in seen):
+                none = torch.cat([call.wanted[index] for call in seen]) == 0
+                sums.index_add_(0, start + size - 2, none * real)
+            sums.index_add_(0, start + size - 1, mass)
 
-    def summary(self, config: Mapping[str, Any]) -> dict[str, float | int | None]:
-        """The ROUTING_COLUMNS of a row; the README gives each formula. All None if no token came by."""
-        counts, use, no_rejection = (part.double() for part in self._read())  # [L, E + 1], [L, E], [L, 1]
-        histogram = counts.sum(0)  # [E + 1]
-        decisions = histogram.sum().item()  # tokens x layers
-        if not decisions:
-            return dict.fromkeys(ROUTING_COLUMNS)
-        number = torch.arange(len(histogram), dtype=torch.float64)
-        mean = (histogram @ number).item() / decisions
-        present = histogram.nonzero().flatten()
-        shares: tuple = (None, None, None)
-        if config["method"] != "topk":
-            floor, cap = (min(config[bound], len(histogram) - 1) for bound in ("min_k", "max_k"))
-            shares = (histogram[floor], histogram[cap], no_rejection.sum())
-            shares = tuple(share.item() / decisions for share in shares)
-        statistics = (
-            mean,
-            math.sqrt((histogram @ (number - mean) ** 2).item() / decisions),
-            int(present[0]),
-            int(present[-1]),
-            (use.std(dim=1, correction=0) / use.mean(dim=1)).mean().item(),
-            # An unused expert counts as used once, so that the ratio stays finite.
-            (use.amax(1) / use.amin(1).clamp(min=1)).mean().item(),
-            *shares,
-        )
-        return dict(zip(ROUTING_COLUMNS, statistics, strict=True))
+    def _places(self, call: _Call) -> tuple[Tensor, Tensor]:
+        """For each token of a call, [T]: its row of the batch (0 if rows are not told apart), and whether it
+        is no padding."""
+        logits = next(iter(call.outputs.values()))[0]
+        rows = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        if call.shape is None or math.prod(call.shape) != len(logits):
+            return rows, torch.ones_like(rows, dtype=torch.bool)
+        if self._rows:
+            rows = torch.arange(len(logits), device=logits.device) // call.shape[1]
+        if call.mask is None:
+            return rows, torch.ones_like(rows, dtype=torch.bool)
+        return rows, call.mask[:, -call.shape[1] :].reshape(-1).to(logits.device) != 0
+
+    def statistics(self) -> list[RoutingStatistics]:
+        """What was seen since the start: one for each row of the batch, or one."""
+        self._flush()
+        sums = torch.stack([part.cpu() for part in self._sums]).unflatten(1, (self._rows or 1, -1))
+        return [RoutingStatistics(part.contiguous(), self.config) for part in sums.unbind(1)]
+
+    def total(self) -> RoutingStatistics:
+        """What was seen since the start."""
+        return functools.reduce(RoutingStatistics.__add__, self.statistics())
+
+    def summary(self) -> pd.DataFrame:
+        """What was seen since the start, one row a layer: LAYER_COLUMNS."""
+        return self.total().by_layer().rename_axis("layer")
+
+    def _repr_html_(self) -> str:
+        return self.summary().to_html(float_format="{:.3f}".format)
 
 
 @contextlib.contextmanager
@@ -979,8 +1111,9 @@ def patched_routing(
     """
     config = resolve_config("routing", config)
     layers = layers or find_moe_layers(model)
-    recorder = RoutingRecorder(layers)
+    recorder = RoutingRecorder(layers, config)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(model.register_forward_pre_hook(recorder.watch_model, with_kwargs=True))
         for index, layer in enumerate(layers):
             _refuse_patched(layer.name, layer.router)
             stack.enter_context(_replaced(layer.router, "_bh_patched", True))
@@ -1289,113 +1422,154 @@ def write_whole(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+Key = tuple[str, str, int]  # configuration, prompt id, sample: what names an experiment
+
+
 class Checkpoint:
     """The finished experiments of a run: a JSON file that is valid at every moment and grows in O(1).
 
-    The file ends in "\\n]}\\n". An append overwrites that end with the next row and a new end, in one write,
-    so a killed process loses nothing; `sync_every` rows are forced to the disk together, which bounds what a
-    power cut can take. A torn end, one row at most, is cut off when the file is opened again.
+    A line a row, each with a checksum; the file ends in "\\n]}\\n". An append overwrites that end with the
+    next row and a new end, in one write, so a killed process loses nothing; `sync_every` rows are forced to
+    the disk together, which bounds what a power cut can take. Of two rows with the same key the later one
+    counts. Only where each row lies is held in memory.
     """
 
-    SCHEMA = 1
+    SCHEMA = 2
     END = b"\n]}\n"
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], sync_every: int, resume: bool):
+    def __init__(self, path: Path, settings: Mapping[str, Any], sync_every: int = 1, resume: bool = True):
         """Open or create. Raises UserError, touching nothing, where the file is of another run or not a
         checkpoint.
 
         settings: what every row of the run has in common; a run resumes only with equal settings.
         """
         self.path, self.settings, self.sync_every = path, strict_json(settings), sync_every
-        self.rows: list[dict[str, Any]] = []
+        self.places: dict[Key, tuple[int, str]] = {}  # key -> where its row begins, and its status
         self._unsynced = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not resume:
-            names = (path.with_name(f"{path.stem}.old{n}.json") for n in itertools.count(1))
-            aside = next(name for name in names if not name.exists())
-            os.replace(path, aside)
-            logger.info(f"earlier results were set aside as {aside}")
-        if path.exists():
-            self._read()
-        else:
-            self._create()
-        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 - stays open for appending
+            logger.info(f"earlier results were set aside as {self._set_aside('old')}")
+        if not path.exists():
+            self._write(b"")
+        self._open()
+
+    def _write(self, rows: bytes) -> None:
+        head = f'{{"schema": {self.SCHEMA},\n"settings": {json.dumps(self.settings)},\n"results": ['
+        with replacing(self.path) as part:
+            part.write_bytes(head.encode() + rows + self.END)
+
+    def _set_aside(self, word: str) -> Path:
+        """Move the file out of the way, under a name that was not there."""
+        names = (self.path.with_name(f"{self.path.stem}.{word}{n}.json") for n in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        os.replace(self.path, aside)
+        return aside
+
+    def _open(self) -> None:
+        damaged, whole = 0, False
+        with open(self.path, "rb") as file:
+            head = [file.readline() for _ in range(3)]
+            self._check_head(head)
+            place = file.tell()
+            for line in file:
+                row = None
+                if line == self.END[1:]:
+                    whole = True
+                elif (row := _checked_row(line)) is None:
+                    damaged += 1
+                else:
+                    self.places[self.key(row)] = place, row["status"]
+                place += len(line)
+            if damaged or not whole:  # rewritten from the rows that are whole
+                rows = [self._line(file, where) for where, _ in self.places.values()]
+        if damaged or not whole:
+            aside = ""
+            # A torn last line is what a killed process leaves; anything more is worth keeping for a look.
+            if damaged > 1 or (damaged and whole):
+                aside = f"; the damaged file is kept as {self._set_aside('damaged')}"
+            self._write(b",".join(b"\n" + row for row in rows))
+            logger.warning(
+                f"{self.path} was torn or damaged; {len(rows)} finished experiments were saved from it{aside}"
+            )
+            self.places.clear()
+            return self._open()
+        self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - stays open for appending
         self._end = self._file.seek(-len(self.END), os.SEEK_END)
 
-    def _create(self) -> None:
-        head = json.dumps(self.settings, allow_nan=False)
-        rows = ",\n".join(json.dumps(row, allow_nan=False) for row in self.rows)
-        body = f'{{"schema": {self.SCHEMA},\n"settings": {head},\n"results": [' + (
-            "\n" + rows if rows else ""
-        )
-        write_whole(self.path, body + self.END.decode())
-
-    def _read(self) -> None:
-        text = self.path.read_text(encoding="utf-8", errors="replace")
-        torn = False
+    def _check_head(self, head: list[bytes]) -> None:
+        """Refuse what is not a checkpoint of this run."""
         try:
-            content = json.loads(text)
-        except ValueError:
-            content, torn = self._salvage(text), True
-        if not isinstance(content, dict) or not {"schema", "settings", "results"} <= set(content):
+            content = json.loads(b"".join(head[:2]).rstrip().rstrip(b",") + b"}")
+            schema, stored = content["schema"], dict(content["settings"])
+        except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"{self.path} is not a checkpoint of this script; move it away or choose another --output"
-            )
-        if content["schema"] != self.SCHEMA:
+                f"{self.path} is not a checkpoint of this script, or its head is damaged; "
+                "choose another --output, or --no-resume to set the file aside"
+            ) from None
+        if schema != self.SCHEMA:
             raise UserError(
-                f"{self.path} has checkpoint schema {content['schema']}, this script writes {self.SCHEMA}; "
-                "use the script that wrote it, or choose another --output"
+                f"{self.path} has checkpoint schema {schema}, this script writes {self.SCHEMA}; use the "
+                "script that wrote it, choose another --output, or --no-resume to set the file aside"
             )
-        stored = content["settings"]
-        differing = [key for key in {**stored, **self.settings} if stored.get(key) != self.settings.get(key)]
-        if differing:
-            what = "; ".join(
-                f"{key} is {stored.get(key)!r} there, {self.settings.get(key)!r} here" for key in differing
-            )
+        if what := "; ".join(
+            f"{key} is {stored.get(key)!r} there, {self.settings.get(key)!r} here"
+            for key in {**stored, **self.settings}
+            if stored.get(key) != self.settings.get(key)
+        ):
             raise UserError(
                 f"{self.path.parent.parent} holds results of another run: {what}. "
                 "Choose another --output, or --no-resume to set those results aside"
             )
-        self.rows = content["results"]
-        if torn:
-            logger.warning(
-                f"{self.path} had a torn end; {len(self.rows)} finished experiments were saved from it"
-            )
-        if torn or not text.endswith(self.END.decode()):
-            self._create()
 
     @staticmethod
-    def _salvage(text: str) -> dict[str, Any] | None:
-        """The content of a torn file: its header and every row that is still whole."""
-        head, found, tail = text.partition('\n"results": [')
-        try:
-            content = json.loads(head.rstrip().rstrip(",") + "}") if found else None
-        except ValueError:
-            return None
-        if isinstance(content, dict):
-            content["results"] = []
-            for line in tail.splitlines():
-                try:
-                    row, _ = json.JSONDecoder().raw_decode(line)
-                except ValueError:
-                    continue
-                if isinstance(row, dict) and row:
-                    content["results"].append(row)
-        return content
+    def key(row: Mapping[str, Any]) -> Key:
+        return row["config_name"], row["prompt_id"], row["sample"]
 
-    def append(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Add one finished experiment; returns the row as a reader of the file will see it."""
+    @staticmethod
+    def _line(file: io.RawIOBase | io.BufferedReader, place: int) -> bytes:
+        file.seek(place)
+        return file.readline().rstrip(b",]}\n") + b"}"
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one finished experiment. OSError when the disk is full; the file is then as it was before."""
         text = json.dumps(strict_json(row), allow_nan=False)
-        data = (",\n" if self.rows else "\n").encode() + text.encode()
+        line = f'{text[:-1]}, "crc32": {zlib.crc32(text.encode())}}}'.encode()
+        data = (b",\n" if self.places else b"\n") + line
         self._file.seek(self._end)
-        if self._file.write(data + self.END) < len(data + self.END):
-            raise OSError(errno.ENOSPC, "the disk is full; what was finished before is whole", str(self.path))
+        try:
+            if self._file.write(data + self.END) < len(data + self.END):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        except OSError:
+            self._file.truncate(self._end)
+            self._file.seek(self._end)
+            self._file.write(self.END)
+            raise
+        self.places[self.key(row)] = self._end + len(data) - len(line), row["status"]
         self._end += len(data)
-        self.rows.append(json.loads(text))
         self._unsynced += 1
         if self._unsynced >= self.sync_every:
             self.sync()
-        return self.rows[-1]
+
+    def row(self, key: Key) -> dict[str, Any]:
+        """The row of a finished experiment."""
+        with open(self.path, "rb") as file:
+            return _checked_row(self._line(file, self.places[key][0])) or {}
+
+    def rows(self, keys: Iterable[Key]) -> Iterator[dict[str, Any]]:
+        """The rows of those of `keys` that are finished, in their order."""
+        with open(self.path, "rb") as file:
+            for key in keys:
+                if key in self.places:
+                    yield _checked_row(self._line(file, self.places[key][0])) or {}
+
+    def take_over(self, other: Path) -> None:
+        """Add the rows of another process's file and delete it."""
+        with contextlib.closing(Checkpoint(other, self.settings)) as checkpoint:
+            for row in checkpoint.rows(checkpoint.places):
+                if self.places.get(self.key(row), (0, ""))[1] != "ok":
+                    self.append(row)
+        self.sync()
+        other.unlink()
 
     def sync(self) -> None:
         """Force all rows to the disk."""
@@ -1408,19 +1582,23 @@ class Checkpoint:
         self._file.close()
 
 
+def _checked_row(line: bytes) -> dict[str, Any] | None:
+    """The row that a line of a checkpoint holds; None where it is not whole."""
+    text, _, tail = line.rpartition(b', "crc32": ')
+    text += b"}"
+    checksum, _, end = tail.partition(b"}")
+    if end.strip(b",]}\n") or checksum != b"%d" % zlib.crc32(text):
+        return None
+    return json.loads(text)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # 7. BHExperimentRunner
 # ---------------------------------------------------------------------------------------------------------
 
 # Every column of bh_routing_results.csv, in order; the README gives each formula.
 IDENTITY_COLUMNS = (
-    "config_name",
-    "prompt_id",
-    "prompt_category",
-    "document",
-    "prompt_text",
-    "status",
-    "error",
+    *("config_name", "prompt_id", "sample", "prompt_category", "document", "prompt_text", "status", "error"),
 )
 QUALITY_COLUMNS = (
     *("reference_nll", "reference_tokens", "reference_bytes", "reference_perplexity", "bits_per_byte"),
@@ -1430,19 +1608,31 @@ QUALITY_COLUMNS = (
 )
 TEXT_COLUMNS = ("generated_text", "full_text")
 COUNT_COLUMNS = ("num_input_tokens", "num_output_tokens")
-CLOCK_COLUMNS = (  # the only ones that differ when the same experiment is run again
+CLOCK_COLUMNS = (  # the only ones that may differ when the same experiment is run again
     *("inference_time_sec", "tokens_per_sec", "time_to_first_token_sec", "decode_sec_per_token"),
-    *("repeat_inference_time_sec", "peak_memory_gb", "timestamp"),
+    *("repeat_inference_time_sec", "peak_memory_gb", "timestamp", "batch_size", "command"),
 )
 SETTING_COLUMNS = (
-    *("model_name", "device", "dtype", "seed", "max_new_tokens", "torch_version", "transformers_version"),
+    *("model_name", "model_revision", "model_hash", "device", "dtype", "seed", "max_new_tokens", "sampling"),
+    *("torch_version", "transformers_version", "script_hash", "git_commit"),
 )
 RESULT_COLUMNS = (
     *(*IDENTITY_COLUMNS, *TEXT_COLUMNS, *COUNT_COLUMNS, *ROUTING_COLUMNS, *QUALITY_COLUMNS),
     *(*CLOCK_COLUMNS, *CONFIG_FIELDS, *SETTING_COLUMNS),
 )
-STRING_COLUMNS = {*IDENTITY_COLUMNS, *TEXT_COLUMNS, *SETTING_COLUMNS, "timestamp", "method", "p_values"}
-STRING_COLUMNS = STRING_COLUMNS - {"seed", "max_new_tokens"} | {"renormalize", "static_nll"}
+STRING_COLUMNS = {*IDENTITY_COLUMNS, *TEXT_COLUMNS, *SETTING_COLUMNS, "timestamp", "command", "static_nll"}
+STRING_COLUMNS = STRING_COLUMNS - {"sample", "seed", "max_new_tokens"} | {"method", "p_values", "renormalize"}
+# A spreadsheet would run a cell that begins like this; one more quote in front makes it text, and goes again.
+_FORMULA = re.compile(r"(?='*[=+\-@\t\r])")
+
+
+def write_results(frame: pd.DataFrame, path: Path) -> None:
+    """Write a results table as CSV, whole or not at all."""
+    safe = frame.copy()
+    for column in STRING_COLUMNS & set(frame):
+        text = frame[column].fillna("").astype(str)
+        safe[column] = text.where(~text.str.match(_FORMULA), "'" + text)
+    write_whole(path, safe.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))
 
 
 def read_results(path: Path) -> pd.DataFrame:
@@ -1462,6 +1652,10 @@ def read_results(path: Path) -> pd.DataFrame:
         )
     except ValueError as error:  # undecodable bytes, no columns, or a number column with words in it
         raise UserError(f"{path} is not a results CSV: {error}") from error
+    for column in STRING_COLUMNS & header:
+        frame[column] = [
+            text[1:] if text[:1] == "'" and _FORMULA.match(text, 1) else text for text in frame[column]
+        ]
     if missing := set(RESULT_COLUMNS) - header:
         raise UserError(f"{path} is not a results CSV of this script: it lacks {', '.join(sorted(missing))}")
     return frame
@@ -1475,25 +1669,44 @@ def choose_device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def choose_dtype(device: torch.device, use_fp16: bool) -> torch.dtype:
-    """bfloat16 where the hardware computes in it, else float16 on a GPU and float32 on a CPU."""
-    if not use_fp16:
-        return torch.float32
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def choose_dtype(device: torch.device, dtype: str = "auto") -> torch.dtype:
+    """By name; "auto": bfloat16 where the hardware has it, else float16 on a GPU and float32 on a CPU."""
+    if _choice("dtype", dtype, DTYPES) != "auto":
+        return getattr(torch, dtype)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        logger.info(f"{torch.cuda.get_device_name(device)} has no bfloat16: using float16")
+        return torch.float16
     native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if native else torch.float32
 
 
-def load_model(model_name: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """Model and tokenizer from a folder or the hub: safetensors only, no remote code. Raises UserError."""
+def load_model(
+    model_name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    device_map: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Any]:
+    """Model and tokenizer from a folder or the hub, safetensors only. Raises UserError.
+
+    device_map "auto" spreads a model over all GPUs, the rest over memory and disk, instead of `device`.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    safe = {"use_safetensors": True, "trust_remote_code": False}
+    if trust_remote_code:
+        logger.warning(f"--trust-remote-code: Python code that comes with {model_name} will be executed")
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    placed = {"dtype": dtype, "device_map": device_map or str(device), "use_safetensors": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, device_map=str(device), **safe)
+        tokenizer = AutoTokenizer.from_pretrained(model_name, **source)
+        model = AutoModelForCausalLM.from_pretrained(model_name, **placed, **source)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"--model {model_name} cannot be loaded: {str(error).strip().splitlines()[0]} (give a folder "
@@ -1507,10 +1720,46 @@ def model_fingerprint(model: nn.Module) -> str:
     """16 hex digits that name the weights: of each tensor the name, shape and up to 2,048 values."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in model.state_dict().items():
-        values = tensor.detach().flatten()
-        sample = values[:: max(1, values.numel() // 1024)].double().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + sample.numpy().tobytes())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if not tensor.is_meta:  # offloaded to disk: known by name and shape only
+            values = tensor.detach().flatten()
+            digest.update(values[:: max(1, values.numel() // 1024)].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@functools.cache
+def script_origin() -> dict[str, str]:
+    """Which version of this script runs: the hash of the file, and the git commit it lies in, if any."""
+    import subprocess
+
+    path = Path(__file__).resolve()
+    command = ["git", "-C", str(path.parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    return {"script_hash": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "git_commit": commit}
+
+
+def _visible(text: str) -> str:
+    """`text` on one line, with control and direction characters shown as escapes: nothing hides in it."""
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in hidden
+        else character
+        for character in text
+    )
+
+
+class _LineFormatter(logging.Formatter):
+    """Prompts and errors are data: they cannot begin a new line of the log."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = _visible(record.message)
+        return super().formatMessage(record)
 
 
 @contextlib.contextmanager
@@ -1522,7 +1771,7 @@ def log_to(path: Path) -> Iterator[None]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_LineFormatter("%(asctime)s %(levelname)s %(message)s"))
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
@@ -1534,17 +1783,192 @@ def log_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
-class _FirstTokenClock:
-    """A logits processor that changes nothing and notes when the prefill was done."""
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder against other runs. UserError names the process that holds it; a dead one holds none."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(folder / ".lock"), folder / "holder.txt"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = _visible(holder.read_text(encoding="utf-8")) if holder.exists() else "an unknown process"
+        raise UserError(
+            f"{folder.parent} is in use by {who}; wait for it, or choose another --output"
+        ) from None
+    try:
+        write_whole(holder, f"process {os.getpid()} on {platform.node()}")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            holder.unlink()
+        lock.release()
+
+
+class _Processes:
+    """This process among those that `accelerate launch` started; alone without it."""
+
+    def __init__(self, use_cpu: bool):
+        self._state = None
+        self.rank, self.world = 0, 1
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from accelerate import PartialState
+
+            self._state = PartialState(cpu=use_cpu, timeout=timedelta(days=30))
+            self.rank, self.world = self._state.process_index, self._state.num_processes
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self._state is not None:
+            self._state.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The first process goes through the block before the others do."""
+        if self.rank > 0:
+            self.wait()
+        yield
+        if self.rank == 0:
+            self.wait()
+
+
+class _StepWatch:
+    """A logits processor that changes nothing: it notes when the prefill was done, and the largest logits."""
 
     def __init__(self, synchronize: Callable[[], None]):
-        self.synchronize, self.time = synchronize, None
+        self.synchronize, self.prefill_done = synchronize, None
+        self.largest: list[Tensor] = []  # [B] each step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.time is None:
+        if self.prefill_done is None:
             self.synchronize()
-            self.time = time.perf_counter()
+            self.prefill_done = time.perf_counter()
+        self.largest.append(scores.amax(-1))
         return scores
+
+
+def _finite(values: Tensor) -> Tensor:
+    """`values`, if the model works: FloatingPointError where its logits are NaN or infinite."""
+    if not torch.isfinite(values).all():
+        raise FloatingPointError("the model returned NaN or infinite logits; try --dtype float32")
+    return values
+
+
+@dataclass(frozen=True)
+class _ScoredBatch:
+    """Texts to be teacher-forced together, padded on the right."""
+
+    ids: Tensor  # [B, S]
+    mask: Tensor  # [B, S], 1 for real tokens
+    context: Tensor  # [B] how many tokens come first and are not scored
+    num_bytes: list[int]  # of the scored text
+
+    @property
+    def scored(self) -> Tensor:
+        """Which positions predict a token that is scored: bool [B, S - first], from position first - 1 on."""
+        position = torch.arange(self.ids.shape[1], device=self.ids.device)
+        scored = (position >= self.context[:, None]) & (self.mask > 0)  # [B, S], by the token predicted
+        return scored[:, self.first :]
+
+    @functools.cached_property
+    def first(self) -> int:
+        """The first token that is scored in any row."""
+        return int(self.context.min())
+
+    @property
+    def targets(self) -> Tensor:
+        return self.ids[:, self.first :, None]  # [B, S - first, 1]
+
+    @functools.cached_property
+    def key(self) -> tuple[bytes, ...]:
+        return tuple(part.cpu().numpy().tobytes() for part in (self.ids, self.mask, self.context))
+
+
+class LayerTables:
+    """What the routers of every layer did, summed by configuration and category: two CSV files."""
+
+    MAX_ITEMS = 2000  # whose use of experts is kept one by one, for the permutation test
+    PERMUTATIONS = 199
+
+    def __init__(
+        self,
+        configs: Mapping[str, Mapping[str, Any]],
+        layers: Sequence[str],
+        prompts: Sequence[Mapping[str, Any]],
+    ):
+        self.configs, self.layers = configs, list(layers)
+        self.sums: dict[tuple[str, str], RoutingStatistics] = {}
+        self.several = len({prompt["category"] for prompt in prompts}) > 1
+        self.items: dict[str, dict[str, tuple[str, Tensor]]] = {name: {} for name in configs}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count a row of the checkpoint."""
+        name, category = row["config_name"], row["prompt_category"]
+        found = RoutingStatistics.unpack(row["routing"], len(self.layers), self.configs[name])
+        self.sums[name, category] = (
+            self.sums[name, category] + found if (name, category) in self.sums else found
+        )
+        items, document = self.items[name], row["document"]
+        if self.several and (document in items or len(items) < self.MAX_ITEMS):
+            use = found.use.float()
+            items[document] = (category, items[document][1] + use if document in items else use)
+
+    def _divergence(self, name: str) -> pd.DataFrame:
+        """Do categories use different experts? For each layer the Jensen-Shannon divergence of their use, in
+        bits (0: the same experts), and its p-value when categories are permuted over documents."""
+        import numpy as np
+
+        items = list(self.items[name].values())
+        labels = pd.factorize(np.array([category for category, _ in items]))[0]
+        if not len(items) or np.bincount(labels).min() < 2 or labels.max() < 1:
+            return pd.DataFrame(
+                {"category_divergence_bits": math.nan, "category_p_value": math.nan}, range(0)
+            )
+        use = torch.stack([use for _, use in items]).numpy()  # [documents, L, E]
+
+        def divergence(order: Any) -> Any:  # -> [L]
+            member = np.eye(labels.max() + 1)[labels[order]]  # [documents, categories]
+            shares = np.einsum("dc,dle->cle", member, use)
+            shares /= shares.sum(2, keepdims=True)
+
+            def entropy(p: Any) -> Any:
+                return -(p * np.log2(p, out=np.zeros_like(p), where=p > 0)).sum(-1)
+
+            return entropy(shares.mean(0)) - entropy(shares).mean(0)
+
+        generator, observed = np.random.default_rng(0), divergence(slice(None))
+        permuted = [divergence(generator.permutation(len(labels))) for _ in range(self.PERMUTATIONS)]
+        reached = (np.stack(permuted) >= observed).sum(0)
+        p_values = (1 + reached) / (1 + self.PERMUTATIONS)
+        return pd.DataFrame({"category_divergence_bits": observed, "category_p_value": p_values})
+
+    def write(self, folder: Path) -> None:
+        """layer_statistics.csv (configuration x layer) and expert_usage.csv (by category and expert)."""
+        layers, usage = [], []
+        for name in self.configs:
+            parts = {category: found for (which, category), found in self.sums.items() if which == name}
+            if not parts:
+                continue
+            table = functools.reduce(RoutingStatistics.__add__, parts.values()).by_layer()
+            table = pd.concat([table, self._divergence(name)], axis=1)
+            table.insert(0, "config_name", name)
+            table.insert(1, "layer", range(len(table)))
+            table.insert(2, "router", self.layers)
+            layers.append(table)
+            for category, found in parts.items():
+                use = pd.DataFrame(found.use.numpy()).rename_axis("layer").reset_index()
+                use = use.melt("layer", var_name="expert", value_name="count")
+                use["share"] = use["count"] / use.groupby("layer")["count"].transform("sum")
+                use.insert(0, "config_name", name)
+                use.insert(1, "prompt_category", f"'{category}" if _FORMULA.match(category) else category)
+                usage.append(use.sort_values(["layer", "expert"]))
+        for file, tables in (("layer_statistics.csv", layers), ("expert_usage.csv", usage)):
+            if tables:
+                write_whole(folder / file, pd.concat(tables).to_csv(index=False))
+
+
+AUTO_BATCH_TOKENS = 8192  # what --batch-size auto begins with; halved whenever memory does not suffice
 
 
 class BHExperimentRunner:
@@ -1552,13 +1976,18 @@ class BHExperimentRunner:
 
         runner = BHExperimentRunner("models/olmoe-mini", output_dir="results/mini")
         frame = runner.run_full_experiment_suite(max_new_tokens=50)
+        with runner.routing("bh_moderate") as stats:
+            print(runner.generate("The cat sat on the"))
+        stats.summary()
 
     model_name: folder or hub name. output_dir: where results, checkpoint and log go.
     checkpoint_interval: each finished experiment is written at once; so many are forced to the disk together.
-    device: "auto", "cuda" or "cpu". use_fp16: 16-bit weights where the hardware has them, see `choose_dtype`.
+    device: "auto", "cuda" or "cpu". use_fp16: False is the same as dtype "float32".
     model, tokenizer: a model that is loaded already; device and dtype are then its own.
     calibration_text: a text file for the empirical nulls; without it the model writes its own text.
-    seed: for the sampled calibration text; decoding is greedy and needs none.
+    seed: for the sampled calibration text, and for sampling. dtype: see `choose_dtype`. revision, device_map,
+    trust_remote_code: see `load_model`. sampling: {"temperature": ..., "top_p": ...}, greedy when None.
+    batch_size: scored texts in a forward pass, a number or "auto". command: what the rows say ran them.
 
     Raises UserError for a model that cannot be loaded or has no routers to patch, or an unknown device.
     """
@@ -1575,32 +2004,58 @@ class BHExperimentRunner:
         tokenizer: Any = None,
         calibration_text: str | Path | None = None,
         seed: int = DEFAULT_SEED,
+        dtype: str = "auto",
+        revision: str | None = None,
+        device_map: str | None = None,
+        trust_remote_code: bool = False,
+        sampling: Mapping[str, float] | None = None,
+        batch_size: int | str = "auto",
+        command: str = "",
     ):
         if (model is None) != (tokenizer is None):
             raise UserError("a ready model needs its tokenizer: pass both model= and tokenizer=, or neither")
         if not _is_count(checkpoint_interval):
             raise UserError(f"checkpoint_interval = {checkpoint_interval!r}, but it must be at least 1")
+        if batch_size != "auto" and not _is_count(batch_size):
+            raise UserError(f'batch_size = {batch_size!r}, but it must be "auto" or at least 1')
         if calibration_text is not None and not Path(calibration_text).is_file():
             raise UserError(f"--calibration-text {calibration_text}: there is no such file")
+        if not use_fp16 and dtype not in ("auto", "float32"):
+            raise UserError(f"--no-fp16 means --dtype float32, but dtype is {dtype}: give one of them")
         if model is None:
             chosen = choose_device(device)
-            model, tokenizer = load_model(model_name, chosen, choose_dtype(chosen, use_fp16))
+            self.processes = _Processes(chosen.type == "cpu")
+            if chosen.type == "cuda" and self.processes.world > 1:
+                chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if device_map and self.processes.world > 1:
+                raise UserError(
+                    "--device-map spreads one process over all GPUs: start it without accelerate launch"
+                )
+            precision = choose_dtype(chosen, dtype if use_fp16 else "float32")
+            model, tokenizer = load_model(
+                model_name, chosen, precision, device_map, revision, trust_remote_code
+            )
+        else:
+            self.processes = _Processes(next(model.parameters()).device.type == "cpu")
         self.model, self.tokenizer = model.eval(), tokenizer
         self.model_name, self.output_dir, self.seed = model_name, Path(output_dir), seed
-        self.checkpoint_interval = checkpoint_interval
+        self.revision = getattr(model.config, "_commit_hash", None) or revision or ""
+        self.sampling = None if sampling is None else {"temperature": 1.0, "top_p": 1.0, **sampling}
+        self.checkpoint_interval, self.command = checkpoint_interval, command
         self.calibration_text = None if calibration_text is None else Path(calibration_text)
-        self.device = next(model.parameters()).device
-        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         self.layers = find_moe_layers(model)
-        self.context = getattr(model.config, "max_position_embeddings", None) or math.inf
+        self.device = self.layers[0].device
+        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        text_config = getattr(model.config, "get_text_config", lambda: model.config)()
+        self.context = getattr(text_config, "max_position_embeddings", None) or math.inf
+        self.batch_size, self._fitting = batch_size, sys.maxsize  # asked for; what the memory was enough for
         self.checkpoint: Checkpoint | None = None
         self._routing = contextlib.ExitStack()
-        self._curve = range(
-            1, self.layers[0].own_k
-        )  # static Top-k that the baseline's rows are scored at as well
-        # The model's own log-probabilities and greedy text, of the one prompt that is at work.
+        # Static Top-k that the baseline's rows are scored at as well
+        self._curve = range(1, self.layers[0].own_k)
+        # The model's own log-probabilities and text, of the one batch or prompt that is at work.
         self._baseline_of, self._baseline = None, None
-        self._greedy_of, self._greedy = None, None
+        self._own_text_of, self._own_text = None, None
 
     def __repr__(self) -> str:
         first = self.layers[0]
@@ -1608,6 +2063,21 @@ class BHExperimentRunner:
         return f"BHExperimentRunner({self.model_name!r}, {shape}, {self.dtype} on {self.device})"
 
     # Routing by hand: one configuration at a time, outside the suite
+
+    @contextlib.contextmanager
+    def routing(self, config: str | Mapping[str, Any]) -> Iterator[RoutingRecorder]:
+        """Route by a configuration, or the built-in one of that name, in the block; yields the recorder."""
+        name = config if isinstance(config, str) else "routing"
+        if isinstance(config, str):
+            config = SUITES["all"][_choice("configuration", config, tuple(SUITES["all"]))]
+        with self._routed(self._resolve(name, config)) as recorder:
+            yield recorder
+
+    def generate(self, text: str, max_new_tokens: int = DEFAULT_MAX_TOKENS) -> str:
+        """What the model writes after `text` as it is routed now; sampled if the runner samples."""
+        inputs = self._encode(resolve_prompt({"text": text}), max_new_tokens)
+        output, _ = self._generate(inputs, max_new_tokens, self.seed)
+        return self.tokenizer.decode(output[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def _apply_routing_config(self, config: Mapping[str, Any]) -> RoutingRecorder:
         """Route by `config` until the next call or `_restore_original_routing`; returns the live recorder."""
@@ -1648,38 +2118,43 @@ class BHExperimentRunner:
         text = self.calibration_text
         source = "sampled" if text is None else hashlib.sha256(text.read_bytes()).hexdigest()[:16]
         weights = {"model": model_fingerprint(self.model), "dtype": self.dtype, "device": self.device.type}
-        return {**weights, "seed": self.seed, "calibration_text": source}
+        return {**weights, "seed": self.seed, "calibration_text": source, "sampling": self.sampling}
 
     @functools.cached_property
     def calibration(self) -> Calibration:
         """The calibration of this model: from the output folder if it was made from the same, or made now."""
         about = {**self.settings, "sequences": CALIBRATION_SEQUENCES, "length": CALIBRATION_LENGTH}
+        del about["sampling"]
         path = self.output_dir / "calibration.safetensors"
-        calibration = Calibration.load(path, about)
-        if calibration is None:
-            start = time.perf_counter()
-            calibration = calibrate(self.model, self.tokenizer, self.seed, self.calibration_text)
-            calibration.save(path, about)
-            null, source = calibration.null(0, 1.0), self.calibration_text or "text sampled from the model"
-            logger.info(
-                f"calibrated on {calibration.logits.shape[1]} tokens of {source} in "
-                f"{time.perf_counter() - start:.1f} s: n0 = {null.n0:,} null scores a layer, "
-                f"enough for alpha >= {null.smallest_alpha(self.layers[0].num_experts):.2g}"
-            )
+        with self.processes.first_alone():
+            calibration = Calibration.load(path, about)
+            if calibration is None:
+                start = time.perf_counter()
+                calibration = calibrate(self.model, self.tokenizer, self.seed, self.calibration_text)
+                calibration.save(path, about)
+                null, source = (
+                    calibration.null(0, 1.0),
+                    self.calibration_text or "text sampled from the model",
+                )
+                logger.info(
+                    f"calibrated on {calibration.logits.shape[1]} tokens of {source} in "
+                    f"{time.perf_counter() - start:.1f} s: n0 = {null.n0:,} null scores a layer, "
+                    f"enough for alpha >= {null.smallest_alpha(self.layers[0].num_experts):.2g}"
+                )
         return calibration
 
     def diagnose(self, prompts: Sequence[Mapping[str, Any]], max_tokens: int = 8192) -> dict[str, Any]:
         """`diagnose_nulls` on scored texts, up to `max_tokens`; also written to null_diagnostics.json."""
-        batches, total = [], 0
+        texts, total = [], 0
         for prompt in prompts:
             with contextlib.suppress(UserError):  # one that does not fit: its rows will say so
-                scored = self._scored_tokens(prompt) if total < max_tokens else None
-                if scored is not None:
-                    batches.append(scored[0])
-                    total += scored[0].shape[1]
-        if not batches:
+                batch = self._scored_batch([prompt]) if total < max_tokens else None
+                if batch is not None:
+                    texts.append(batch.ids)
+                    total += batch.ids.numel()
+        if not texts:
             return {}
-        report = diagnose_nulls(self.calibration, record_routers(self.model, batches))
+        report = diagnose_nulls(self.calibration, record_routers(self.model, texts))
         write_whole(self.output_dir / "null_diagnostics.json", json.dumps(report, allow_nan=False) + "\n")
         return report
 
@@ -1689,29 +2164,37 @@ class BHExperimentRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _generate(self, inputs: Mapping[str, Tensor], new_tokens: int) -> tuple[Tensor, dict[str, Any]]:
-        """Greedy decoding of exactly `new_tokens` tokens, timed: output ids [S + n] and the clock columns."""
-        on_gpu, clock = self.device.type == "cuda", _FirstTokenClock(self._synchronize)
-        settings = _generation_config(self.tokenizer, new_tokens, do_sample=False)
+    def _generate(
+        self, inputs: Mapping[str, Tensor], new_tokens: int, seed: int
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Exactly `new_tokens` tokens, timed: output ids [S + n] and the clock columns.
+
+        The seed decides what is sampled; the global random generators are left as they were.
+        """
+        on_gpu, watch = self.device.type == "cuda", _StepWatch(self._synchronize)
+        sampling = {"do_sample": False} if self.sampling is None else {"do_sample": True, "top_k": 0}
+        settings = _generation_config(self.tokenizer, new_tokens, **sampling, **(self.sampling or {}))
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._synchronize()
-        start = time.perf_counter()
-        with torch.inference_mode():
-            output = self.model.generate(**inputs, generation_config=settings, logits_processor=[clock])
-        self._synchronize()
-        end = time.perf_counter()
+        with torch.random.fork_rng([self.device] if on_gpu else []), torch.inference_mode():
+            torch.manual_seed(seed)
+            self._synchronize()
+            start = time.perf_counter()
+            output = self.model.generate(**inputs, generation_config=settings, logits_processor=[watch])
+            self._synchronize()
+            end = time.perf_counter()
+        _finite(torch.stack(watch.largest))
         return output[0], {
             "inference_time_sec": end - start,
             "tokens_per_sec": new_tokens / (end - start),
-            "time_to_first_token_sec": clock.time - start,
-            "decode_sec_per_token": (end - clock.time) / (new_tokens - 1) if new_tokens > 1 else None,
+            "time_to_first_token_sec": watch.prefill_done - start,
+            "decode_sec_per_token": (end - watch.prefill_done) / (new_tokens - 1) if new_tokens > 1 else None,
             "peak_memory_gb": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None,
         }
 
     def _encode(self, prompt: Mapping[str, Any], new_tokens: int) -> dict[str, Tensor]:
         """Token ids and attention mask [1, S]; UserError where they and the new tokens exceed the context."""
-        inputs = self.tokenizer(prompt["text"], return_tensors="pt").to(self.device)
+        inputs = self.tokenizer(prompt["text"], return_tensors="pt", verbose=False).to(self.device)
         length = inputs["input_ids"].shape[1]
         if not 0 < length <= self.context - new_tokens:
             raise UserError(
@@ -1721,7 +2204,7 @@ class BHExperimentRunner:
         return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
 
     def _row(
-        self, name: str, config: Mapping[str, Any], prompt: Mapping[str, Any], tokens: int
+        self, name: str, config: Mapping[str, Any], prompt: Mapping[str, Any], tokens: int, sample: int
     ) -> dict[str, Any]:
         """The part of a result row that is known before the experiment."""
         import transformers
@@ -1729,76 +2212,188 @@ class BHExperimentRunner:
         on_cpu = self.device.type == "cpu"
         return dict.fromkeys(RESULT_COLUMNS) | {
             "config_name": name,
-            **{f"prompt_{key}": prompt[key] for key in ("id", "category", "text")},
+            "sample": sample,
+            **{f"prompt_{key}": prompt[key] for key in ("id", "category")},
+            "prompt_text": self._text(prompt),
             "document": prompt["document"],
             "status": "ok",
             "error": "",
             "static_nll": "",
             **{field: config[field] for field in CONFIG_FIELDS},
             "model_name": self.model_name,
+            "model_revision": self.revision,
+            "model_hash": self.settings["model"],
             "device": "cpu" if on_cpu else torch.cuda.get_device_name(self.device),
             "dtype": self.dtype,
             "seed": self.seed,
             "max_new_tokens": tokens,
+            "sampling": "greedy" if self.sampling is None else json.dumps(self.sampling),
             "torch_version": torch.__version__,
             "transformers_version": transformers.__version__,
+            **script_origin(),
             "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": self.command,
         }
 
-    def _scored_tokens(self, prompt: Mapping[str, Any]) -> tuple[Tensor, int, int] | None:
-        """What is teacher-forced for a prompt: ids [1, S], how many of them are context, bytes scored."""
-        if "token_ids" in prompt:
-            ids, context, text = prompt["token_ids"], 1, prompt["text"]
-        elif prompt["reference"]:
-            text = prompt["reference"]
-            ids = self.tokenizer(prompt["text"])["input_ids"]
-            context = len(ids)
-            ids = ids + self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            return None
-        if len(ids) - 1 > self.context:
-            raise UserError(
-                f"prompt {prompt['id']!r}: {len(ids)} tokens to score exceed the context of {self.context}"
-            )
-        return torch.tensor([ids], device=self.device), context, len(text.encode())
+    def _text(self, prompt: Mapping[str, Any]) -> str:
+        """The text of an item; that of a window is kept as tokens, which take less memory."""
+        return prompt["text"] or self.tokenizer.decode(prompt["token_ids"][1:])
 
-    def _log_probabilities(self, ids: Tensor, context: int) -> Tensor:
-        """Log-probabilities of every token at the scored positions, float32: [S - context, V]."""
-        with torch.inference_mode():
-            inputs = {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1])}
-            return self.model(**inputs, use_cache=False).logits[0, context - 1 :].float().log_softmax(-1)
+    def _scored_batch(self, prompts: Sequence[Mapping[str, Any]]) -> _ScoredBatch | None:
+        """What is teacher-forced for these prompts; None for a prompt that has nothing to be scored."""
+        texts: list[Sequence[int]] = []
+        contexts, num_bytes = [], []
+        for prompt in prompts:
+            if "token_ids" in prompt:
+                ids, context, text = prompt["token_ids"].tolist(), 1, self._text(prompt)
+            elif prompt["reference"]:
+                text = prompt["reference"]
+                ids = self.tokenizer(prompt["text"], verbose=False)["input_ids"]
+                context = len(ids)
+                ids = ids + self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            else:
+                return None
+            if len(ids) - 1 > self.context:
+                raise UserError(
+                    f"prompt {prompt['id']!r}: {len(ids)} tokens to score exceed this model's context of "
+                    f"{self.context}"
+                )
+            texts.append(ids)
+            contexts.append(context)
+            num_bytes.append(len(text.encode()))
+        rows = [torch.tensor(ids) for ids in texts]
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return _ScoredBatch(
+            *(part.to(self.device) for part in (ids, mask, torch.tensor(contexts))), num_bytes
+        )
 
-    def _score(self, config: Mapping[str, Any], prompt: Mapping[str, Any], own: bool) -> dict[str, Any]:
-        """The QUALITY_COLUMNS that come from teacher forcing; {} for a prompt without a reference."""
-        scored = self._scored_tokens(prompt)
-        if scored is None:
-            return {}
-        ids, context, num_bytes = scored
-        if self._baseline_of != (key := (ids.tolist(), context)):
-            self._baseline_of, self._baseline = key, self._log_probabilities(ids, context)
-        targets, curve = ids[0, context:, None], {}
-        for k in self._curve if own else ():
+    @torch.inference_mode()
+    def _log_probabilities(self, batch: _ScoredBatch) -> Tensor:
+        """Log-probabilities of every token where any row is scored, float32: [B, S - first, V]."""
+        # The last token of a row predicts nothing: it is left out, as padding where a longer row goes on.
+        inputs = {"input_ids": batch.ids[:, :-1], "attention_mask": batch.mask[:, 1:]}
+        logits = self.model(**inputs, use_cache=False).logits[:, batch.first - 1 :]
+        return logits.float().log_softmax(-1)
+
+    @torch.inference_mode()
+    def _means(self, batch: _ScoredBatch, values: Tensor) -> list[float]:
+        """The mean of `values` [B, S - first] over each row's scored tokens."""
+        scored = batch.scored
+        return (values.double().masked_fill(~scored, 0).sum(1) / scored.sum(1)).tolist()
+
+    def _nll(self, batch: _ScoredBatch, scores: Tensor) -> list[float]:
+        return self._means(batch, -scores.gather(2, batch.targets)[..., 0])
+
+    def _own_scores(self, batch: _ScoredBatch) -> Tensor:
+        """`_log_probabilities` of the unpatched model, computed once for all configurations of a batch."""
+        if self._baseline_of != batch.key:
+            self._baseline = None  # never two of them in memory
+            self._baseline, self._baseline_of = self._log_probabilities(batch), batch.key
+        return self._baseline
+
+    def _static_curve(self, batch: _ScoredBatch) -> list[str]:
+        """For each row, as JSON: k -> NLL under static Top-k, for each k that the suite does not run."""
+        curve = {}
+        for k in self._curve:
             with self._routed(resolve_config(f"topk_{k}", {"method": "topk", "k": k})):
-                curve[k] = -self._log_probabilities(ids, context).gather(1, targets).mean().item()
-        with self._routed(config) as recorder:
-            scores = self._log_probabilities(ids, context)
-        nll = -scores.gather(1, targets).mean().item()
-        kl = torch.nn.functional.kl_div(scores, self._baseline, reduction="none", log_target=True).sum(-1)
-        routing = recorder.summary(config)
+                curve[k] = self._nll(batch, self._log_probabilities(batch))
+        return [json.dumps({k: values[row] for k, values in curve.items()}) for row in range(len(batch.ids))]
+
+    @torch.inference_mode()
+    def _score(self, batch: _ScoredBatch, recorder: RoutingRecorder) -> list[dict[str, Any]]:
+        """The QUALITY_COLUMNS of each row that come from teacher forcing, and its routing statistics."""
+        own = self._baseline
+        recorder.start(rows=len(batch.ids))
+        scores = self._log_probabilities(batch)
+        recorded = recorder.statistics()
+        nlls = self._nll(batch, scores)
+        _finite(torch.tensor(nlls))
+        kl = self._means(batch, nn.functional.kl_div(scores, own, reduction="none", log_target=True).sum(-1))
+        agreement = self._means(batch, scores.argmax(-1) == own.argmax(-1))
         shares = ("floor_frac", "cap_frac", "zero_rejection_frac")
-        return {
-            "reference_nll": nll,
-            "reference_tokens": len(targets),
-            "reference_bytes": num_bytes,
-            "reference_perplexity": math.exp(nll) if nll < 700 else None,
-            "bits_per_byte": nll * len(targets) / (math.log(2) * num_bytes),
-            "kl_to_baseline": kl.mean().item(),
-            "top1_agreement": (scores.argmax(-1) == self._baseline.argmax(-1)).double().mean().item(),
-            "repeat_reference_nll": -self._baseline.gather(1, targets).mean().item() if own else None,
-            "static_nll": json.dumps(curve) if curve else "",
-            "reference_avg_experts": routing["avg_experts_per_token"],
-            **{f"reference_{share}": routing[share] for share in shares},
-            **({} if "token_ids" not in prompt else routing),
+        rows = []
+        for index, tokens in enumerate(batch.scored.sum(1).tolist()):
+            nll, routing = nlls[index], recorded[index].row()
+            rows.append(
+                {
+                    "reference_nll": nll,
+                    "reference_tokens": tokens,
+                    "reference_bytes": batch.num_bytes[index],
+                    "reference_perplexity": math.exp(nll) if nll < 700 else None,
+                    "bits_per_byte": nll * tokens / (math.log(2) * batch.num_bytes[index]),
+                    "kl_to_baseline": kl[index],
+                    "top1_agreement": agreement[index],
+                    "reference_avg_experts": routing["avg_experts_per_token"],
+                    **{f"reference_{share}": routing[share] for share in shares},
+                    "routing": recorded[index],
+                }
+            )
+        return rows
+
+    def _is_own(self, config: Mapping[str, Any]) -> bool:
+        """Whether a resolved configuration is the model's own routing."""
+        own = resolve_config("own", {"method": "topk", "k": self.layers[0].own_k})
+        return all(config[field] == own[field] for field in CONFIG_FIELDS)
+
+    def _score_only(
+        self, name: str, config: Mapping[str, Any], prompts: Sequence[Mapping[str, Any]], tokens: int
+    ) -> list[dict[str, Any]]:
+        """Result rows of items with `token_ids`, scored together."""
+        batch = self._scored_batch(prompts)
+        own_scores, extra = self._own_scores(batch), [{} for _ in prompts]
+        if self._is_own(config):
+            repeated, curves = self._nll(batch, own_scores), self._static_curve(batch)
+            extra = [
+                {"repeat_reference_nll": nll, "static_nll": curve if self._curve else ""}
+                for nll, curve in zip(repeated, curves, strict=True)
+            ]
+        with self._routed(config) as recorder:
+            quality = self._score(batch, recorder)
+        return [
+            self._row(name, config, prompt, tokens, 0)
+            | found
+            | found["routing"].row()
+            | more
+            | {"batch_size": len(prompts)}
+            for prompt, found, more in zip(prompts, quality, extra, strict=True)
+        ]
+
+    def _generate_and_score(
+        self, name: str, config: Mapping[str, Any], prompt: Mapping[str, Any], tokens: int, sample: int
+    ) -> dict[str, Any]:
+        """The result row of a prompt: one patch, in which it is continued and its reference scored."""
+        row, is_own = self._row(name, config, prompt, tokens, sample), self._is_own(config)
+        inputs, batch = self._encode(prompt, tokens), self._scored_batch([prompt])
+        if sample > 0:  # the reference is the same for every sample: scored once
+            batch = None
+        if batch is not None:
+            own_scores = self._own_scores(batch)
+            if is_own:
+                row["repeat_reference_nll"] = self._nll(batch, own_scores)[0]
+                row["static_nll"] = self._static_curve(batch)[0] if self._curve else ""
+        digest = hashlib.sha256(f"{self.seed} {sample} {prompt['id']}".encode()).digest()
+        seed, length = int.from_bytes(digest[:7], "big"), inputs["input_ids"].shape[1]
+        with self._routed(config) as recorder:
+            output, clock = self._generate(inputs, tokens, seed)
+            routing = recorder.total()
+            quality = self._score(batch, recorder)[0] if batch is not None else {}
+        new, key = output[length:], (prompt["text"], tokens, seed)
+        if is_own or self._own_text_of != key:  # run again by itself: what the others are compared with
+            again, second = self._generate(inputs, tokens, seed)
+            self._own_text_of, self._own_text = key, again[length:]
+            row["repeat_inference_time_sec"] = second["inference_time_sec"] if is_own else None
+        text = self.tokenizer.decode(new, skip_special_tokens=True)
+        return row | {
+            "generated_text": text,
+            "full_text": prompt["text"] + text,
+            "num_input_tokens": length,
+            "num_output_tokens": len(new),
+            "tokens_until_divergence": (new == self._own_text).long().cumprod(0).sum().item(),
+            **routing.row(),
+            **quality,
+            **clock,
+            "routing": routing,
         }
 
     def run_single_experiment(
@@ -1807,43 +2402,86 @@ class BHExperimentRunner:
         config: Mapping[str, Any],
         prompt_data: Mapping[str, Any],
         max_new_tokens: int = DEFAULT_MAX_TOKENS,
+        sample: int = 0,
     ) -> dict[str, Any]:
         """Generate from one prompt and score its reference under one configuration; returns a result row.
 
         The row has RESULT_COLUMNS as keys. Its routing statistics cover every token that was routed while
         generating: the prompt and all new tokens but the last; those of the scored text are `reference_*`.
         The model's own routing is run twice: its `repeat_*` columns are the noise floor. An item with
-        `token_ids` is only scored. The model is unpatched afterwards, whatever happened. Raises UserError for
-        a prompt that does not fit.
+        `token_ids` is only scored. `sample` tells several samples of a prompt apart. The model is unpatched
+        afterwards, whatever happened. Raises UserError for a prompt that does not fit.
         """
         self._restore_original_routing()
         config, prompt = self._resolve(config_name, config), resolve_prompt(prompt_data)
-        own_routing = resolve_config("own", {"method": "topk", "k": self.layers[0].own_k})
-        own = all(config[field] == own_routing[field] for field in CONFIG_FIELDS)
-        row = self._row(config_name, config, prompt, max_new_tokens)
-        if "token_ids" in prompt:
-            return row | self._score(config, prompt, own)
-        inputs = self._encode(prompt, max_new_tokens)
-        length = inputs["input_ids"].shape[1]
-        with self._routed(config) as recorder:
-            output, clock = self._generate(inputs, max_new_tokens)
-        tokens = output[length:]
-        key = (prompt["text"], max_new_tokens)
-        if own or self._greedy_of != key:
-            again, second = self._generate(inputs, max_new_tokens)
-            self._greedy_of, self._greedy = key, again[length:]
-            clock["repeat_inference_time_sec"] = second["inference_time_sec"] if own else None
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return row | {
-            "generated_text": text,
-            "full_text": prompt["text"] + text,
-            "num_input_tokens": length,
-            "num_output_tokens": len(tokens),
-            "tokens_until_divergence": (tokens == self._greedy).long().cumprod(0).sum().item(),
-            **recorder.summary(config),
-            **clock,
-            **self._score(config, prompt, own),
-        }
+        row = self._run(config_name, config, [prompt], max_new_tokens, sample)[0]
+        return {column: row[column] for column in RESULT_COLUMNS}
+
+    def _run(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        prompts: Sequence[Mapping[str, Any]],
+        tokens: int,
+        sample: int,
+    ) -> list[dict[str, Any]]:
+        """Rows of one prompt, or of items that are scored together; each also has `routing`."""
+        if "token_ids" in prompts[0]:
+            return self._score_only(name, config, prompts, tokens)
+        return [self._generate_and_score(name, config, prompts[0], tokens, sample)]
+
+    def _run_safely(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        prompts: Sequence[Mapping[str, Any]],
+        tokens: int,
+        sample: int,
+    ) -> list[dict[str, Any]]:
+        """`_run`, whose failure is a row; a batch that fails is halved: a row fails by its own fault only."""
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        # Counts shuffled over a batch would depend on the batch.
+        size = 1 if config["shuffle"] else min(len(prompts), self._fitting)
+        rows: list[dict[str, Any]] = []
+        while len(rows) < len(prompts):
+            part = prompts[len(rows) : len(rows) + size]
+            try:
+                rows += self._run(name, config, part, tokens, sample)
+            except Exception as error:  # one failed experiment must not end the suite
+                self._baseline_of = self._baseline = None
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()  # after an out-of-memory error, start clean
+                if len(part) > 1:
+                    size = len(part) // 2
+                    if should_reduce_batch_size(error):
+                        self._fitting = size
+                    logger.info(f"a batch of {len(part)} failed ({type(error).__name__}), trying {size}")
+                    continue
+                message = f"{type(error).__name__}: {error}"
+                logger.error(f"{name} x {part[0]['id']} failed: {message}")
+                logger.debug("where it failed", exc_info=True)
+                rows.append(self._row(name, config, part[0], tokens, sample))
+                rows[-1] |= {"status": "error", "error": message}
+        return rows
+
+    def _units(
+        self, prompts: Sequence[Mapping[str, Any]], num_samples: int
+    ) -> list[tuple[list[Mapping[str, Any]], int]]:
+        """What is run in one go under each configuration: (prompts, sample).
+
+        Items to be scored go together by length. The units follow from the prompts alone, not from what is
+        finished already, so that a resumed run rounds as an uninterrupted one.
+        """
+        windows = sorted((p for p in prompts if "token_ids" in p), key=lambda p: -len(p["token_ids"]))
+        units = [([prompt], n) for prompt in prompts if "token_ids" not in prompt for n in range(num_samples)]
+        while windows:
+            size = self.batch_size
+            if size == "auto":
+                size = max(1, AUTO_BATCH_TOKENS // len(windows[0]["token_ids"]))
+            units.append((windows[:size], 0))
+            windows = windows[size:]
+        return units
 
     def run_full_experiment_suite(
         self,
@@ -1851,12 +2489,19 @@ class BHExperimentRunner:
         test_prompts: Sequence[Mapping[str, Any]] | None = None,
         max_new_tokens: int = DEFAULT_MAX_TOKENS,
         resume: bool = True,
+        *,
+        num_samples: int = 1,
+        retry_failed: bool = False,
+        fail_fast: bool = False,
     ) -> pd.DataFrame:
         """Run every configuration on every prompt; returns a row each, in that order, and writes the CSV.
 
         Configurations take turns within each prompt, so that a machine that slows down slows all of them
         alike. With `resume`, what the output folder holds is not run again; without, it is set aside. A
-        failed experiment becomes a row with status "error". Ctrl-C keeps what is finished and is passed on.
+        failed experiment becomes a row with status "error"; retry_failed tries the earlier ones again,
+        fail_fast stops at the first. num_samples: texts to sample for each prompt. Ctrl-C keeps what is
+        finished and is passed on. Under `accelerate launch` each process runs its share; the first one
+        returns all rows, the others their own.
         """
         prompts = [
             resolve_prompt(prompt) for prompt in (TEST_PROMPTS if test_prompts is None else test_prompts)
@@ -1865,49 +2510,108 @@ class BHExperimentRunner:
         configs = {name: self._resolve(name, config) for name, config in configs.items()}
         if not configs or not prompts:
             raise UserError("a suite needs at least one configuration and one prompt")
-        if not _is_count(max_new_tokens):
-            raise UserError(f"max_new_tokens = {max_new_tokens!r}, but it must be at least 1")
+        for what, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
+            if not _is_count(value):
+                raise UserError(f"{what} = {value!r}, but it must be at least 1")
+        if num_samples > 1 and self.sampling is None:
+            raise UserError(
+                f"num_samples = {num_samples}, but greedy texts are all alike: sample with --do-sample"
+            )
         check_ids(prompts)
         self._curve = [k for k in range(1, self.layers[0].own_k) if f"topk_{k}" not in configs]
-        plan = [(name, prompt) for prompt in prompts for name in configs]
-
-        self._restore_original_routing()
-        with log_to(self.output_dir / "experiment_log.txt"):
-            path = self.output_dir / "checkpoints" / "latest_checkpoint.json"
-            settings = {**self.settings, "max_new_tokens": max_new_tokens}
-            self.checkpoint = Checkpoint(path, settings, self.checkpoint_interval, resume)
-            with contextlib.closing(self.checkpoint):
-                finished = {(row["config_name"], row["prompt_id"]): row for row in self.checkpoint.rows}
-                pending = []
-                for name, prompt in plan:
-                    if row := finished.get((name, prompt["id"])):
-                        self._check_same(row, configs[name], prompt)
-                    else:
-                        pending.append((name, prompt))
-                logger.info(f"{self!r}: {len(plan)} experiments, {len(plan) - len(pending)} finished already")
-                if pending:
-                    self._warm_up(configs, prompts[0], max_new_tokens)
-                    if any(config["p_values"] == "empirical" for config in configs.values()):
-                        self.diagnose(prompts)
-                for name, prompt, row in self._run_each(pending, configs, max_new_tokens):
-                    finished[name, prompt["id"]] = self.checkpoint.append(row)
-            rows = [finished[name, prompt["id"]] for name, prompt in plan]
-            frame = pd.DataFrame(rows, columns=list(RESULT_COLUMNS))
-            write_whole(
-                self.output_dir / "bh_routing_results.csv",
-                frame.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC),
-            )
+        units = self._units(prompts, num_samples)
+        settings = {**self.settings, "max_new_tokens": max_new_tokens}
+        with self._opened(settings, resume, configs, prompts) as checkpoint:
+            plan = [
+                (name, prompt["id"], sample)
+                for prompt in prompts
+                for sample in range(1 if "token_ids" in prompt else num_samples)
+                for name in configs
+            ]
+            done = {
+                key for key, (_, status) in checkpoint.places.items() if status == "ok" or not retry_failed
+            }
+            pending = len(set(plan) - done)
+            logger.info(f"{self!r}: {len(plan)} experiments, {len(plan) - pending} finished already")
+            if pending:
+                self._warm_up(configs, units[0], max_new_tokens)
+                if self.processes.rank == 0 and any(c["p_values"] == "empirical" for c in configs.values()):
+                    self.diagnose(prompts)
+            self._run_units(units, configs, max_new_tokens, done, checkpoint, fail_fast)
+            self._gather(checkpoint)
+            if self.processes.rank > 0:
+                return self._frame(checkpoint.rows(list(checkpoint.places)), None)
+            tables = LayerTables(configs, [layer.name for layer in self.layers], prompts)
+            frame = self._frame(checkpoint.rows(plan), tables)
+            tables.write(self.output_dir)
+            write_results(frame, self.output_dir / "bh_routing_results.csv")
             failed = int((frame["status"] != "ok").sum())
             logger.info(
                 f"{len(frame)} experiments, {failed} failed: {self.output_dir / 'bh_routing_results.csv'}"
             )
         return frame
 
+    @contextlib.contextmanager
+    def _opened(
+        self,
+        settings: Mapping[str, Any],
+        resume: bool,
+        configs: Mapping[str, Mapping[str, Any]],
+        prompts: Sequence[Mapping[str, Any]],
+    ) -> Iterator[Checkpoint]:
+        """The log, the lock and the checkpoint of a run. Each process has its own file; what an earlier run
+        of any number of processes left is gathered in the first one's beforehand."""
+        self._restore_original_routing()
+        folder, rank = self.output_dir / "checkpoints", self.processes.rank
+        main, own = folder / "latest_checkpoint.json", folder / f"process_{rank}.json"
+        by_id = {prompt["id"]: prompt for prompt in prompts}
+        with contextlib.ExitStack() as stack:
+            if rank == 0:
+                stack.enter_context(log_to(self.output_dir / "experiment_log.txt"))
+                stack.enter_context(locked(folder))
+                checkpoint = Checkpoint(main, settings, self.checkpoint_interval, resume)
+                stack.callback(checkpoint.close)
+                for left in sorted(folder.glob("process_*.json")):
+                    checkpoint.take_over(left)
+                for row in checkpoint.rows(list(checkpoint.places)):
+                    if row["config_name"] in configs and row["prompt_id"] in by_id:
+                        self._check_same(row, configs[row["config_name"]], by_id[row["prompt_id"]])
+            self.processes.wait()
+            if rank > 0:
+                with contextlib.closing(Checkpoint(main, settings)) as gathered:
+                    places = gathered.places
+                checkpoint = Checkpoint(own, settings, self.checkpoint_interval)
+                stack.callback(checkpoint.close)
+                checkpoint.places |= dict.fromkeys(places, (-1, "ok"))
+            self.processes.wait()
+            self.checkpoint = checkpoint
+            yield checkpoint
+
+    def _gather(self, checkpoint: Checkpoint) -> None:
+        """When all processes are done, the first one takes over what the others found."""
+        checkpoint.sync()
+        self.processes.wait()
+        if self.processes.rank == 0:
+            for other in sorted(checkpoint.path.parent.glob("process_*.json")):
+                checkpoint.take_over(other)
+
+    def _frame(self, rows: Iterable[Mapping[str, Any]], tables: LayerTables | None) -> pd.DataFrame:
+        """The results table; equal texts are held once, so that it stays small."""
+        columns: dict[str, list[Any]] = {column: [] for column in RESULT_COLUMNS}
+        held: dict[str, str] = {}
+        for row in rows:
+            for column, values in columns.items():
+                value = row[column]
+                values.append(held.setdefault(value, value) if isinstance(value, str) else value)
+            if tables is not None and row.get("routing"):
+                tables.add(row)
+        return pd.DataFrame(columns)
+
     def _check_same(
         self, row: Mapping[str, Any], config: Mapping[str, Any], prompt: Mapping[str, Any]
     ) -> None:
         """A finished row must be of the same configuration and prompt as what now goes by its names."""
-        wanted = {"prompt_text": prompt["text"]} | {field: config[field] for field in CONFIG_FIELDS}
+        wanted = {"prompt_text": self._text(prompt)} | {field: config[field] for field in CONFIG_FIELDS}
         for column, value in wanted.items():
             if row.get(column) != value:
                 raise UserError(
@@ -1916,7 +2620,7 @@ class BHExperimentRunner:
                     "to set those results aside"
                 )
 
-    def _warm_up(self, configs: Mapping[str, Any], prompt: Mapping[str, Any], max_new_tokens: int) -> None:
+    def _warm_up(self, configs: Mapping[str, Any], unit: tuple[list, int], max_new_tokens: int) -> None:
         """Calibrate, and touch every code path once, so that no experiment pays for it.
 
         A mistake in what was asked for ends the run here; any other failure will show in the rows it spoils.
@@ -1926,28 +2630,44 @@ class BHExperimentRunner:
                 pass
         for name, config in configs.items():
             with contextlib.suppress(Exception):
-                self.run_single_experiment(name, config, prompt, min(max_new_tokens, 4))
+                self._run(name, config, unit[0][:1], min(max_new_tokens, 4), 0)
 
-    def _run_each(
-        self, pending: Sequence[tuple[str, Any]], configs: Mapping[str, Any], max_new_tokens: int
-    ) -> Iterator[tuple[str, Mapping[str, Any], dict[str, Any]]]:
-        """Run what is pending under a progress bar; yields configuration name, prompt and row."""
+    def _run_units(
+        self,
+        units: Sequence[tuple[list[Mapping[str, Any]], int]],
+        configs: Mapping[str, Mapping[str, Any]],
+        max_new_tokens: int,
+        done: set[Key],
+        checkpoint: Checkpoint,
+        fail_fast: bool,
+    ) -> None:
+        """Run this process's share of what is not done, under a progress bar; each row is saved at once."""
         from tqdm.auto import tqdm
 
-        with tqdm(pending, unit="experiment", disable=None) as progress:
-            for name, prompt in progress:
+        share = units[self.processes.rank :: self.processes.world]
+        open_units = []
+        for prompts, sample in share:
+            for name in configs:
+                keys = [(name, prompt["id"], sample) for prompt in prompts]
+                if not done.issuperset(keys):
+                    open_units.append((name, prompts, sample, keys))
+        total = sum(len(keys) for *_, keys in open_units)
+        with tqdm(
+            total=total, unit="experiment", disable=None if self.processes.rank == 0 else True
+        ) as progress:
+            for name, prompts, sample, keys in open_units:
                 progress.set_description(name)
-                try:
-                    row = self.run_single_experiment(name, configs[name], prompt, max_new_tokens)
-                except Exception as error:  # one failed experiment must not end the suite
-                    message = f"{type(error).__name__}: {error}"
-                    logger.error(f"{name} x {prompt['id']} failed: {message}")
-                    logger.debug("where it failed", exc_info=True)
-                    row = self._row(name, configs[name], prompt, max_new_tokens)
-                    row |= {"status": "error", "error": message}
-                    if self.device.type == "cuda":
-                        torch.cuda.empty_cache()  # after an out-of-memory error, start clean
-                yield name, prompt, row
+                for key, row in zip(
+                    keys, self._run_safely(name, configs[name], prompts, max_new_tokens, sample), strict=True
+                ):
+                    if key in done:
+                        continue
+                    statistics = row.pop("routing", None)
+                    checkpoint.append(row | {"routing": statistics.pack() if statistics else ""})
+                    if fail_fast and row["status"] != "ok":
+                        logger.error("stopped at the first failed experiment, as --fail-fast asks")
+                        return
+                progress.update(len(keys))
 
     def _save_checkpoint(self) -> None:
         """Force everything finished so far to the disk."""
@@ -1968,6 +2688,8 @@ METRICS: dict[str, tuple[str, str, int]] = {  # what is tested: column -> title,
     "expert_utilization_cv": ("load imbalance, CV over experts", "", 2),
     "expert_utilization_max_min_ratio": ("most to least used expert", "", 1),
 }
+
+REPEATED = ("inference_time_sec", "reference_nll")  # measured twice for the baseline: the noise floor
 
 # What an earlier attempt expected of OLMoE-1B-7B and never measured: configurations, quantity, low, high.
 _ALL_BH = ("bh_strict", "bh_moderate", "bh_loose", "bh_adaptive")
@@ -2366,6 +3088,39 @@ def _read_diagnostics(output_dir: Path) -> dict[str, Any] | None:
         return None
 
 
+def read_layer_table(output_dir: Path, name: str) -> pd.DataFrame | None:
+    """layer_statistics or expert_usage of a run, None where the folder has none that can be read."""
+    try:
+        frame = pd.read_csv(output_dir / f"{name}.csv", keep_default_na=False, na_values={"": ""})
+    except (OSError, ValueError):
+        return None
+    numbers = [c for c in frame if c not in ("config_name", "router", "prompt_category")]
+    return frame.assign(**{c: pd.to_numeric(frame[c], errors="coerce") for c in numbers})
+
+
+def summarize_layers(table: pd.DataFrame | None) -> dict[str, Any]:
+    """Configuration -> which layers run most and fewest experts, and whether categories use different ones.
+
+    category_p_values: one permutation test a layer, BH-adjusted over the layers of the configuration.
+    """
+    from scipy import stats
+
+    found = {}
+    for name, rows in [] if table is None else table.groupby("config_name", sort=False):
+        experts, p_values = rows["avg_experts_per_token"], rows["category_p_value"].dropna()
+        found[name] = {
+            "fewest_experts": experts.min(),
+            "fewest_in_layer": int(rows["layer"][experts.idxmin()]),
+            "most_experts": experts.max(),
+            "most_in_layer": int(rows["layer"][experts.idxmax()]),
+            "gate_mass_frac": rows["gate_mass_frac"].mean(),
+            "use_entropy_bits": rows["use_entropy_bits"].mean(),
+            "category_divergence_bits": rows["category_divergence_bits"].mean() if len(p_values) else None,
+            "category_p_values": list(stats.false_discovery_control(p_values)) if len(p_values) else None,
+        }
+    return found
+
+
 def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
     """Summaries and paired tests of a results table; also written to `analysis_summary.json`, strict JSON.
 
@@ -2374,8 +3129,8 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
 
     Returns a dict with baseline, n_experiments, n_failed, n_prompts, summary_by_config, summary_by_category,
     statistical_tests (configuration -> metric -> tests against the baseline), verdict (`quality_verdicts`),
-    shuffle_effects, noise_floor (the baseline's second run against its first), null_diagnostics and
-    hypotheses. Raises UserError when no row is left.
+    shuffle_effects, noise_floor (the baseline's second run against its first), null_diagnostics, layers
+    (`summarize_layers`) and hypotheses. Raises UserError when no row is left.
     """
     done = df[df["status"] == "ok"]
     if done.empty:
@@ -2384,7 +3139,11 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
         check_name(name)
     baseline = choose_baseline(done)
     by_config = {name: done[done["config_name"] == name] for name in _order(done["config_name"])}
-    by_prompt = {name: rows.set_index("prompt_id") for name, rows in by_config.items()}
+    # Several samples of a prompt are one unit: their mean.
+    paired = [*METRICS, *(f"repeat_{column}" for column in REPEATED)]
+    by_prompt = {
+        name: rows.groupby("prompt_id", sort=False)[paired].mean() for name, rows in by_config.items()
+    }
     tests = {
         name: {m: paired_comparison(*by_prompt[baseline][m].align(rows[m], join="inner")) for m in METRICS}
         for name, rows in by_prompt.items()
@@ -2408,10 +3167,11 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
         "shuffle_effects": shuffle_effects(df),
         "quality_margin": QUALITY_MARGIN,
         "noise_floor": {
-            column: paired_comparison(by_config[baseline][column], by_config[baseline][f"repeat_{column}"])
-            for column in ("inference_time_sec", "reference_nll")
+            column: paired_comparison(by_prompt[baseline][column], by_prompt[baseline][f"repeat_{column}"])
+            for column in REPEATED
         },
         "null_diagnostics": _read_diagnostics(Path(output_dir)),
+        "layers": summarize_layers(read_layer_table(Path(output_dir), "layer_statistics")),
     }
     analysis = strict_json(analysis | {"hypotheses": check_hypotheses(analysis)})
     write_whole(
@@ -2582,7 +3342,7 @@ def plot_quality_vs_experts(frame: pd.DataFrame, ax: Any = None, verdicts: Any =
             "label": label,
         }
         ax.errorbar(ladder["mean_experts"], ladder[mean], yerr=bars, markeredgewidth=0.5, **mark, **style)
-    if len(ax.figure.axes) == 1:
+    if len(ax.figure.axes) == 1:  # the figure is this plot's own
         ax.figure.set_figwidth(8.5)  # room for the legend
     if len(rows):
         _nats_scale(ax, "y", [*rows["low"], *rows["high"]])
@@ -2658,7 +3418,60 @@ def plot_null_calibration(diagnostics: Mapping[str, Any], axes: Any = None) -> A
     return left, right
 
 
-# File name -> how it is drawn, what it shows, and the column without which there is nothing to show
+def plot_layer_profile(table: pd.DataFrame, axes: Any = None) -> Any:
+    """Layer by layer: mean experts, and the share of the gate mass that the experts which ran have."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    axes = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")[1] if axes is None else axes
+    order = _order(table["config_name"])
+    for ax, column, label in (
+        (axes[0], "avg_experts_per_token", "experts per token"),
+        (axes[1], "gate_mass_frac", "share of gate mass that ran"),
+    ):
+        style = {"palette": _palette(order), "marker": "o", "markersize": 5, "linewidth": 1.2}
+        sns.lineplot(table, x="layer", y=column, hue="config_name", hue_order=order, ax=ax, **style)
+        ax.set(xlabel="MoE layer", ylabel=label, ylim=(0, None))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend_.remove()
+    axes[0].set_title("Experts by layer")
+    axes[1].set_title("Gate mass by layer")
+    handles = axes[0].get_legend_handles_labels()
+    axes[1].legend(*handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
+    return axes
+
+
+HEATMAP_CONFIGS = 5  # the baseline and the next ones; more would be too small to read
+
+
+def plot_expert_usage_heatmap(usage: pd.DataFrame, figure: Any = None) -> Any:
+    """How often each expert of each layer ran, relative to even use, for the first configurations."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    order = _order(usage["config_name"])
+    order = [*(n for n in order if n == BASELINE), *(n for n in order if n != BASELINE)][:HEATMAP_CONFIGS]
+    counts = usage.groupby(["config_name", "layer", "expert"], sort=False)["count"].sum().unstack()
+    layers = counts.index.get_level_values("layer").nunique()
+    figure = figure or plt.figure(layout="constrained")
+    figure.set_size_inches(9, 1 + len(order) * (0.55 + 0.16 * layers))
+    axes = figure.subplots(len(order), 1, sharex=True, squeeze=False)[:, 0]
+    relative = counts.div(counts.mean(axis=1), axis=0)
+    limit = max(2.0, float(relative.loc[order].stack().quantile(0.99)))
+    for ax, name in zip(axes, order, strict=True):
+        image = ax.imshow(relative.loc[name], aspect="auto", cmap=sns.color_palette("rocket_r", as_cmap=True),
+                          vmin=0, vmax=limit, interpolation="nearest")  # fmt: skip
+        ax.set_title(name, loc="left", fontsize="medium")
+        ax.set_ylabel("layer")
+        ax.grid(visible=False)
+        ax.yaxis.get_major_locator().set_params(integer=True)
+    axes[-1].set_xlabel("expert")
+    figure.colorbar(image, ax=list(axes), label="use relative to even use", extend="max", shrink=0.9)
+    return axes
+
+
+# File name -> how it is drawn, what it shows, and what it is drawn from: a column of the results (the plot is
+# empty without it), or one of the other tables in the folder.
 PLOTS: dict[str, tuple[Callable, str, str]] = {
     "avg_experts_comparison": (plot_avg_experts, "Experts per token and layer", "avg_experts_per_token"),
     "inference_time_comparison": (plot_inference_time, "Inference time", "inference_time_sec"),
@@ -2667,15 +3480,10 @@ PLOTS: dict[str, tuple[Callable, str, str]] = {
     "experts_vs_latency": (plot_experts_vs_latency, "Experts against latency", "decode_sec_per_token"),
     "quality_vs_experts": (plot_quality_vs_experts, "Quality against compute", "reference_nll"),
     "delta_at_equal_compute": (plot_delta_at_equal_compute, "Quality at equal compute", "reference_nll"),
+    "layer_profile": (plot_layer_profile, "Layer by layer", "layer_statistics"),
+    "expert_usage_heatmap": (plot_expert_usage_heatmap, "Use of every expert", "expert_usage"),
     "null_calibration": (plot_null_calibration, "Calibration of the nulls", "null_diagnostics"),
 }
-
-
-def _has_data(needed: str, done: pd.DataFrame, diagnostics: Any) -> bool:
-    """Whether a plot that needs this column, or the null diagnostics, has something to show."""
-    if needed == "null_diagnostics":
-        return bool(diagnostics)
-    return needed in done and bool(done[needed].notna().any())
 
 
 def create_visualizations(
@@ -2688,34 +3496,35 @@ def create_visualizations(
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    done = df[df["status"] == "ok"]
+    done, output_dir = df[df["status"] == "ok"], Path(output_dir)
     if done.empty:
         raise UserError(f"nothing to draw: none of {len(df)} experiments finished")
-    folder = Path(output_dir) / "plots"
-    folder.mkdir(parents=True, exist_ok=True)
-    diagnostics = _read_diagnostics(Path(output_dir))
+    (output_dir / "plots").mkdir(parents=True, exist_ok=True)
+    tables = {name: read_layer_table(output_dir, name) for name in ("layer_statistics", "expert_usage")}
+    tables["null_diagnostics"] = _read_diagnostics(output_dir)
     verdicts = analysis["verdict"] if analysis else None
     paths = []
     with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
         for name, (draw, _, needed) in PLOTS.items():
-            path = folder / f"{name}.png"
+            path = output_dir / "plots" / f"{name}.png"
             path.unlink(missing_ok=True)  # no plot of an earlier run beside the report of this one
-            if not _has_data(needed, done, diagnostics):
-                continue
-            if needed == "null_diagnostics":
-                figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
-                arguments: tuple = (diagnostics, axes)
+            if needed in tables:
+                arguments: tuple = (tables[needed],)
+                missing = tables[needed] is None
             else:
-                figure, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
-                arguments = (df, ax, verdicts) if needed == "reference_nll" else (done, ax)
+                arguments = (df, None, verdicts) if needed == "reference_nll" else (done,)
+                missing = needed not in done or not done[needed].notna().any()
+            if missing:
+                continue
             try:
                 draw(*arguments)
+                figure = plt.gcf()
                 sns.despine(figure, left=True)
                 # No creation date or version in the file: the same results give the same bytes.
                 figure.savefig(path, dpi=300, metadata={"Software": None})
                 paths.append(path)
             finally:
-                plt.close(figure)
+                plt.close()
     return paths
 
 
@@ -2734,7 +3543,8 @@ def _p(value: float | None) -> str:
 
 def _cell(value: Any) -> str:
     """Text of a run in Markdown: no character of it can end a cell, a row or a table, or act as HTML."""
-    text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = _visible(" ".join(str(value).split()))
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "".join("\\" + mark if mark in "\\`*_{}[]|#!" else mark for mark in text)
 
 
@@ -2881,6 +3691,34 @@ def _quality_parts(analysis: Mapping[str, Any]) -> list[str]:
     return parts
 
 
+def _layer_parts(analysis: Mapping[str, Any]) -> list[str]:
+    """The report's section on layers, if the run has their tables."""
+    rows = []
+    for name, found in analysis["layers"].items():
+        p_values = found["category_p_values"]
+        significant = None if p_values is None else sum(p < SIGNIFICANCE_LEVEL for p in p_values)
+        rows.append(
+            {
+                "configuration": f"`{name}`",
+                "fewest experts (layer)": f"{found['fewest_experts']:.2f} ({found['fewest_in_layer']})",
+                "most experts (layer)": f"{found['most_experts']:.2f} ({found['most_in_layer']})",
+                "gate mass that ran": _number(found["gate_mass_frac"], 3),
+                "entropy of use, bits": _number(found["use_entropy_bits"]),
+                "categories diverge, bits": _number(found["category_divergence_bits"], 3),
+                "in layers": "–" if significant is None else f"{significant} of {len(p_values)}",
+            }
+        )
+    if not rows:
+        return []
+    return [
+        "## Layers",
+        _table(rows),
+        "Means over layers, from `layer_statistics.csv`; every expert is in `expert_usage.csv`. Categories "
+        "diverge: Jensen-Shannon divergence of their use of experts (0: the same experts), and in how many "
+        f"layers it is more than chance (permutation test, adjusted p below {SIGNIFICANCE_LEVEL:g}).",
+    ]
+
+
 def _findings(analysis: Mapping[str, Any]) -> list[str]:
     """A sentence per configuration; a difference in time is claimed only where it is significant."""
     lines, base = [], analysis["baseline"]
@@ -3006,7 +3844,7 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
     done, failed = df[df["status"] == "ok"], df[df["status"] != "ok"]
     first, base, by_config = done.iloc[0], analysis["baseline"], analysis["summary_by_config"]
     minutes, machine = done["inference_time_sec"].sum() / 60, f"{first['dtype']} on {_cell(first['device'])}"
-    settings = {column: ", ".join(_order(df[column].astype(str))) for column in SETTING_COLUMNS}
+    settings = {column: ", ".join(_order(df[column].astype(str))) for column in (*SETTING_COLUMNS, "command")}
     suite_times = (
         f"{low} to {high} minutes on {where}" for where, (low, high) in EXPECTED_SUITE_MINUTES.items()
     )
@@ -3052,6 +3890,7 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
         "Experts: mean and standard deviation over prompts of the mean over tokens and layers; range: "
         "fewest and most experts that any token got in any layer. At floor, at cap, no rejection: shares "
         "of all (token, layer) decisions. Times are medians over prompts.",
+        *_layer_parts(analysis),
         "## Statistical tests",
         f"Each configuration against `{base}`, paired by prompt. Interval and p: Student's t on the "
         "differences. Adjusted: Benjamini-Hochberg over all tests of this table. d: mean difference over "
@@ -3064,8 +3903,8 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
         "## Plots",
         *(
             f"### {title}\n\n![{title}](plots/{name}.png)"
-            for name, (_, title, needed) in PLOTS.items()
-            if _has_data(needed, done, analysis["null_diagnostics"])
+            for name, (_, title, _) in PLOTS.items()
+            if (Path(output_path).parent / "plots" / f"{name}.png").exists()
         ),
         "## What was expected, and what was measured",
         "An earlier attempt wrote these expectations down for OLMoE-1B-7B-0924 without measuring them. "
@@ -3115,6 +3954,10 @@ class _ConsoleHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="run_bh_experiments.py",
@@ -3134,10 +3977,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs")
     add(
-        "--no-fp16",
-        action="store_true",
-        help="float32 instead of bfloat16 (float16 on a GPU without bfloat16)",
+        "--device-map",
+        choices=("auto",),
+        help="spread the model over all GPUs, the rest over memory and disk",
     )
+    add("--dtype", choices=DTYPES, default="auto", help="precision of weights and arithmetic")
+    add("--no-fp16", action="store_true", help="the same as --dtype float32")
+    add("--revision", help="branch, tag or commit of a hub model")
+    add("--trust-remote-code", action="store_true", help="execute Python code that comes with the model")
+    sizes = "texts scored in one forward pass; auto halves it when memory does not suffice"
+    add("--batch-size", type=_batch_size, default="auto", metavar="N", help=sizes)
     add("--suite", default="default", help=f"family of configurations: {', '.join(SUITES)}")
     add("--configs", help="comma-separated names: only these configurations")
     add(
@@ -3168,7 +4017,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--window", type=int, default=DEFAULT_WINDOW, help="tokens in a window of --text")
     add("--p-values", choices=P_VALUES, help="null for every step-up rule, instead of its own")
     add("--calibration-text", metavar="FILE", help="text for the empirical null, instead of the model's own")
-    add("--seed", type=int, default=DEFAULT_SEED, help="for sampling the calibration text")
+    add("--do-sample", action="store_true", help="sample the texts instead of greedy decoding")
+    add("--sampling-temperature", type=float, metavar="T", help="with --do-sample; 1 if not given")
+    add("--sampling-top-p", type=float, metavar="P", help="with --do-sample; 1 if not given")
+    add("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt, with --do-sample")
+    add("--seed", type=int, default=DEFAULT_SEED, help="for sampling texts and the calibration text")
+    add("--retry-failed", action="store_true", help="run experiments again that failed in an earlier run")
+    add("--fail-fast", action="store_true", help="stop at the first experiment that fails")
     add(
         "--analyze-only", action="store_true", help="redo analysis, plots and report from the CSV in --output"
     )
@@ -3199,9 +4054,24 @@ def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return {name: resolve_config(name, config) for name, config in configs.items()}
 
 
+def choose_sampling(args: argparse.Namespace) -> dict[str, float] | None:
+    """The sampling that the options ask for, None for greedy decoding."""
+    given = {"temperature": args.sampling_temperature, "top_p": args.sampling_top_p}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not args.do_sample:
+        if given or args.num_samples != 1:
+            raise UserError("--sampling-temperature, --sampling-top-p and --num-samples need --do-sample")
+        return None
+    if not 0 < given.get("temperature", 1) < math.inf:
+        raise UserError(f"--sampling-temperature {given['temperature']}: it must be above 0")
+    if not 0 < given.get("top_p", 1) <= 1:
+        raise UserError(f"--sampling-top-p {given['top_p']}: it must be in (0, 1]")
+    return given
+
+
 def run(args: argparse.Namespace) -> int:
     """What the command line asks for; returns the exit code: 0, or 1 when an experiment failed."""
-    for option in ("max_tokens", "checkpoint_interval", "window"):
+    for option in ("max_tokens", "checkpoint_interval", "window", "num_samples"):
         if getattr(args, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: it must be at least 1")
     if args.analyze_only:
@@ -3213,7 +4083,19 @@ def run(args: argparse.Namespace) -> int:
                 "--prompts and --text exclude each other: prompts are continued, text is only scored"
             )
         prompts = load_prompts(args.prompts) if args.prompts else TEST_PROMPTS
-        options = {"use_fp16": not args.no_fp16, "calibration_text": args.calibration_text, "seed": args.seed}
+        if args.device_map and args.device != "auto":
+            raise UserError(f"--device {args.device} and --device-map exclude each other")
+        names = (
+            "calibration_text",
+            "seed",
+            "dtype",
+            "revision",
+            "device_map",
+            "trust_remote_code",
+            "batch_size",
+        )
+        options = {name: getattr(args, name) for name in names}
+        options |= {"use_fp16": not args.no_fp16, "sampling": choose_sampling(args), "command": args.command}
         runner = BHExperimentRunner(args.model, args.output, args.checkpoint_interval, args.device, **options)
         if args.text:
             if args.window > runner.context:
@@ -3223,17 +4105,42 @@ def run(args: argparse.Namespace) -> int:
             with log_to(args.output / "experiment_log.txt"):
                 for name in configs:
                     configs[name] = match_experts(name, configs[name], args.match_experts, runner.calibration)
-        df = runner.run_full_experiment_suite(configs, prompts, args.max_tokens, resume=not args.no_resume)
+        how = {
+            "num_samples": args.num_samples,
+            "retry_failed": args.retry_failed,
+            "fail_fast": args.fail_fast,
+        }
+        df = runner.run_full_experiment_suite(
+            configs, prompts, args.max_tokens, resume=not args.no_resume, **how
+        )
+        if runner.processes.rank > 0:  # the first process analyses and reports
+            return 0
     with log_to(args.output / "experiment_log.txt"):
         write_report(df, args.output)
         logger.info(f"report: {args.output / 'REPORT.md'}")
     return 1 if (df["status"] != "ok").any() else 0
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what a scheduler sends before it kills."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise _Terminated
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit code: 0 done, 1 an experiment failed, 2 a mistake in the call, 130 Ctrl-C."""
+    """Entry point. Exit codes: 0 done, 1 an experiment failed, 2 a mistake in the call, 130 Ctrl-C, 143
+    SIGTERM."""
+    import signal
+
     args = build_parser().parse_args(argv)
+    args.command = shlex.join(["run_bh_experiments.py", *(sys.argv[1:] if argv is None else argv)])
     console, level = _ConsoleHandler(logging.INFO), logger.level
+    console.setFormatter(_LineFormatter())
+    before = None
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+        before = signal.signal(signal.SIGTERM, _terminate)
     logger.addHandler(console)
     logger.setLevel(logging.INFO)
     try:
@@ -3242,12 +4149,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error(f"error: {error}")
         logger.debug("where it happened", exc_info=True)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         logger.error(
             "interrupted; all finished experiments are saved, and the same command goes on from there"
         )
-        return 130
+        return 143 if isinstance(stop, _Terminated) else 130
     finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
         logger.removeHandler(console)
         logger.setLevel(level)
 

@@ -526,19 +526,22 @@ def test_model_folder(tiny_folder, tmp_path):
     assert [(layer.num_experts, layer.own_k) for layer in runner.layers] == [(16, 4)] * 2
 
 
-def test_device_and_dtype(monkeypatch):
+def test_device_and_dtype(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bh.choose_device("auto") == bh.choose_device("cpu") == torch.device("cpu")
     with pytest.raises(bh.UserError, match="--device cpu"):
         bh.choose_device("cuda")
     with pytest.raises(bh.UserError, match='Did you mean "cuda"'):
         bh.choose_device("cud")
-    assert bh.choose_dtype(torch.device("cpu"), use_fp16=False) == torch.float32
-    assert bh.choose_dtype(torch.device("cpu"), use_fp16=True) in (torch.bfloat16, torch.float32)
+    assert bh.choose_dtype(torch.device("cpu"), "float16") == torch.float16
+    assert bh.choose_dtype(torch.device("cpu")) in (torch.bfloat16, torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
-    assert bh.choose_dtype(torch.device("cuda"), use_fp16=True) == torch.float16
+    with caplog.at_level("INFO"):
+        assert bh.choose_dtype(torch.device("cuda")) == torch.float16
+    assert "Tesla T4 has no bfloat16" in caplog.text
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    assert bh.choose_dtype(torch.device("cuda"), use_fp16=True) == torch.bfloat16
+    assert bh.choose_dtype(torch.device("cuda")) == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -632,7 +635,7 @@ def test_keeping_all_changes_nothing(subject):
     for config in configs:
         with bh.patched_routing(subject.model, config) as recorder:
             assert torch.equal(logits_of(subject.model, ids), expected)
-        assert recorder.counts[:, k].tolist() == [ids.numel()] * len(subject.layers)
+        assert recorder.total().counts[:, k].tolist() == [ids.numel()] * len(subject.layers)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -645,7 +648,7 @@ def test_fixed_k_equals_native_model(subject, k):
     for widest in (subject.own_k, subject.own_k + 3):
         with bh.patched_routing(subject.model, fixed(k, widest)) as recorder:
             torch.testing.assert_close(logits_of(subject.model, ids), native, rtol=1e-4, atol=2e-5)
-        assert (recorder.counts.sum(0).nonzero() == k).all()
+        assert (recorder.total().counts.sum(0).nonzero() == k).all()
     assert not torch.allclose(logits_of(subject.model, ids), native, atol=1e-2)
 
 
@@ -710,8 +713,8 @@ def test_dropped_experts_are_not_computed(subject, monkeypatch):
     before = state_of(subject.model)
     with bh.patched_routing(subject.model, EMPIRICAL, subject.calibration) as recorder:
         logits_of(subject.model, sample_ids())
-    pairs = recorder.counts @ torch.arange(recorder.counts.shape[1])
-    assert seen == pairs.tolist() == recorder.use.sum(1).tolist()
+    pairs = recorder.total().counts @ torch.arange(recorder.total().counts.shape[1])
+    assert seen == pairs.tolist() == recorder.total().use.sum(1).tolist()
     assert sum(seen) < sample_ids().numel() * 4 * len(subject.layers)
     assert state_of(subject.model) == before
 
@@ -750,7 +753,7 @@ def test_generate_equals_stepwise_argmax(subject):
         made = subject.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
         )
-        seen = recorder.counts.sum(1).tolist()
+        seen = recorder.total().counts.sum(1).tolist()
         for _ in range(8):
             ids = torch.cat([ids, logits_of(subject.model, ids)[:, -1:].argmax(-1)], dim=1)
     assert made.tolist() == ids.tolist()
@@ -773,7 +776,7 @@ def test_recorder_equals_reference(subject, config):
         logits_of(subject.model, sample_ids(1, 5))
     layers, experts = len(subject.layers), subject.layers[0].num_experts
     counts, use = np.zeros((layers, experts + 1), int), np.zeros((layers, experts), int)
-    numbers, nothing = [], 0
+    numbers, nothing, mass = [], 0, []
     for call, logits in enumerate(taken):
         layer = call % layers
         empirical = config["p_values"] == "empirical"
@@ -783,12 +786,14 @@ def test_recorder_equals_reference(subject, config):
             rejected = int((stats.false_discovery_control(p[token]) <= config["alpha"]).sum())
             number = min(max(rejected, config["min_k"]), config["max_k"])
             counts[layer, number] += 1
-            use[layer, logits[token].argsort(descending=True)[:number].numpy()] += 1
+            kept = logits[token].argsort(descending=True)[:number]
+            use[layer, kept.numpy()] += 1
+            mass.append(logits[token].softmax(-1)[kept].sum().item())
             numbers.append(number)
             nothing += rejected == 0
-    assert recorder.counts.tolist() == counts.tolist()
-    assert recorder.use.tolist() == use.tolist()
-    summary = recorder.summary(config)
+    assert recorder.total().counts.tolist() == counts.tolist()
+    assert recorder.total().use.tolist() == use.tolist()
+    summary = recorder.total().row()
     numbers = np.array(numbers)
     assert summary == pytest.approx({
         "avg_experts_per_token": numbers.mean(), "std_experts_per_token": numbers.std(),
@@ -796,7 +801,7 @@ def test_recorder_equals_reference(subject, config):
         "expert_utilization_cv": np.mean(use.std(1) / use.mean(1)),
         "expert_utilization_max_min_ratio": np.mean(use.max(1) / use.min(1).clip(1)),
         "floor_frac": np.mean(numbers == config["min_k"]), "cap_frac": np.mean(numbers == config["max_k"]),
-        "zero_rejection_frac": nothing / len(numbers),
+        "zero_rejection_frac": nothing / len(numbers), "gate_mass_frac": np.mean(mass),
     })  # fmt: skip
     assert set(summary) == set(bh.ROUTING_COLUMNS)
     assert numbers.min() < numbers.max()
@@ -826,10 +831,10 @@ def test_apply_and_restore(mock_model, tmp_path):
     expected = logits_of(mock_model, ids)
     recorder = runner._patch_bh_routing(alpha=0.1, temperature=1.0, min_k=2, max_k=5)
     logits_of(mock_model, ids)
-    assert set(recorder.counts.sum(0).nonzero().flatten().tolist()) <= {2, 3, 4, 5}
+    assert set(recorder.total().counts.sum(0).nonzero().flatten().tolist()) <= {2, 3, 4, 5}
     recorder = runner._apply_routing_config({"method": "topk", "k": 3})
     logits_of(mock_model, ids)
-    assert recorder.counts.sum(0).nonzero().flatten().tolist() == [3]
+    assert recorder.total().counts.sum(0).nonzero().flatten().tolist() == [3]
     for _ in range(2):
         runner._restore_original_routing()
         assert state_of(mock_model) == before
@@ -952,11 +957,12 @@ def test_mini_suite(mock_model, tmp_path):
     read = bh.read_results(tmp_path / "bh_routing_results.csv")
     assert_same_results(read, frame, list(bh.RESULT_COLUMNS))
     assert read["max_new_tokens"].tolist() == [5] * 6
-    stored = json.loads((tmp_path / "checkpoints" / "latest_checkpoint.json").read_text())["results"]
-    assert_same_results(pd.DataFrame(stored), frame, list(bh.RESULT_COLUMNS))
+    stored = pd.DataFrame(rows_in(tmp_path / "checkpoints" / "latest_checkpoint.json"))
+    assert_same_results(stored[list(bh.RESULT_COLUMNS)], frame, list(bh.RESULT_COLUMNS))
 
 
 AWKWARD_TEXTS = [
+    "=1+1", "'=1", "@x", "- item", "\t'", "'",
     "NA", "null", "nan", "", " x ", "1.0", 'a "b", c',
     "a\nb", "a\rb", "a\r\nb\rc", "\u00e9 \u2028 \x00", "|<b>`",
 ]  # fmt: skip
@@ -1278,7 +1284,18 @@ def test_one_new_token(mock_model, tmp_path):
 
 def checkpoint_row(i):
     text = 'é "]}\n, {"results": [' * i
-    return {"config_name": f"c{i}", "prompt_id": f"p{i}", "text": text, "value": i / 3}
+    names = {"config_name": f"c{i}", "prompt_id": f"p{i}", "sample": 0, "status": "ok"}
+    return {**names, "text": text, "value": i / 3}
+
+
+def rows_of(checkpoint):
+    return list(checkpoint.rows(list(checkpoint.places)))
+
+
+def rows_in(path):
+    """The rows of a checkpoint as a plain JSON reader sees them."""
+    rows = strict_loads(path.read_text())["results"]
+    return [{key: value for key, value in row.items() if key != "crc32"} for row in rows]
 
 
 def open_checkpoint(path, resume=True, **settings):
@@ -1303,12 +1320,12 @@ def test_checkpoint_is_valid_at_every_moment(tmp_path):
         checkpoint.append({**checkpoint_row(i), "number": np.float32(0.5), "missing": float("nan")})
         content = path.read_bytes()
         assert content.startswith(before[: -len(bh.Checkpoint.END)])
-        rows = strict_loads(content.decode())["results"]
-        assert rows == checkpoint.rows
+        rows = rows_in(path)
+        assert rows == rows_of(checkpoint)
         assert rows == [{**checkpoint_row(n), "number": 0.5, "missing": None} for n in range(i + 1)]
         before = content
     checkpoint.close()
-    assert open_checkpoint(path).rows == rows
+    assert rows_of(open_checkpoint(path)) == rows
 
 
 @pytest.mark.parametrize("tear", ["cut", "half overwritten"])
@@ -1326,20 +1343,23 @@ def test_torn_end(tmp_path, rows, tear):
     for torn in states:
         path.write_bytes(torn)
         checkpoint = open_checkpoint(path)
-        kept = checkpoint.rows[:]
+        kept = rows_of(checkpoint)
         assert kept[:rows] == [checkpoint_row(n) for n in range(rows)], torn
         assert kept[rows:] in ([], [checkpoint_row(rows)]), torn
         checkpoint.append(checkpoint_row(9))
         checkpoint.close()
-        assert strict_loads(path.read_text())["results"] == [*kept, checkpoint_row(9)]
+        assert rows_in(path) == [*kept, checkpoint_row(9)]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         *((text, "not a checkpoint") for text in ("hello", "", "[1, 2]", "null", '{"results": []}')),
-        ('{"schema": 99, "settings": {}, "results": []}', "schema 99"),
-        ('{"schema": 1, "settings": {"model": "m", "seed": 7}, "results": []}', "seed is 7 there, 0 here"),
+        ('{"schema": 99,\n"settings": {},\n"results": []}', "schema 99"),
+        (
+            '{"schema": 2,\n"settings": {"model": "m", "seed": 7},\n"results": [\n]}\n',
+            "seed is 7 there, 0 here",
+        ),
     ],
 )
 def test_foreign_files_are_refused(content, message, tmp_path):
@@ -1358,7 +1378,7 @@ def test_no_resume_sets_aside(tmp_path):
     contents = set()
     for i in range(3):
         checkpoint = open_checkpoint(path, resume=False)
-        assert checkpoint.rows == []
+        assert not checkpoint.places
         checkpoint.append(checkpoint_row(i))
         checkpoint.close()
         contents.add(path.read_bytes())
@@ -1367,16 +1387,16 @@ def test_no_resume_sets_aside(tmp_path):
 
 def count_experiments(monkeypatch, tokens, stop_after=None):
     """Count experiments, without warm-up; Ctrl-C in place of the one after `stop_after` of them."""
-    real, done = bh.BHExperimentRunner.run_single_experiment, []
+    real, done = bh.BHExperimentRunner._run, []
 
-    def run(runner, name, config, prompt, max_new_tokens):
+    def run(runner, name, config, prompts, max_new_tokens, sample):
         if max_new_tokens == tokens:
             if len(done) == stop_after:
                 raise KeyboardInterrupt
             done.append(name)
-        return real(runner, name, config, prompt, max_new_tokens)
+        return real(runner, name, config, prompts, max_new_tokens, sample)
 
-    monkeypatch.setattr(bh.BHExperimentRunner, "run_single_experiment", run)
+    monkeypatch.setattr(bh.BHExperimentRunner, "_run", run)
     return done
 
 
@@ -1499,7 +1519,7 @@ def test_exit_codes(tiny_folder, tmp_path, monkeypatch, capsys):
         def interrupt(*args):
             raise KeyboardInterrupt
 
-        patch.setattr(bh.BHExperimentRunner, "run_single_experiment", interrupt)
+        patch.setattr(bh.BHExperimentRunner, "_run", interrupt)
         assert cli(tiny_folder, tmp_path, "--max-tokens", 2) == 130
     assert "same command goes on" in capsys.readouterr().err
     assert cli(tiny_folder, tmp_path, "--max-tokens", 2) == 0
@@ -1706,7 +1726,7 @@ def test_shuffle_keeps_the_counts_and_moves_them(tiny):
         other = logits_of(tiny.model, ids)
     with bh.patched_routing(tiny.model, shuffled):
         assert torch.equal(logits_of(tiny.model, ids), other)
-    assert torch.equal(first.counts[0], second.counts[0])
+    assert torch.equal(first.total().counts[0], second.total().counts[0])
     assert not torch.allclose(one, other)
 
 
@@ -1758,7 +1778,7 @@ def test_text_windows_are_those_of_rolling_log_likelihood(tiny, tmp_path):
     items = bh.text_windows([tmp_path], tiny.tokenizer, 32)
     assert {item["document"] for item in items} == {"b.txt", "sub/a.txt"}
     ids = tiny.tokenizer(text)["input_ids"]
-    windows = [item["token_ids"] for item in items if item["document"] == "sub/a.txt"]
+    windows = [item["token_ids"].tolist() for item in items if item["document"] == "sub/a.txt"]
     assert [token for window in windows for token in window[1:]] == ids[: sum(len(w) - 1 for w in windows)]
     assert [window[0] for window in windows] == [0, *ids[31:-1:32]][: len(windows)]
     frame = tiny.run_full_experiment_suite({n: RULES[n] for n in ("topk_4", "bh")}, items, resume=False)
@@ -2076,6 +2096,266 @@ def test_quality_plots_show_every_configuration(configurations):
     families = [text.get_text() for text in ax.get_legend().get_texts()]
     assert families == ["static Top-K", "bh", "bh, shuffled"][: configurations + 1]
     matplotlib.pyplot.close("all")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 11. Layers, samples, batches, processes, notebooks
+# ---------------------------------------------------------------------------------------------------------
+
+
+def windows_of(tokenizer, folder, lengths=(150, 70, 90), window=48):
+    """Windows of different lengths from three small files."""
+    folder.mkdir(exist_ok=True)
+    for number, length in enumerate(lengths):
+        (folder / f"{number}.txt").write_text(
+            ("The quick brown fox jumps over the lazy dog. " * 5)[number:length]
+        )
+    return bh.text_windows([folder], tokenizer, window)
+
+
+BATCH_RULES = {"topk_4": RULES["topk_4"], "bh": RULES["bh"], "bh_shuffled": RULES["bh"] | {"shuffle": True}}
+
+
+def test_scores_do_not_depend_on_the_batch(tmp_path):
+    """Padding is neither scored nor counted: routing equal, NLL equal but for rounding."""
+    model, frames = build("olmoe-eager"), []
+    for size in (1, 3, "auto"):
+        options = {"model": model, "tokenizer": byte_tokenizer(), "batch_size": size}
+        runner = bh.BHExperimentRunner("tiny", tmp_path / str(size), **options)
+        items = windows_of(runner.tokenizer, tmp_path / "texts")
+        assert len({len(item["token_ids"]) for item in items}) > 1
+        frames.append(runner.run_full_experiment_suite(BATCH_RULES, items))
+    for frame in frames[1:]:
+        assert_same_results(frame, frames[0], ["config_name", "prompt_id", "prompt_text", "reference_tokens"])
+        pd.testing.assert_frame_equal(
+            frame[list(bh.ROUTING_COLUMNS)].astype(float), frames[0][list(bh.ROUTING_COLUMNS)].astype(float)
+        )
+        for column in ("reference_nll", "kl_to_baseline", "bits_per_byte"):
+            assert frame[column].to_numpy(float) == pytest.approx(frames[0][column].to_numpy(float), abs=1e-5)
+    used = frames[1].groupby("config_name")["batch_size"].max()
+    assert used.to_dict() == {"topk_4": 3, "bh": 3, "bh_shuffled": 1}
+
+
+def test_batch_is_halved_until_memory_suffices(tmp_path, monkeypatch):
+    """Out of memory above two rows: all is scored all the same, in rows that say how."""
+    model = build("olmoe-eager")
+    runner = bh.BHExperimentRunner("tiny", tmp_path / "out", model=model, tokenizer=byte_tokenizer())
+    real, sizes = model.forward, []
+
+    def forward(input_ids, **kwargs):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        return real(input_ids=input_ids, **kwargs)
+
+    items = windows_of(runner.tokenizer, tmp_path / "texts")
+    monkeypatch.setattr(model, "forward", forward)
+    frame = runner.run_full_experiment_suite({n: RULES[n] for n in ("topk_4", "bh")}, items)
+    assert (frame["status"] == "ok").all()
+    assert set(frame["batch_size"]) <= {1, 2}
+    assert sum(size > 2 for size in sizes) <= 2  # what did not fit is not tried again for each configuration
+
+
+def test_samples(mock_model, tmp_path):
+    """Seeded by prompt and sample: the same again in any order; the global generator is left alone."""
+    before = torch.random.get_rng_state()
+    names = {"topk_8": CONFIGS["topk_8"], "bh_flat": FLAT}
+
+    def suite(folder, prompts, samples):
+        runner = mock_runner(mock_model, tmp_path / folder, sampling={"temperature": 1.5})
+        return runner.run_full_experiment_suite(names, prompts, 5, num_samples=samples)
+
+    real, MockTokenizer.decode = MockTokenizer.decode, lambda self, ids, **_: " ".join(map(str, ids.tolist()))
+    try:
+        frame = suite("a", PROMPTS, 3)
+        fewer = suite("b", PROMPTS[::-1], 2)
+        more = suite("b", PROMPTS[::-1], 3)
+    finally:
+        MockTokenizer.decode = real
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert (len(frame), len(fewer), len(more)) == (18, 12, 18)
+    key = ["config_name", "prompt_id", "sample"]
+    same = [one.sort_values(key).reset_index(drop=True) for one in (frame, more)]
+    assert_same_results(*same)
+    texts = frame[frame["config_name"] == "topk_8"].groupby("prompt_id")["generated_text"].nunique()
+    assert (texts == 3).all()
+    analysis = bh.analyze_results(frame, tmp_path / "a")
+    assert analysis["statistical_tests"]["bh_flat"]["avg_experts_per_token"]["n_pairs"] == len(PROMPTS)
+    assert json.loads(frame["sampling"][0]) == {"temperature": 1.5, "top_p": 1.0}
+
+
+def test_layer_tables(subject, tmp_path):
+    """The tables sum up the rows: means by layer agree with the recorder, shares sum to 1."""
+    if subject.kind not in ("mock", "olmoe-eager"):
+        pytest.skip("two kinds are enough")
+    runner = bh.BHExperimentRunner("m", tmp_path, model=subject.model, tokenizer=subject.tokenizer)
+    prompts = [
+        {"id": f"{word}{n}", "text": f"{word} " * (4 + n), "category": word}
+        for word in ("apple", "river", "=cmd") for n in range(3)
+    ]  # fmt: skip
+    frame = runner.run_full_experiment_suite(CONFIGS, prompts, 4)
+    layers = bh.read_layer_table(tmp_path, "layer_statistics")
+    usage = bh.read_layer_table(tmp_path, "expert_usage")
+    assert layers["router"].unique().tolist() == [layer.name for layer in subject.layers]
+    for name, rows in frame.groupby("config_name"):
+        own = layers[layers["config_name"] == name]
+        tokens = rows["num_input_tokens"] + rows["num_output_tokens"] - 1
+        assert (own["num_tokens"] == tokens.sum()).all() or subject.kind == "mock"  # the mock has no cache
+        if subject.kind != "mock":
+            expected = np.average(rows["avg_experts_per_token"].astype(float), weights=tokens)
+            assert own["avg_experts_per_token"].mean() == pytest.approx(expected)
+        with runner.routing(runner._resolve(name, CONFIGS[name])) as stats:
+            for prompt in prompts:
+                runner.generate(prompt["text"], 4)
+        pd.testing.assert_frame_equal(
+            stats.summary().reset_index(drop=True), own[list(bh.LAYER_COLUMNS)].reset_index(drop=True),
+            check_dtype=False,
+        )  # fmt: skip
+        assert "<table" in stats._repr_html_()
+    assert usage.groupby(["config_name", "prompt_category", "layer"])[
+        "share"
+    ].sum().to_numpy() == pytest.approx(1)
+    entropy = stats.total().use.double() / stats.total().use.sum(1, keepdim=True)
+    expected = [stats_entropy(row) for row in entropy.numpy()]
+    assert stats.summary()["use_entropy_bits"].tolist() == pytest.approx(expected)
+    # Each category is one word said again and again: they cannot use the same experts.
+    assert (layers["category_p_value"] < 0.06).all()
+    assert (layers["category_divergence_bits"] > 0.05).all()
+    analysis = bh.write_report(frame, tmp_path)
+    assert set(analysis["layers"]) == set(CONFIGS)
+    assert {"layer_profile.png", "expert_usage_heatmap.png"} <= {
+        p.name for p in (tmp_path / "plots").iterdir()
+    }
+
+
+def stats_entropy(shares):
+    return stats.entropy(shares, base=2)
+
+
+def test_categories_that_are_alike_do_not_diverge():
+    """Under the null the permutation test rejects in about 5 % of cases."""
+    generator, small = torch.Generator().manual_seed(0), 0
+    prompts = [{"category": "a"}, {"category": "b"}]
+    for _ in range(40):
+        tables = bh.LayerTables({"x": {}}, ["one"], prompts)
+        use = torch.randint(0, 9, (8, 1, 6), generator=generator).float()
+        tables.items["x"] = {str(n): ("ab"[n % 2], use[n]) for n in range(8)}
+        small += tables._divergence("x")["category_p_value"][0] <= 0.05
+    assert small <= 7
+
+
+def test_padding_is_not_counted(subject):
+    """A left-padded batch gives the statistics of its rows one by one."""
+    ids, mask = sample_ids(2, 10), torch.ones(2, 10, dtype=torch.long)
+    mask[0, :4] = 0
+    config = {**FLAT, "alpha": 0.9}
+    if subject.kind == "mock":
+        pytest.skip("the mock takes no positions")
+    with bh.patched_routing(subject.model, config) as recorder:
+        recorder.start(rows=2)
+        logits_of(subject.model, ids, mask)
+        rows = recorder.statistics()
+    assert [row.counts.sum(1).tolist() for row in rows] == [
+        [6] * len(subject.layers),
+        [10] * len(subject.layers),
+    ]
+    with bh.patched_routing(subject.model, config) as recorder:
+        logits_of(subject.model, ids[:1, 4:])
+    assert torch.equal(recorder.total().counts, rows[0].counts)
+
+
+def test_recorder_forgets_nothing_between_sums(mock_model, monkeypatch):
+    """However often it takes its sums, and however it is called, they are the same."""
+    ids, seen = sample_ids(1, 6), []
+    for calls in (1, 3, 256):
+        monkeypatch.setattr(bh.RoutingRecorder, "MAX_CALLS", calls)
+        with bh.patched_routing(mock_model, FLAT) as recorder:
+            for _ in range(5):
+                logits_of(mock_model, ids)
+            hidden = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+            mock_model.layers[1].gate(hidden)  # a router by itself
+        seen.append(recorder.total().sums)
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[1], seen[2])
+    assert seen[0][:, :65].sum(1).tolist() == [30, 33, 30, 30]
+    again = bh.RoutingStatistics.unpack(recorder.total().pack(), 4, FLAT)
+    assert torch.equal(again.sums, seen[2])
+
+
+def test_processes_share_the_work(tiny_folder, tmp_path):
+    """Two processes give what one gives; what two began, one finishes."""
+    options = ["--model", tiny_folder, "--device", "cpu", "--no-fp16", "--max-tokens", "3",
+               "--p-values", "flat", "--configs", "topk_8,bh_loose"]  # fmt: skip
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    command = [*launch, HERE / "run_bh_experiments.py", *options, "--output", tmp_path / "two"]
+    process = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.count("24 experiments, 0 finished already") == 1
+    assert bh.main([*map(str, options), "--output", str(tmp_path / "one")]) == 0
+    frames = [bh.read_results(tmp_path / name / "bh_routing_results.csv") for name in ("two", "one")]
+    assert_same_results(*frames)
+    folder = tmp_path / "two" / "checkpoints"
+    assert [path.name for path in folder.glob("*.json")] == ["latest_checkpoint.json"]
+    # As if both had been killed: the second one's rows are still in its own file.
+    content = (folder / "latest_checkpoint.json").read_text().splitlines(keepends=True)
+    head, rows = content[:3], [line.rstrip(",\n") for line in content[3:-1]]
+    for name, part in (("latest_checkpoint", rows[:5]), ("process_1", rows[9:16])):
+        (folder / f"{name}.json").write_text("".join(head) + ",\n".join(part) + "\n]}\n")
+    with contextlib.closing(
+        bh.Checkpoint(folder / "latest_checkpoint.json", json.loads(head[1][11:-2]))
+    ) as left:
+        assert len(left.places) == 5
+    assert bh.main([*map(str, options), "--output", str(tmp_path / "two")]) == 0
+    assert "12 finished already" in (tmp_path / "two" / "experiment_log.txt").read_text()
+    assert_same_results(bh.read_results(tmp_path / "two" / "bh_routing_results.csv"), frames[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--num-samples", "2"], "need --do-sample"), (["--sampling-top-p", "0.9"], "need --do-sample"),
+     (["--do-sample", "--sampling-top-p", "0"], r"in \(0, 1\]"),
+     (["--do-sample", "--sampling-temperature", "0"], "above 0"),
+     (["--dtype", "bfloat16"], "--no-fp16 means"), (["--device-map", "auto"], "exclude each other"),
+     (["--num-samples", "0"], "--num-samples 0"), (["--batch-size", "0"], "batch_size = 0")],
+)  # fmt: skip
+def test_contradictory_options(options, message, tiny_folder, tmp_path, capsys):
+    assert cli(tiny_folder, tmp_path, *options) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert re.search(message, errors[0])
+
+
+def test_model_options(tiny_folder, tmp_path, caplog):
+    """A device map and a dtype are taken; remote code is announced before it could run."""
+    with caplog.at_level("WARNING"):
+        runner = bh.BHExperimentRunner(
+            str(tiny_folder), tmp_path, device_map="auto", dtype="bfloat16", trust_remote_code=True
+        )
+    assert runner.dtype == "bfloat16"
+    assert "will be executed" in caplog.text
+    greedy = runner.generate("a small boat", 8)
+    texts = []
+    for temperature in (1e-3, 2.0):
+        runner.sampling = {"temperature": temperature, "top_p": 1.0}
+        texts.append(runner.generate("a small boat", 8))
+    assert texts[0] == greedy != texts[1]
+
+
+def test_notebook_snippets_of_the_manual(tmp_path, monkeypatch):
+    """Every Python block of the manual runs, in order, as a reader would paste it."""
+    for name in ("models", "run_bh_experiments.py"):
+        (tmp_path / name).symlink_to(HERE / name)
+    monkeypatch.chdir(tmp_path)
+    manual = (HERE / "README_BH_EXPERIMENTS.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", manual, re.M | re.S)
+    assert len(blocks) >= 3
+    space = {}
+    for block in blocks:
+        exec(compile(block, "manual", "exec"), space)
+    assert (tmp_path / "results" / "notebook" / "plots" / "layer_profile.png").exists()
 
 
 if __name__ == "__main__":
