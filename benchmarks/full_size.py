@@ -140,7 +140,7 @@ def main() -> None:
             return decode(model, ids, args.new_tokens)[1]
         with bh.patched_routing(model, variants[name], calibration, layers) as recorder:
             spent = decode(model, ids, args.new_tokens)[1]
-        experts[name] = recorder.summary(variants[name])["avg_experts_per_token"]
+        experts[name] = recorder.total().row()["avg_experts_per_token"]
         return spent
 
     times = medians({name: lambda n=name: timed(n) for name in variants}, args.repeats, warm_up=1)

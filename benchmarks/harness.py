@@ -23,7 +23,7 @@ processes   The script on a text with one process and two, one thread each, in t
 
 import argparse
 import contextlib
-import inspect
+import itertools
 import logging
 import os
 import subprocess
@@ -119,13 +119,15 @@ def recorder(scale: float) -> None:
                 if not recorded:
                     nothing = mock.Mock(return_value=lambda counts: None)
                     stack.enter_context(mock.patch.object(bh.RoutingRecorder, "observer", nothing))
-                stack.enter_context(bh.patched_routing(model, config, layers=layers))
+                recorder = stack.enter_context(bh.patched_routing(model, config, layers=layers))
                 if not recorded:
+                    model._forward_pre_hooks.clear()
                     for layer in layers:
                         layer.router._forward_hooks.clear()
                 stack.enter_context(torch.inference_mode())
                 options = {"attention_mask": torch.ones_like(ids), "generation_config": settings}
-                return seconds(lambda: model.generate(ids, **options)) / new_tokens
+                # Reading the sums is part of recording.
+                return seconds(lambda: (model.generate(ids, **options), recorder.total())) / new_tokens
 
         for name, config in (("Top-8", TOP_8["topk_8"]), ("BH", BH)):
             calls = {on: lambda on=on, c=config, timed=timed: timed(c, on) for on in (True, False)}
@@ -148,9 +150,8 @@ def scoring(scale: float) -> None:
             text = path.read_text(encoding="utf-8")
             files[-1].write_text(text[: round(len(text) * max(scale, 0.2))], encoding="utf-8")
         configs = {f"topk_{k}": {"method": "topk", "k": k} for k in range(1, 9)}
-        batched = "batch_size" in inspect.signature(bh.BHExperimentRunner).parameters
         print_header("batch size", "rows' tokens/s", "lm-eval, tokens/s", "ratio")
-        for batch_size in batch_sizes if batched else (1,):
+        for batch_size in batch_sizes:
             started: list[float] = []
 
             class Runner(bh.BHExperimentRunner):
@@ -159,8 +160,8 @@ def scoring(scale: float) -> None:
                     started.append(time.perf_counter())
                     return result
 
-            options = {"batch_size": batch_size} if batched else {}
-            runner = Runner(str(EMBEDDED), Path(folder) / f"out{batch_size}", use_fp16=False, **options)
+            output = Path(folder) / f"out{batch_size}"
+            runner = Runner(str(EMBEDDED), output, use_fp16=False, batch_size=batch_size)
             items = bh.text_windows(files, runner.tokenizer, window)
             tokens = sum(len(item["token_ids"]) - 1 for item in items)
 
@@ -188,8 +189,6 @@ def scoring(scale: float) -> None:
             rates = medians({"ours": ours, "theirs": theirs}, max(1, round(3 * scale)), warm_up=0)
             ratio = rates["ours"] / rates["theirs"]
             print_row(batch_size, f"{rates['ours']:.0f}", f"{rates['theirs']:.0f}", f"{ratio:.3f}")
-    if not batched:
-        print("\nThis script has no batch_size yet: batch size 1 only.")
 
 
 def score_many(items: int) -> None:
@@ -203,7 +202,6 @@ def score_many(items: int) -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         runner = bh.BHExperimentRunner("tiny", folder, model=OlmoeForCausalLM(config), tokenizer=tokenizer)
-        runner.diagnose = lambda prompts: {}  # on at most 8,192 tokens: the same at any size, but calibrates
         configs = {"topk_8": {"method": "topk", "k": 2}, "topk_1": {"method": "topk", "k": 1}}
         runner.run_full_experiment_suite(configs, prompts)
     # Not `resource.getrusage`: its peak counts what the parent process held when it started this one.
@@ -228,7 +226,8 @@ def _row(number: int) -> dict[str, Any]:
     """A result as large as a real one: every column, with the text of a prompt and of 50 tokens."""
     row = dict.fromkeys(bh.RESULT_COLUMNS, 1.2345678901234567)
     words = {"prompt_text": "word " * 40, "generated_text": "word " * 50, "full_text": "word " * 90}
-    return row | words | {"config_name": "bh_strict", "prompt_id": f"item:{number}", "status": "ok"}
+    key = {"config_name": "bh_strict", "prompt_id": f"item:{number}", "sample": 0, "status": "ok"}
+    return row | words | key | {"routing": "x" * 1000}
 
 
 def _checkpoint(folder: str, rows: int) -> bh.Checkpoint:
@@ -244,10 +243,13 @@ def _checkpoint(folder: str, rows: int) -> bh.Checkpoint:
 def append(scale: float) -> None:
     """Target: at most 2. Means of 50 appends, every fifth of which waits for the disk as in a run."""
     many = round(100_000 * scale)
+    numbers = itertools.count(many)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = {rows: _checkpoint(folder, rows) for rows in (100, many)}
         calls = {
-            rows: lambda c=checkpoint: seconds(lambda: [c.append(_row(0)) for _ in range(50)]) / 50
+            rows: lambda c=checkpoint: (
+                seconds(lambda: [c.append(_row(next(numbers))) for _ in range(50)]) / 50
+            )
             for rows, checkpoint in checkpoints.items()
         }
         times = medians(calls, 9)
