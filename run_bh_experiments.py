@@ -481,7 +481,9 @@ def text_windows(paths: Sequence[Path], tokenizer: Any, window: int) -> list[dic
 def gate_scores(router_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Scores s = log softmax(logits / temperature), at least float32: [..., E] -> [..., E]."""
     dtype = torch.promote_types(router_logits.dtype, torch.float32)
-    return torch.log_softmax(router_logits.to(dtype) / temperature, dim=-1)
+    if temperature != 1:
+        router_logits = router_logits.to(dtype) / temperature
+    return torch.log_softmax(router_logits, dim=-1, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -591,21 +593,32 @@ def bh_rejections(p_values: Tensor, alpha: float) -> Tensor:
     return _last_true(ranked <= bh_levels(alpha, p_values.shape[-1]).to(ranked.device))
 
 
-def count_rejections(scores: Tensor, critical: Tensor, depth: int) -> Tensor:
+FEW_SCORES = 4096  # up to here, tokens times experts, a sort takes less time than counting does
+
+
+def count_rejections(scores: Tensor, critical: Tensor) -> Tensor:
     """The same number from scores and a table of critical scores: the largest k with s_(k) >= c_k.
 
-    scores: [T, E]; critical: [E], non-increasing; returns int64 [T]. Exact up to `depth`; where more than
-    `depth` are rejected, any number of at least `depth` may be returned, because the caller keeps no more
-    than that. Only the `depth` best scores are ranked. A token can reject more although rank `depth` fails
-    its own level, so the tokens where that is still open, s_(depth) >= c_E, are ranked in full.
+    scores: [T, E]; critical: [E], non-increasing; returns int64 [T], exact at every rank.
+
+    For many tokens on a CPU a sort is what costs, so there nothing is sorted. With n(k) the number of scores
+    >= c_k, the answer is the largest k with n(k) >= k. n grows with k: from k = E on, k <- n(k) falls until
+    k = n(k), and cannot pass the answer. 5 to 9 steps are usual with 64 experts. On a GPU each step would
+    wait for the host, and the sort is cheap.
     """
-    depth = min(depth, scores.shape[-1])
-    ranked = scores.topk(depth).values  # [T, depth]
-    rejections = _last_true(ranked >= critical[:depth])  # [T]
-    open_rows = (rejections < depth) & (ranked[:, -1] >= critical[-1])
-    if depth < scores.shape[-1] and open_rows.any():
-        rejections[open_rows] = _last_true(scores[open_rows].sort(dim=-1, descending=True).values >= critical)
-    return rejections
+    if scores.device.type != "cpu" or scores.numel() <= FEW_SCORES:
+        return _last_true(scores.sort(dim=-1, descending=True).values >= critical)
+    table = nn.functional.pad(critical, (1, 0), value=math.inf)  # [E + 1], at 0 what no score reaches
+    scores = scores.detach()
+    reached = torch.empty_like(scores)  # reused, and not bool: a sum of bool costs three times as much
+
+    def number(level: Tensor) -> Tensor:
+        return torch.ge(scores, level, out=reached).sum(-1).long()  # [T, E] -> [T]
+
+    count = number(table[-1])  # n(E)
+    while not torch.equal(fewer := number(table[count].unsqueeze(-1)), count):
+        count = fewer
+    return count
 
 
 def counting_rule(config: Mapping[str, Any], critical: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -615,7 +628,7 @@ def counting_rule(config: Mapping[str, Any], critical: Tensor | None) -> Callabl
     """
     method = config["method"]
     if method in STEP_UP:
-        return lambda scores: count_rejections(scores, critical, config["max_k"])
+        return lambda scores: count_rejections(scores, critical)
     if method == "top_p":  # an expert runs while the mass of the better ones is below p
 
         def count(scores: Tensor) -> Tensor:

@@ -447,26 +447,27 @@ def make_null(name, experts=64):
 @pytest.mark.parametrize("alpha", [0.01, 0.1, 0.5, 0.97, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_critical_scores_decide_like_p_values(name, alpha, temperature):
-    """The table of critical scores gives, at any depth, the number that BH finds from the p-values."""
+    """The table of critical scores gives the number that BH finds from the p-values, sorting or counting."""
     fresh, own = random_logits(3000, 64, seed=6, spread=3), random_logits(500, 64, seed=5)
     scores = torch.cat([bh.gate_scores(fresh, temperature), bh.gate_scores(own)])  # own: ties with the null
     null = make_null(name)
     expected = bh.bh_rejections(null.p_values(scores), alpha)
     critical = null.critical_scores(bh.bh_levels(alpha, 64)).float()
     assert (critical.diff().nan_to_num(0) <= 0).all()
-    for depth in (1, 4, 8, 63, 64, 100):
-        found = bh.count_rejections(scores, critical, depth)
-        assert torch.equal(found.clamp(max=depth), expected.clamp(max=depth))
+    assert torch.equal(bh.count_rejections(scores, critical), expected)
+    few = bh.FEW_SCORES // 64
+    assert torch.equal(bh.count_rejections(scores[:few], critical), expected[:few])
+    assert torch.equal(bh.count_rejections(scores[-few:], critical), expected[-few:])
 
 
-def test_rank_beyond_the_depth():
-    """Where ranks 1 to `depth` fail and a deeper one passes, the deeper one counts."""
+@pytest.mark.parametrize("copies", [1, 1000], ids=["sorted", "counted"])
+def test_rank_beyond_a_failed_one(copies):
+    """Where the first ranks fail and a deeper one passes, the deeper one counts."""
     critical = torch.tensor([5.0, 4.0, 3.0, 2.0])
     scores = torch.tensor(
         [[3.5, 3.4, 3.3, 0.0], [3.5, 3.4, 2.9, 2.5], [3.5, 3.4, 2.9, 1.9], [9.0, 3.0, 2.0, 1.0]]
     )
-    assert bh.count_rejections(scores, critical, 2).clamp(max=2).tolist() == [2, 2, 0, 1]
-    assert bh.count_rejections(scores, critical, 4).tolist() == [3, 4, 0, 1]
+    assert bh.count_rejections(scores.repeat(copies, 1), critical).tolist() == [3, 4, 0, 1] * copies
 
 
 def test_too_few_null_scores(mock_model):

@@ -1,82 +1,83 @@
 """One MoE block at OLMoE's width: does dropping experts save their time, does keeping all cost nothing?
 
-    python benchmarks/moe_block.py            # about a minute; 2 GB of memory in float32
+    python benchmarks/moe_block.py            # some minutes; 2 GB of memory in float32
+    python benchmarks/moe_block.py --quick
+    python benchmarks/moe_block.py --device cuda --dtype bfloat16
 
-Builds one block from `OlmoeConfig()` with random weights and times it unpatched and patched, in turns, so
-that a machine that slows down slows every variant alike. Prints medians and ratios to the unpatched block.
+Builds one block with random weights (hidden 2048, 64 experts of 1024, top-8) and times it unpatched and
+patched, in turns, so that a machine that slows down slows every variant alike. Prints medians and ratios to
+the unpatched block. "masked" is the alternative to skipping: dropped experts get weight zero and
+run all the same.
 """
 
 import argparse
-import sys
-import time
-from pathlib import Path
-from statistics import median
+import contextlib
+from collections.abc import Iterator
 
 import torch
-import transformers
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from common import machine, medians, olmoe_config, print_header, print_row, seconds
+from transformers import OlmoeForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from run_bh_experiments import patched_routing
 
 # With an alpha that nothing can reach, BH keeps its floor, `min_k` of the 8 candidates, and drops the others.
 UNREACHABLE = {"method": "bh", "alpha": 1e-30, "p_values": "flat", "max_k": 8}
 
 
-def seconds(block: torch.nn.Module, hidden: torch.Tensor) -> float:
-    start = time.perf_counter()
-    block(hidden)
-    return time.perf_counter() - start
+@contextlib.contextmanager
+def routed(model: OlmoeForCausalLM, kept: int | None, masked: bool) -> Iterator[None]:
+    """Inside, the block keeps so many experts; None: unpatched. masked: without skipping."""
+    with contextlib.ExitStack() as stack:
+        if kept is not None:
+            stack.enter_context(patched_routing(model, UNREACHABLE | {"min_k": kept}))
+        if masked:
+            experts = model.model.layers[0].mlp.experts
+            experts.forward = experts.forward.__wrapped__  # `patched_routing` removes it again
+        yield
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32], help="tokens in a call")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 512], help="tokens in a call")
     parser.add_argument("--kept", type=int, nargs="+", default=[8, 6, 4, 2], help="experts kept of 8")
     parser.add_argument("--experts", nargs="+", default=["eager", "grouped_mm"], help="experts back ends")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--repeats", type=int, default=31)
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--quick", action="store_true", help="few repeats, 1 and 32 tokens, 8 and 4 kept")
     args = parser.parse_args()
+    if args.quick:
+        args.tokens, args.kept, args.repeats = [1, 32], [8, 4], 5
 
     torch.manual_seed(0)
-    config = OlmoeConfig(num_hidden_layers=1, vocab_size=128, pad_token_id=0, eos_token_id=0)
-    model = OlmoeForCausalLM(config).eval().to(getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    model = OlmoeForCausalLM(olmoe_config(num_hidden_layers=1, vocab_size=128)).eval().to(args.device, dtype)
     block = model.model.layers[0].mlp
     torch.nn.init.normal_(block.gate.weight, std=0.02)
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{versions}, {torch.get_num_threads()} threads, {args.dtype}, medians of {args.repeats} calls\n")
-    print("| back end | tokens | kept | ms | ratio to unpatched | identical |\n|" + " --- |" * 6)
+    variants = [(None, False), *((kept, False) for kept in args.kept)]
+    variants += [(kept, True) for kept in args.kept if kept < 8]
+    print(f"{machine(args.device)}, {args.dtype}, medians of {args.repeats} calls")
+    print_header("back end", "tokens", "kept", "ms", "ratio to unpatched", "identical")
     for backend in args.experts:
         model.set_experts_implementation(backend)
         for tokens in args.tokens:
-            hidden = torch.randn(1, tokens, 2048, dtype=getattr(torch, args.dtype))
-            configs = {kept: UNREACHABLE | {"min_k": kept} for kept in args.kept}
-            times: dict[int | None, list[float]] = {kept: [] for kept in (None, *configs)}
+            hidden = torch.randn(1, tokens, 2048, device=args.device, dtype=dtype)
+            equal = {}
+
+            def timed(kept: int | None, masked: bool, hidden=hidden, equal=equal) -> float:
+                with routed(model, kept, masked):
+                    equal[kept, masked] = torch.equal(block(hidden), equal["own"])
+                    return seconds(lambda: block(hidden), args.device)
+
             with torch.inference_mode():
-                reference = block(hidden)
-                equal = {}
-                for turn in range(args.repeats + 3):
-                    for kept in times:
-                        if kept is None:
-                            spent = seconds(block, hidden)
-                        else:
-                            with patched_routing(model, configs[kept]):
-                                equal[kept] = torch.equal(block(hidden), reference)
-                                spent = seconds(block, hidden)
-                        if turn >= 3:  # the first turns warm up
-                            times[kept].append(spent)
-            base = median(times[None])
-            for kept, spent in times.items():
-                name, same = kept or "unpatched", "" if kept is None else "yes" if equal[kept] else "no"
-                cells = (
-                    backend,
-                    tokens,
-                    name,
-                    f"{1000 * median(spent):.2f}",
-                    f"{median(spent) / base:.3f}",
-                    same,
-                )
-                print("| " + " | ".join(str(cell) for cell in cells) + " |")
+                equal["own"] = block(hidden)
+                calls = {variant: lambda v=variant, timed=timed: timed(*v) for variant in variants}
+                times = medians(calls, args.repeats)
+            for (kept, masked), spent in times.items():
+                name = "unpatched" if kept is None else f"{kept}, masked" if masked else kept
+                same = "" if kept is None else "yes" if equal[kept, masked] else "no"
+                ratio = spent / times[None, False]
+                print_row(backend, tokens, name, f"{1000 * spent:.2f}", f"{ratio:.3f}", same)
 
 
 if __name__ == "__main__":

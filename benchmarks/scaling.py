@@ -1,0 +1,96 @@
+"""How the time of a run grows with items, experts, layers and processes, on tiny random OLMoE models.
+
+    python benchmarks/scaling.py            # ten minutes on two idle cores
+    python benchmarks/scaling.py --quick
+
+One quantity varies, the others stay: 64 items of 128 tokens (256 where processes vary), 64 experts, 4
+layers, one process. Each point is a whole suite of Top-8, Top-4 and BH on scored text, from start to results
+table, in processes of its own with one thread each, minus the same with 8 items: what is left is the cost of
+the others. Points take turns; medians. "to the first": time per experiment, relative to the group's first.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import EMBEDDED, machine, medians, olmoe_config, print_header, print_row
+from transformers import AutoTokenizer, OlmoeForCausalLM
+
+import run_bh_experiments as bh
+
+BASE = {"items": 64, "experts": 64, "layers": 4, "processes": 1}
+POINTS = {"items": (64, 256, 1024), "experts": (16, 64, 128), "layers": (2, 4, 8), "processes": (1, 2)}
+CONFIGS = {"topk_8": {"method": "topk", "k": 8}, "topk_4": {"method": "topk", "k": 4}}
+CONFIGS |= {"bh": {"method": "bh", "p_values": "flat", "alpha": 0.1}}
+
+
+def one_suite(items: int, experts: int, layers: int) -> None:
+    """One suite, in this process."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model = OlmoeForCausalLM(
+        olmoe_config(**shape, vocab_size=4096, num_experts=experts, num_hidden_layers=layers)
+    )
+    tokens = torch.randint(2, 4096, (items, 129)).tolist()
+    prompts = [{"id": f"item:{n}", "text": "x", "token_ids": ids} for n, ids in enumerate(tokens)]
+    runner = bh.BHExperimentRunner(
+        "random",
+        os.environ["SCALING_OUTPUT"],
+        model=model,
+        tokenizer=AutoTokenizer.from_pretrained(EMBEDDED),
+        batch_size=8,
+    )
+    frame = runner.run_full_experiment_suite(CONFIGS, prompts, resume=False)
+    if (frame["status"] != "ok").any():
+        raise SystemExit(f"an experiment failed: {frame['error'].iloc[0]}")
+
+
+def timed(point: dict[str, int]) -> float:
+    """Seconds of one suite in processes of its own."""
+    shape = ["--one", *(str(point[name]) for name in ("items", "experts", "layers"))]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(point["processes"])]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "SCALING_OUTPUT": folder}
+        start = time.perf_counter()
+        command = [sys.executable, *launch, str(Path(__file__).resolve()), *shape]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{point} failed:\n{done.stderr[-2000:]}")
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one repeat, two points of each")
+    parser.add_argument("--one", type=int, nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        return one_suite(*args.one)
+    points = {(name, value): BASE | {name: value} for name, values in POINTS.items() for value in values}
+    if args.quick:
+        args.repeats, points = (
+            1,
+            {key: point for key, point in points.items() if key[1] in POINTS[key[0]][:2]},
+        )
+    points["processes", 2] |= {"items": 4 * BASE["items"]}  # both points: enough to share
+    points["processes", 1] |= {"items": 4 * BASE["items"]}
+    calls = {key: lambda p=point: timed(p) - timed(p | {"items": 8}) for key, point in points.items()}
+    times = medians(calls, args.repeats, warm_up=0)
+    print(f"{machine()}; 1 thread a process; medians of {args.repeats}")
+    print_header("varied", "value", "items", "seconds for the items", "ms an experiment", "to the first")
+    first = {}
+    for (name, value), spent in times.items():
+        items = points[name, value]["items"]
+        each = spent / (items - 8) / len(CONFIGS)
+        ratio = each / first.setdefault(name, each)
+        print_row(name, value, items, f"{spent:.1f}", f"{1000 * each:.1f}", f"{ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()
