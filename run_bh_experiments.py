@@ -1727,6 +1727,7 @@ class Checkpoint:
             for row in checkpoint.rows(checkpoint.places):
                 if self.places.get(self.key(row), (0, ""))[1] != "ok":
                     self.append(row)
+            logger.info(f"{len(checkpoint.places)} experiments taken over from {other.name}")
         self.sync()
         other.unlink()
 
@@ -4299,7 +4300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = build_parser().parse_args(argv)
     args.command = shlex.join(["run_bh_experiments.py", *(sys.argv[1:] if argv is None else argv)])
-    console, level = _ConsoleHandler(logging.INFO), logger.level
+    first = os.environ.get("RANK", "0") == "0"  # one of several processes speaks, but all may complain
+    console, level = _ConsoleHandler(logging.INFO if first else logging.WARNING), logger.level
     console.setFormatter(_LineFormatter())
     before = None
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler

@@ -711,7 +711,8 @@ def test_dropped_experts_are_not_computed(subject, monkeypatch):
 
         monkeypatch.setitem(layer.experts.__dict__, "forward", counting)
     before = state_of(subject.model)
-    with bh.patched_routing(subject.model, EMPIRICAL, subject.calibration) as recorder:
+    seen.clear()  # `state_of` looks at the layers
+    with bh.patched_routing(subject.model, EMPIRICAL, subject.calibration, subject.layers) as recorder:
         logits_of(subject.model, sample_ids())
     pairs = recorder.total().counts @ torch.arange(recorder.total().counts.shape[1])
     assert seen == pairs.tolist() == recorder.total().use.sum(1).tolist()
@@ -1260,8 +1261,9 @@ def test_command_line(softmax_run):
 
 
 def test_analyze_only(softmax_run, tmp_path):
-    """Analysis, plots and report are redone from the CSV alone, byte for byte."""
-    shutil.copy(softmax_run / "bh_routing_results.csv", tmp_path)
+    """Analysis, plots and report are redone from the tables alone, byte for byte."""
+    for name in ("bh_routing_results", "layer_statistics", "expert_usage"):
+        shutil.copy(softmax_run / f"{name}.csv", tmp_path)
     assert bh.main(["--analyze-only", "--output", str(tmp_path)]) == 0
     plots = [str(path.relative_to(softmax_run)) for path in (softmax_run / "plots").iterdir()]
     for name in ("analysis_summary.json", "REPORT.md", *plots):
@@ -2286,7 +2288,8 @@ def test_processes_share_the_work(tiny_folder, tmp_path):
     """Two processes give what one gives; what two began, one finishes."""
     options = ["--model", tiny_folder, "--device", "cpu", "--no-fp16", "--max-tokens", "3",
                "--p-values", "flat", "--configs", "topk_8,bh_loose"]  # fmt: skip
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+    # Without a GPU, --multi_gpu is what makes accelerate start two processes; --cpu starts one.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
     command = [*launch, HERE / "run_bh_experiments.py", *options, "--output", tmp_path / "two"]
     process = subprocess.run(
@@ -2294,6 +2297,7 @@ def test_processes_share_the_work(tiny_folder, tmp_path):
     )
     assert process.returncode == 0, process.stderr
     assert process.stderr.count("24 experiments, 0 finished already") == 1
+    assert "12 experiments taken over from process_1.json" in process.stderr
     assert bh.main([*map(str, options), "--output", str(tmp_path / "one")]) == 0
     frames = [bh.read_results(tmp_path / name / "bh_routing_results.csv") for name in ("two", "one")]
     assert_same_results(*frames)
