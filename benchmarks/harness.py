@@ -46,6 +46,7 @@ import run_bh_experiments as bh
 TOP_8 = {"topk_8": {"method": "topk", "k": 8}}
 TEXTS = (ROOT / "README_BH_EXPERIMENTS.md", EMBEDDED / "README.md")
 BH = {"method": "bh", "alpha": 0.05, "p_values": "flat"}
+CONFIGS = "topk_1,topk_2,topk_3,topk_4,topk_5,topk_6,topk_7,topk_8,bh_strict,bh_moderate"
 
 
 def generation(scale: float) -> None:
@@ -297,7 +298,7 @@ def processes(scale: float) -> None:
                 str(count),
             ]
             command += [str(ROOT / "run_bh_experiments.py"), "--model", str(EMBEDDED), "--device", "cpu"]
-            command += ["--no-fp16", "--configs", "topk_8,bh_strict", "--text", f"{folder}/{size}.txt"]
+            command += ["--no-fp16", "--configs", CONFIGS, "--text", f"{folder}/{size}.txt"]
             command += ["--window", "128", "--no-resume", "--output", str(output)]
             start = time.perf_counter()
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -309,11 +310,14 @@ def processes(scale: float) -> None:
 
         calls = {(count, size): lambda c=count, s=size: run(c, s) for count in (1, 2) for size in parts}
         times = medians(calls, max(1, round(3 * scale)), warm_up=0)
-    print_header("processes", "experiments/s", "ratio")
+    print_header(
+        "processes", *(f"{experiments[size]} experiments, s" for size in parts), "experiments/s", "ratio"
+    )
     done = experiments["long"] - experiments["short"]
     rates = {count: done / (times[count, "long"] - times[count, "short"]) for count in (1, 2)}
     for count, rate in rates.items():
-        print_row(count, f"{rate:.2f}", f"{rate / rates[1]:.2f}")
+        taken = (f"{times[count, size]:.1f}" for size in parts)
+        print_row(count, *taken, f"{rate:.2f}", f"{rate / rates[1]:.2f}")
 
 
 SECTIONS: dict[str, Callable[[float], None]] = {
