@@ -105,6 +105,7 @@ DEFAULT_MAX_TOKENS = 50
 DEFAULT_CHECKPOINT_INTERVAL = 5
 DEFAULT_SEED = 0
 DEFAULT_WINDOW = 256
+DEFAULT_LIMIT = 100  # rows of a data set that become prompts
 CALIBRATION_SEQUENCES = 32  # sequences of calibration text ...
 CALIBRATION_LENGTH = 128  # ... and tokens in each; the first position of each is left out
 SIGNIFICANCE_LEVEL = 0.05  # for the tests in the report; unrelated to a configuration's alpha
@@ -429,6 +430,87 @@ def check_ids(prompts: Sequence[Mapping[str, Any]]) -> None:
     count = collections.Counter(prompt["id"] for prompt in prompts)
     if repeated := [id for id, times in count.items() if times > 1]:
         raise UserError(f"prompt ids must differ, but {repeated[0]!r} occurs {count[repeated[0]]} times")
+
+
+DATASET_FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+SHUFFLE_BUFFER = 10_000  # rows held at a time when rows are drawn at random
+
+
+def load_dataset_prompts(
+    dataset: str,
+    split: str | None = None,
+    text_column: str | None = None,
+    category_column: str | None = None,
+    reference_column: str | None = None,
+    limit: int = DEFAULT_LIMIT,
+    random_seed: int | None = None,
+) -> list[dict[str, Any]]:
+    """Prompts from the first `limit` rows of a data set: a file, a folder, or a hub NAME or NAME:CONFIG.
+
+    The rows are streamed: a large data set is not downloaded whole. split: "train" where there is one, else
+    the only one. text_column: "text" where there is one, else the only column of strings. random_seed: draw
+    the rows at random instead, from a buffer of SHUFFLE_BUFFER rows, so uniformly if there are no more. Ids
+    are NAME-ROW, whatever is drawn. Rows without text are left out. Raises UserError.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("--dataset needs the datasets library: pip install datasets") from None
+
+    path, failures = Path(dataset), (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+    name, source = path.name or dataset, (dataset,)
+    files = {}
+    if path.is_file():
+        source = (DATASET_FILES[_choice("kind of --dataset file", path.suffix.lower(), (*DATASET_FILES,))],)
+        files = {"data_files": str(path)}
+    elif not path.exists():
+        name, source = dataset, tuple(dataset.split(":", 1))
+    try:
+        splits = datasets.load_dataset(*source, **files, streaming=True)
+        if split is None:
+            split = "train" if "train" in splits or len(splits) > 1 else next(iter(splits))
+        rows = splits[_choice(f"--split of {dataset}", split, tuple(splits))]
+        rows = rows.map(lambda row, number: {"row": row, "number": number}, with_indices=True,
+                        remove_columns=rows.column_names)  # fmt: skip
+        if random_seed is not None:
+            rows = rows.shuffle(seed=random_seed, buffer_size=SHUFFLE_BUFFER)
+        taken = [(item["number"], item["row"]) for item in rows.take(limit)]
+    except UserError:
+        raise
+    except failures as error:
+        raise UserError(
+            f"--dataset {dataset} cannot be read: {(str(error).strip() or repr(error)).splitlines()[0]} "
+            "(give a local file or folder of csv, json, jsonl or parquet, or a data set of the hub)"
+        ) from error
+    columns = tuple(taken[0][1]) if taken else ()
+    strings = [
+        column
+        for column in columns
+        if {type(row.get(column)) for _, row in taken} in ({str}, {str, type(None)})
+    ]
+    text_column = text_column or ("text" if "text" in columns else strings[0] if len(strings) == 1 else None)
+    if taken and text_column is None:
+        raise UserError(
+            f'--dataset {dataset} has no column "text" and {len(strings)} columns of strings: choose one '
+            f"with --text-column. Available: {', '.join(columns)}"
+        )
+    fields = {"text": text_column, "category": category_column, "reference": reference_column}
+    for field, column in fields.items():
+        if taken and column is not None:
+            _choice(f"--{field}-column", column, columns)
+    prompts = []
+    for number, row in taken:
+        if isinstance(row.get(text_column), str) and row[text_column].strip():
+            given = {field: str(row[c]) for field, c in fields.items() if row.get(c) is not None}
+            prompts.append(resolve_prompt({"id": f"{name}-{number}", "category": name, **given}))
+    if len(prompts) < len(taken):
+        logger.warning(
+            f"--dataset {dataset}: {len(taken) - len(prompts)} of {len(taken)} rows have no text in column "
+            f"{text_column!r} and were left out"
+        )
+    if not prompts:
+        raise UserError(f"--dataset {dataset}, split {split}: none of {len(taken)} rows has a text")
+    return prompts
 
 
 def start_token(tokenizer: Any) -> int:
@@ -4002,6 +4084,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="score text files or folders in windows; no generation",
     )
     add("--window", type=int, default=DEFAULT_WINDOW, help="tokens in a window of --text")
+    add("--dataset", metavar="NAME[:CONFIG]", help="prompts from a data set: a file, a folder, a hub name")
+    add("--split", help="split of --dataset; train if not given, or the only one")
+    add("--text-column", metavar="COLUMN", help="of --dataset; text if not given, or the only one of strings")
+    add("--category-column", metavar="COLUMN", help="of --dataset; without it the data set is the category")
+    add(
+        "--reference-column", metavar="COLUMN", help="of --dataset: the continuation of the text to be scored"
+    )
+    add("--limit", type=int, metavar="N", help=f"rows of --dataset to take; {DEFAULT_LIMIT} if not given")
+    add("--random-rows", action="store_true", help="draw the rows of --dataset by --seed, not the first ones")
     add("--p-values", choices=P_VALUES, help="null for every step-up rule, instead of its own")
     add("--calibration-text", metavar="FILE", help="text for the empirical null, instead of the model's own")
     add("--do-sample", action="store_true", help="sample the texts instead of greedy decoding")
@@ -4056,6 +4147,30 @@ def choose_sampling(args: argparse.Namespace) -> dict[str, float] | None:
     return given
 
 
+NEEDS = {  # option -> options that mean nothing without it
+    "dataset": ("split", "text_column", "category_column", "reference_column", "limit", "random_rows")
+}
+
+
+def choose_prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The prompts that the options ask for; those of --text need the tokenizer and come later."""
+    given = [name for name in ("prompts", "text", "dataset") if getattr(args, name)]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]} exclude each other: a run takes its items from one")
+    for owner, names in NEEDS.items():
+        for name in names:
+            if getattr(args, name) not in (None, False) and not getattr(args, owner):
+                raise UserError(f"--{name.replace('_', '-')} needs --{owner}")
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit}: it must be at least 1")
+    if args.dataset:
+        columns = (args.text_column, args.category_column, args.reference_column)
+        seed = args.seed if args.random_rows else None
+        limit = DEFAULT_LIMIT if args.limit is None else args.limit
+        return load_dataset_prompts(args.dataset, args.split, *columns, limit, seed)
+    return load_prompts(args.prompts) if args.prompts else TEST_PROMPTS
+
+
 def run(args: argparse.Namespace) -> int:
     """What the command line asks for; returns the exit code: 0, or 1 when an experiment failed."""
     for option in ("max_tokens", "checkpoint_interval", "window", "num_samples"):
@@ -4064,12 +4179,7 @@ def run(args: argparse.Namespace) -> int:
     if args.analyze_only:
         df = read_results(args.output / "bh_routing_results.csv")
     else:
-        configs = choose_configs(args)
-        if args.prompts and args.text:
-            raise UserError(
-                "--prompts and --text exclude each other: prompts are continued, text is only scored"
-            )
-        prompts = load_prompts(args.prompts) if args.prompts else TEST_PROMPTS
+        configs, prompts = choose_configs(args), choose_prompts(args)
         if args.device_map and args.device != "auto":
             raise UserError(f"--device {args.device} and --device-map exclude each other")
         names = (
