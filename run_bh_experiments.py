@@ -2037,64 +2037,77 @@ class LayerTables:
                 write_whole(folder / file, pd.concat(tables).to_csv(index=False))
 
 
-def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> dict[str, list[Any]]:
+def load_tasks(
+    names: Sequence[str], include_path: str | Path | None = None, num_fewshot: int | None = None
+) -> dict[str, Mapping[str, Any]]:
     """Name -> tasks and groups of lm-evaluation-harness that it stands for. Raises UserError.
 
-    include_path: a folder with task files of your own, beside the harness's tasks.
+    include_path: a folder with task files of your own, beside the harness's tasks. num_fewshot: examples in
+    the context, instead of a task's own number; one that says 0 keeps it.
     """
+    from lm_eval.tasks import TaskManager
+
+    path = None if include_path is None else str(include_path)
+    if path is not None and not Path(path).is_dir():
+        raise UserError(f"--include-path {path}: there is no such folder")
+    loaded = None
+    if path is not None:  # the index of the harness's own 14,000 tasks takes a while: only where needed
+        with contextlib.suppress(UserError):
+            loaded = _find_tasks(TaskManager(include_path=path, include_defaults=False), names)
+    loaded = loaded or _find_tasks(TaskManager(include_path=path), names)
+    for task in (task for found in loaded.values() for task in found["tasks"].values()):
+        own = task.get_config("num_fewshot")
+        if own is None or (num_fewshot is not None and own != 0):
+            task.set_config("num_fewshot", num_fewshot or 0)
+    return loaded
+
+
+def _find_tasks(manager: Any, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
     import difflib
 
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UserError("--tasks needs lm-evaluation-harness: pip install lm_eval") from None
-    if include_path is not None and not Path(include_path).is_dir():
-        raise UserError(f"--include-path {include_path}: there is no such folder")
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    tasks: dict[str, list[Any]] = {}
+    known, loaded = manager.all_tasks, {}
     parts: dict[str, str] = {}  # task -> the name it was asked for by
     for name in names:
-        if name not in manager.all_tasks:
-            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.5)) or "nothing"
+        if name not in known:
+            near = ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.5)) or "nothing"
             raise UserError(
-                f"unknown task {name!r} in --tasks; close to it: {near}. `lm-eval ls tasks` lists all"
+                f"unknown task {name!r} in --tasks; close to it: {near}. lm-eval ls tasks lists all"
             )
         try:
-            loaded = manager.load([name])
+            loaded[name] = manager.load([name])
         except Exception as error:  # whatever a task's own code or data can raise
+            reason = (str(error).strip() or "no reason given").splitlines()[0]
             raise UserError(
-                f"--tasks {name} cannot be loaded: {type(error).__name__}: "
-                f"{(str(error).strip() or '-').splitlines()[0]} (most tasks fetch their data from the hub "
-                "once; without network use tasks with local data, see --include-path)"
+                f"--tasks {name} cannot be loaded: {type(error).__name__}: {reason} (most tasks fetch their "
+                "data from the hub once; without network use tasks with local data, see --include-path)"
             ) from error
-        tasks[name] = [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
-        for part in loaded["tasks"]:
+        for part in loaded[name]["tasks"]:
             if parts.setdefault(part, name) != name:
                 raise UserError(f"--tasks: {part} is in both {parts[part]} and {name}; name one of them")
-    return tasks
+    return loaded
 
 
 @contextlib.contextmanager
-def _harness_apart(device: torch.device) -> Iterator[None]:
-    """The harness reseeds the global random generators, which are put back, and keeps its results from all
-    processes but the first, where here each one evaluates by itself."""
+def _harness_seeds(device: torch.device) -> Iterator[None]:
+    """The global random generators seeded as lm-evaluation-harness does, and put back."""
     import random
 
     import numpy as np
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
-    python, rank = random.getstate(), os.environ.pop("LOCAL_RANK", None)
-    legacy = np.random.get_state()  # noqa: NPY002 - what the harness seeds
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - what the harness uses
     level = logging.getLogger("lm_eval").level
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded already
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            random.seed(DEFAULT_RANDOM_SEED)
+            np.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002
+            torch.manual_seed(DEFAULT_OTHER_SEED)
             yield
     finally:
         logging.getLogger("lm_eval").setLevel(level)
         random.setstate(python)
         np.random.set_state(legacy)  # noqa: NPY002
-        if rank is not None:
-            os.environ["LOCAL_RANK"] = rank
 
 
 def harness_model(model: nn.Module, tokenizer: Any, batch_size: int) -> Any:
@@ -2144,7 +2157,7 @@ def harness_model(model: nn.Module, tokenizer: Any, batch_size: int) -> Any:
             )
 
     # A copy, because the harness gives a tokenizer a padding token where it has none.
-    with _harness_apart(model.device):
+    with _harness_seeds(model.device):
         return DocumentWise(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
 
 
@@ -2798,11 +2811,13 @@ class BHExperimentRunner:
         a configuration is saved when it is finished, and not run again with `resume`. Batch size "auto" is 1
         here; router statistics are recorded with 1 only. For the rest see `run_full_experiment_suite`.
         """
-        import lm_eval
-
+        try:
+            import lm_eval
+        except ImportError:
+            raise UserError("--tasks needs lm-evaluation-harness: pip install lm_eval") from None
         names = list(dict.fromkeys(tasks))
-        with _harness_apart(self.device):
-            loaded = load_tasks(names, include_path)
+        with _harness_seeds(self.device):
+            loaded = load_tasks(names, include_path, num_fewshot)
         configs = ROUTING_CONFIGS if routing_configs is None else routing_configs
         configs = {name: self._resolve(name, config) for name, config in configs.items()}
         if not configs or not names:
@@ -2829,7 +2844,7 @@ class BHExperimentRunner:
             for key in pending[self.processes.rank :: self.processes.world]:
                 config, name, _ = key
                 logger.info(f"{name} under {config}")
-                row = self._run_task(config, configs[config], items[name], loaded[name], lm, how)
+                row = self._run_task(config, configs[config], items[name], loaded[name], lm, limit)
                 checkpoint.append(row)
                 if fail_fast and row["status"] != "ok":
                     logger.error("stopped at the first failed task, as --fail-fast asks")
@@ -2850,21 +2865,24 @@ class BHExperimentRunner:
         name: str,
         config: Mapping[str, Any],
         item: Mapping[str, Any],
-        task: list[Any],
+        tasks: Mapping[str, Any],
         lm: Any,
-        how: Mapping[str, Any],
+        limit: float | None,
     ) -> dict[str, Any]:
         """One task under one configuration: a row with the part of a result row that all its documents share,
         the rest for each under `documents`, and `task_results`. A failure is a row with status "error"."""
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluate
+        from lm_eval.defaults import DEFAULT_OTHER_SEED
 
         row = self._row(name, config, item, 0, 0) | {"batch_size": lm.batch_size}
         row |= {"documents": [], "task_results": {}}
         try:
-            with _harness_apart(self.device), self._routed(config) as recorder:
+            with _harness_seeds(self.device), self._routed(config) as recorder:
                 lm.recorder, lm.seen = recorder, {}
-                # No cache: the harness would look answers up by the model's name, whatever its routing.
-                found = simple_evaluate(lm, tasks=task, use_cache=None, **how)
+                for task in tasks["tasks"].values():
+                    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+                # Never with the harness's cache: it finds answers by the model's name, whatever its routing.
+                found = evaluate(lm, task_dict=tasks, limit=limit)
         except Exception as error:  # one failed task must not end the run
             message = f"{type(error).__name__}: {error}"
             logger.error(f"{name} x {item['id']} failed: {message}")
@@ -3460,7 +3478,11 @@ def compare_tasks(frame: pd.DataFrame, baseline: str, output_dir: Path) -> list[
             }
             if metrics:
                 found.setdefault((task, name), {})["harness"] = metrics
-    return [{"task": task, "configuration": name, **entry} for (task, name), entry in found.items()]
+    order = list(dict.fromkeys(task for task, _ in found))
+    return [
+        {"task": task, "configuration": name, **found[task, name]}
+        for task, name in sorted(found, key=lambda key: order.index(key[0]))
+    ]
 
 
 def _read_diagnostics(output_dir: Path) -> dict[str, Any] | None:
@@ -4099,6 +4121,21 @@ def _quality_parts(analysis: Mapping[str, Any]) -> list[str]:
     return parts
 
 
+def _task_sentence(analysis: Mapping[str, Any]) -> str:
+    tested = [entry for entry in analysis["tasks"] if entry.get("n_pairs")]
+    names = [
+        f"`{entry['configuration']}` on {_cell(entry['task'])} ({_signed(entry['mean_difference'])} "
+        f"{_cell(entry['metric'])})"
+        for entry in tested
+        if entry["significant"]
+    ]
+    return (
+        f"**Of {len(tested)} comparisons with `{analysis['baseline']}` on a task, paired by document, "
+        f"{len(names)} differ significantly{': ' if names else ''}{', '.join(names)}.** A difference that "
+        "was not found is not shown to be absent: see the intervals."
+    )
+
+
 def _task_row(entry: Mapping[str, Any]) -> dict[str, str]:
     harness = ", ".join(
         f"{key.removesuffix(',none')} {_number(found['value'], 4)}"
@@ -4324,13 +4361,12 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
     parts = [
         "# BH routing against Top-K: report",
         "## Executive summary",
-        _verdict_sentence(analysis),
+        _task_sentence(analysis) if analysis["tasks"] else _verdict_sentence(analysis),
         f"{_cell(first['model_name'])}, {machine}: {df['config_name'].nunique()} configurations x "
         f"{df['prompt_id'].nunique()} items, {amount}. "
         f"{f'{len(failed)} experiments failed and are left out.' if len(failed) else ''}",
         _bullets(_findings(analysis)),
-        *_task_parts(analysis),
-        *_quality_parts(analysis),
+        *(_task_parts(analysis) or _quality_parts(analysis)),
         "## Summary by configuration",
         _table(
             [
