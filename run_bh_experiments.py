@@ -818,9 +818,10 @@ class MoELayer:
     experts: nn.Module
     num_experts: int  # E
     own_k: int  # the model's own K
-    knob: str | None  # the router's attribute that sets K; without one, K cannot be raised
-    ranked: bool  # whether candidates come best first; if not, the router's own topk says which is best
-    renormalizes: bool  # whether weights at a smaller K are those at a larger one, scaled to the same sum
+    knob: tuple[Any, str] | None  # the object and attribute that set K; without one, K cannot be raised
+    ranked: bool  # whether candidates come best first
+    choice: int | None  # which of the router's calls of `topk` picks the candidates, where it calls that
+    renormalizes: str | None  # whose sum scales the kept: "weights", "scores" of that topk, or nothing
     probabilities: bool  # whether the first output is not logits but their softmax
     device: torch.device  # where it computes
 
@@ -833,7 +834,7 @@ class MoELayer:
 
 
 class _TopK(TorchFunctionMode):
-    """Keeps what `topk` returned inside the block: values, indices, and whether they are sorted."""
+    """Keeps what each `topk` returned inside the block: values, indices, and whether they are sorted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -846,12 +847,10 @@ class _TopK(TorchFunctionMode):
             self.calls.append((*result, is_sorted))
         return result
 
-    def of(self, indices: Tensor) -> tuple[Tensor, bool] | None:
-        """The scores by which these candidates [T, K] were chosen, and whether they are sorted."""
-        for values, found, is_sorted in reversed(self.calls):
-            if found.shape == indices.shape and torch.equal(found, indices):
-                return values, is_sorted
-        return None
+    def position(self, indices: Tensor) -> int | None:
+        """Which call picked these candidates [T, K]: the last that returned them, or None."""
+        found = [i for i, call in enumerate(self.calls) if torch.equal(call[1], indices)]
+        return found[-1] if found else None
 
 
 def _refuse_patched(name: str, router: nn.Module) -> None:
@@ -859,31 +858,43 @@ def _refuse_patched(name: str, router: nn.Module) -> None:
         raise UserError(f"{name} is patched already: leave the first `with` block before the next")
 
 
+@torch.no_grad()
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a transformers model, in order, by the architecture's own declaration.
 
     `_can_record_outputs["router_logits"]` of a model class names its router class; what the routers return,
-    and what they make of another K, is found by running three tokens. No list of architectures or of
+    and what they make of another K, is found by running eight tokens. No list of architectures or of
     attribute names is needed. Raises UserError, in one line, for a model that cannot be patched.
     """
     declared: list[Any] = []
     for module in model.modules():
         entry = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
         declared += entry if isinstance(entry, (list, tuple)) else [entry]
-    targets = [getattr(entry, "target_class", entry) for entry in declared]
-    router_classes = tuple(target for target in targets if isinstance(target, type))
-    routers = [(name, module) for name, module in model.named_modules() if isinstance(module, router_classes)]
-    for name, router in routers:
-        _refuse_patched(name, router)
-    beside = {
-        name: getattr(model.get_submodule(name.rpartition(".")[0]), "experts", None) for name, _ in routers
-    }
-    calls = _observed_calls(model, [*(router for _, router in routers), *beside.values()])
-    layers = [
-        _inspect(name, router, beside[name], calls[router], calls.get(beside[name]))
-        for name, router in routers
-        if router in calls
+    targets = [
+        (getattr(entry, "target_class", entry), getattr(entry, "layer_name", None)) for entry in declared
     ]
+    routers = {
+        name: module
+        for name, module in model.named_modules()
+        for target, part in targets
+        if isinstance(target, type) and isinstance(module, target) and (part is None or part in name)
+    }
+    for name, router in routers.items():
+        _refuse_patched(name, router)
+    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in routers}
+    beside = {name: getattr(parent, "experts", None) for name, parent in parents.items()}
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        calls = _observed_calls(model, [*routers.values(), *beside.values()])
+        layers = [
+            _inspect(name, router, beside[name], calls[router], calls.get(beside[name]))
+            for name, router in routers.items()
+            if router in calls
+        ]
+    finally:
+        for module in training:  # not module.train(), which would reach the modules inside as well
+            module.training = True
     if not layers:
         raise UserError(
             f"{type(model).__name__} has no router that this script can patch: it needs a mixture-of-experts "
@@ -906,39 +917,41 @@ def input_device(model: nn.Module) -> torch.device:
     return torch.device(device)
 
 
-@torch.no_grad()
 def _observed_calls(model: nn.Module, modules: Sequence[Any]) -> dict[nn.Module, tuple[tuple, dict]]:
-    """What each module is called with when the model reads three tokens: its args and kwargs."""
+    """What each module is called with when the model reads eight tokens: its args and kwargs."""
     calls: dict[nn.Module, tuple[tuple, dict]] = {}
-    training = [module for module in model.modules() if module.training]
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        calls.setdefault(module, (args, kwargs))
+
     with contextlib.ExitStack() as stack:
         for module in modules:
             if isinstance(module, nn.Module):
-                keep = lambda m, args, kwargs: calls.setdefault(m, (args, kwargs)) and None  # noqa: E731
                 stack.enter_context(module.register_forward_pre_hook(keep, with_kwargs=True))
-        stack.callback(lambda: [module.train() for module in training] and None)
-        model.eval()
         if modules:
-            ids = torch.arange(3, device=input_device(model))[None]
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            ids = torch.arange(8, device=input_device(model))[None]
+            try:
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+                raise UserError(f"{type(model).__name__} cannot read eight tokens ({why})") from error
     return calls
 
 
 @contextlib.contextmanager
-def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Set an attribute on an instance; afterwards put back exactly what the instance held, or nothing."""
-    held, missing = module.__dict__.get(name), name not in module.__dict__
-    setattr(module, name, value)
+    held, missing = owner.__dict__.get(name), name not in owner.__dict__
+    setattr(owner, name, value)
     try:
         yield
     finally:
         if missing:
-            delattr(module, name)
+            delattr(owner, name)
         else:
-            setattr(module, name, held)
+            setattr(owner, name, held)
 
 
-@torch.no_grad()
 def _inspect(name: str, router: nn.Module, experts: Any, call: tuple, experts_call: tuple | None) -> MoELayer:
     """A layer's router and experts, from what they do with the inputs they were seen to get."""
     args, kwargs = call
@@ -956,44 +969,89 @@ def _inspect(name: str, router: nn.Module, experts: Any, call: tuple, experts_ca
     num_experts, own_k = logits.shape[1], indices.shape[1]
     if indices.is_floating_point() or weights.shape != indices.shape or own_k >= num_experts:
         raise refuse(f"it returns {shapes}, not logits [T, E], weights [T, K], indices [T, K] with K < E")
-    given = (
-        [tuple(part.shape) for part in experts_call[0] if isinstance(part, Tensor)] if experts_call else []
-    )
-    if given[1:3] != [tuple(indices.shape)] * 2:
+    given = [getattr(part, "shape", None) for part in experts_call[0][1:3]] if experts_call else []
+    if given != [indices.shape] * 2:
         raise refuse("no `experts` beside it is called with (hidden, indices, weights)")
-
     try:  # one row for each pair of token and expert: how dropped experts are skipped
         experts(experts_call[0][0], indices[:, :1], weights[:, :1], *experts_call[0][3:], **experts_call[1])
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise refuse(f"its experts cannot run one expert for a token ({error})") from error
+    except Exception as error:
+        why = str(error).split("\n", 1)[0]
+        raise refuse(f"its experts cannot run one expert for a token ({why})") from error
 
-    def at(attribute: str, k: int) -> tuple[Tensor, Tensor]:
-        with _replaced(router, attribute, k):
-            return router(*args, **kwargs)[1:]
-
-    other = max(1, own_k // 2) if own_k > 1 else 2  # another K to try
-    knobs = [key for key, value in vars(router).items() if type(value) is int and value == own_k]
-    knob = next((key for key in knobs if at(key, other)[1].shape[1] == other), None)
+    choice = topk.position(indices)
+    ranked = topk.calls[choice][2] if choice is not None else None
+    if ranked is None and not (logits.gather(1, indices).diff(dim=1) <= 0).all():
+        raise refuse("it returns its candidates in an order that cannot be told")
+    knob, others = _find_knob(router, call, own_k)
     if knob is None and own_k == 1:
         raise refuse("it picks one expert: there is nothing to drop, and it cannot be asked for more")
-    renormalizes = False
+    scores = None if choice is None else topk.calls[choice][0]
+    renormalizes, error = None, 0.0
     if knob is not None:
-        few, many = sorted([(weights, indices), at(knob, other)], key=lambda pair: pair[1].shape[1])
-        among = torch.zeros_like(logits, dtype=torch.float32).scatter(1, many[1], many[0].float())
-        kept = among.gather(1, few[1])  # the weights at the larger K of what the smaller K keeps
-        scaled = kept * (many[0].float().sum(1, keepdim=True) / kept.sum(1, keepdim=True))
-        errors = [((few[0].float() - guess).abs() / guess.abs()).max().item() for guess in (kept, scaled)]
-        renormalizes = errors[1] < errors[0]
-        if not min(errors) < 0.05:  # 16-bit rounding
-            raise refuse(
-                f"its weights at K = {other} are not those at K = {own_k}, nor these scaled to their sum"
-            )
-    chosen = topk.of(indices)
+        own = (weights, indices, scores)
+        renormalizes, error = _weights_at_two_k(
+            num_experts, *sorted([own, others], key=lambda c: c[1].shape[1])
+        )
+    if not error < 0.05:  # 16-bit rounding
+        other = others[1].shape[1]
+        raise refuse(
+            f"its weights at K = {other} do not follow from those at K = {own_k}, nor by scaling them"
+        )
     first = logits.float()
     probabilities = bool((first >= 0).all()) and torch.allclose(first.sum(1), first.new_ones(()), atol=0.01)
-    ranked = chosen is None or chosen[1]
-    found = (knob, ranked, renormalizes, probabilities, logits.device)
+    found = (knob, ranked is not False, choice, renormalizes, probabilities, logits.device)
     return MoELayer(name, router, experts, num_experts, own_k, *found)
+
+
+Candidates = tuple[Tensor, Tensor, Tensor | None]  # weights, indices, scores of the topk that chose: [T, K]
+
+
+def _find_knob(router: nn.Module, call: tuple, own_k: int) -> tuple[Any, Any]:
+    """What sets K: (object, attribute) of the router or of something it holds, such as a config.
+
+    Found by setting each whole number that equals K to another K and counting the candidates. Returns the
+    knob and the candidates at the other K, or (None, None).
+    """
+    other = max(1, own_k // 2) if own_k > 1 else 2
+    for owner in (router, *vars(router).values()):
+        for key, value in list(getattr(owner, "__dict__", {}).items()):
+            if type(value) is int and value == own_k:
+                # Any failure only says that this number is something else.
+                with contextlib.suppress(Exception), _replaced(owner, key, other), _TopK() as topk:
+                    _, weights, indices = router(*call[0], **call[1])
+                    if indices.shape[1] == other:
+                        position = topk.position(indices)
+                        scores = None if position is None else topk.calls[position][0]
+                        return (owner, key), (weights, indices, scores)
+    return None, None
+
+
+def _weights_at_two_k(num_experts: int, few: Candidates, many: Candidates) -> tuple[str | None, float]:
+    """How the weights at a smaller K follow from those at a larger: whose sum scales them, and the error.
+
+    The error is the largest over tokens, as a share of the token's largest weight; infinite where the few
+    are not among the many. Tokens whose choice is a tie do not count unless they are most of them.
+    """
+
+    def of_few(values: Tensor) -> Tensor:  # what the larger K says [T, K] about the candidates of the smaller
+        spread = values.new_full((len(values), num_experts), math.nan, dtype=torch.float32)
+        return spread.scatter(1, many[1], values.float()).gather(1, few[1])
+
+    def scale(values: Tensor) -> Tensor:  # [T, 1]
+        return values.float().sum(1, keepdim=True) / of_few(values).sum(1, keepdim=True)
+
+    actual, kept = few[0].float(), of_few(many[0])
+    nested = ~kept.isnan().any(1)  # [T]
+    if nested.float().mean() <= 0.5:
+        return None, math.inf
+    guesses = {None: kept, "weights": kept * scale(many[0])}
+    if many[2] is not None:
+        guesses["scores"] = kept * scale(many[2])
+    largest = actual.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)  # [T]
+    errors = {how: ((actual - g).abs().amax(1) / largest)[nested].amax().item() for how, g in guesses.items()}
+    rounding = max(1e-5, 2 * torch.finfo(few[0].dtype).eps)  # below it the simplest is taken
+    best = min(errors, key=lambda how: max(errors[how], rounding) if errors[how] >= 0 else math.inf)
+    return best, errors[best]
 
 
 def _adaptive_router(
@@ -1016,34 +1074,37 @@ def _adaptive_router(
     target = config["renormalize"]
     if target == "model":
         target = "candidates" if layer.renormalizes else "none"
-    kept_sum = {  # what the kept weights are scaled to, from the weights of all candidates [T, K]
+    kept_sum = {  # what the kept are scaled to, from what all candidates have and their ranks, both [T, K]
         "none": None,
         # As if the model had been asked for fewer: the kept take over the sum of all.
-        "candidates": lambda weights: weights.sum(-1, keepdim=True),
-        "sum": lambda weights: 1.0,
-        "topk_mass": lambda weights: weights.topk(layer.own_k).values.sum(-1, keepdim=True),
+        "candidates": lambda shares, rank: shares.sum(-1, keepdim=True),
+        "sum": lambda shares, rank: 1.0,
+        "topk_mass": lambda shares, rank: shares.masked_fill(rank >= layer.own_k, 0).sum(-1, keepdim=True),
     }[target]
+    by_scores = target == "candidates" and layer.renormalizes == "scores"
+    # The scores that chose are looked at only where they are needed: watching costs time for each token.
+    watch = _TopK if by_scores or not layer.ranked else contextlib.nullcontext
 
     @functools.wraps(forward)
     def adaptive_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        rank = ranks  # [K], or [T, K] where the candidates come in any order
-        if layer.ranked:
+        with watch() as topk:
             first, weights, indices = forward(*args, **kwargs)  # [T, E], [T, K], [T, K]
-        else:
-            with _TopK() as topk:
-                first, weights, indices = forward(*args, **kwargs)
-            order = topk.of(indices)[0].argsort(dim=-1, descending=True, stable=True)
-            rank = torch.empty_like(order).scatter_(-1, order, ranks.expand_as(order))
+        scores = topk.calls[layer.choice][0] if topk else None  # [T, K]
+        # A candidate's rank [K], or [T, K] where they come in any order.
+        rank = ranks if layer.ranked else scores.argsort(dim=-1, descending=True, stable=True).argsort()
         wanted = rule(gate_scores(layer.logits(first), temperature))  # [T]
         observe(wanted)
         count = wanted.clamp(min_k, max_k).unsqueeze(-1)  # [T, 1]
         if config["shuffle"]:
             shuffled = torch.randperm(len(count), generator=torch.Generator().manual_seed(seed))
             count = count[shuffled.to(count.device)]
-        kept_weights = weights.masked_fill(rank >= count, 0)
+        dropped = rank >= count  # [T, K]
+        kept_weights = weights.masked_fill(dropped, 0)
         if kept_sum is not None:
             # Where nothing is dropped the factor is exactly 1.
-            kept_weights = kept_weights * (kept_sum(weights) / kept_weights.sum(-1, keepdim=True))
+            shares = scores if by_scores else weights
+            kept_shares = scores.masked_fill(dropped, 0) if by_scores else kept_weights
+            kept_weights = kept_weights * (kept_sum(shares, rank) / kept_shares.sum(-1, keepdim=True))
         return first, kept_weights.to(weights.dtype), indices
 
     return adaptive_forward
@@ -1057,12 +1118,14 @@ def _bounds(config: Mapping[str, Any], widest: int) -> tuple[int, int]:
 
 # What the tests of this script found, by building a tiny random model of each and checking the invariants of
 # the seam. The seam itself uses neither table: another architecture may work as well.
+VERIFIED_WITH = "5.23"
 VERIFIED_ARCHITECTURES = """
 afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32
-deepseek_v4 dots1 ernie4_5_moe exaone_moe flex_olmo flint gemma4_text glm4_moe glm4_moe_lite glm_moe_dsa
-gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4
-inkling2_text jamba kimi_linear kolibri1 laguna lfm2_moe mellum minimax minimax_m2 minimax_m3_vl_text
-mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp_text solar_open
+deepseek_v4 dots1 dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint gemma4 gemma4_text glm4_moe
+glm4_moe_lite glm_moe_dsa gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe
+hy_v3 hy_v4 inkling2_text jamba kimi_linear kolibri1 laguna lfm2_moe mellum mimo_v2_flash minimax minimax_m2
+minimax_m3_vl_text mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next
+qwen4_exp_text solar_open
 """
 REFUSED_ARCHITECTURES = {
     "dbrx": "its router returns logits only",
@@ -1071,12 +1134,13 @@ REFUSED_ARCHITECTURES = {
     "jetmoe": "its router sorts the tokens by expert itself",
     "llama4_text": "its router returns scores of all experts, no selection",
     "longcat_flash": "its experts cannot run one expert for a token",
-    "zaya": "its router returns no logits [T, E]",
+    "zaya": "its router returns a state for the next layer besides, and picks one expert",
 }
 
 
 def list_architectures() -> list[dict[str, str]]:
     """The causal language models of the installed transformers that declare a router, and what is known."""
+    import transformers
     from transformers.models.auto import configuration_auto, modeling_auto
 
     root, types = Path(modeling_auto.__file__).parents[1], collections.defaultdict(list)
@@ -1090,7 +1154,8 @@ def list_architectures() -> list[dict[str, str]]:
         why = next((REFUSED_ARCHITECTURES[m] for m in models if m in REFUSED_ARCHITECTURES), "")
         known = "refused" if why else "not verified"
         if set(models) & set(VERIFIED_ARCHITECTURES.split()):
-            known = "verified"
+            same = transformers.__version__.startswith(VERIFIED_WITH)
+            known = "verified" if same else f"verified with transformers {VERIFIED_WITH}"
         rows.append({"model type": ", ".join(models), "class": name, "status": known, "why": why})
     return rows
 
@@ -1108,9 +1173,9 @@ def _skipping_experts(experts: nn.Module) -> Callable:
         hidden: Tensor, indices: Tensor, weights: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         kept = weights != 0  # [T, K]
-        if kept.all():
+        token, slot = kept.nonzero(as_tuple=True)  # [P] pairs; the only wait for a GPU
+        if len(slot) == kept.numel():
             return forward(hidden, indices, weights, *args, **kwargs)
-        token, slot = kept.nonzero(as_tuple=True)  # [P] pairs
         if len(kept) == 1:  # one token, as in decoding: the same as a smaller K
             return forward(hidden, indices[:, slot], weights[:, slot], *args, **kwargs)
         pairs = (
@@ -1372,7 +1437,7 @@ def patched_routing(
                 stack.enter_context(_replaced(layer.experts, "forward", _skipping_experts(layer.experts)))
             # config.num_experts_per_tok has no effect after loading; the router's own attribute has.
             if layer.knob:
-                stack.enter_context(_replaced(layer.router, layer.knob, width))
+                stack.enter_context(_replaced(*layer.knob, width))
             stack.enter_context(layer.router.register_forward_hook(recorder.hook(index)))
         yield recorder
 
