@@ -196,11 +196,12 @@ def score_many(items: int) -> None:
     """For `memory`, in a process of its own: score short items with a tiny model, print the peak in MiB."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     shape = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config = olmoe_config(num_hidden_layers=2, vocab_size=4096, num_experts=8, num_experts_per_tok=2, **shape)
-    tokens = torch.randint(2, 4096, (items, 17))
+    config = olmoe_config(num_hidden_layers=2, vocab_size=512, num_experts=8, num_experts_per_tok=2, **shape)
+    tokens = torch.randint(2, 512, (items, 17))
     prompts = [{"id": f"item:{n}", "text": "x", "token_ids": ids} for n, ids in enumerate(tokens)]
     with tempfile.TemporaryDirectory() as folder:
-        runner = bh.BHExperimentRunner("tiny", folder, model=OlmoeForCausalLM(config), tokenizer=tokenizer)
+        model = OlmoeForCausalLM(config)
+        runner = bh.BHExperimentRunner("tiny", folder, model=model, tokenizer=tokenizer, batch_size=64)
         configs = {"topk_8": {"method": "topk", "k": 2}, "topk_1": {"method": "topk", "k": 1}}
         done(runner.run_full_experiment_suite(configs, prompts))
     # Not `resource.getrusage`: its peak counts what the parent process held when it started this one.
