@@ -792,7 +792,9 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
         name: module
         for name, module in model.named_modules()
         for target, part in targets
-        if isinstance(target, type) and isinstance(module, target) and (part is None or part in name)
+        if isinstance(target, type)
+        and isinstance(module, target)
+        and (not part or f".{part.strip('.')}." in f".{name}.")
     }
     for name, router in routers.items():
         _refuse_patched(name, router)
