@@ -23,6 +23,8 @@ with static Top-K at the same compute, and reported.
     python run_bh_experiments.py --model models/olmoe-mini         # the embedded model: no download, no GPU
     python run_bh_experiments.py                                   # OLMoE-1B-7B-0924 from the hub
     python run_bh_experiments.py --suite frontier --text FOLDER    # score text under many configurations
+    python run_bh_experiments.py --tasks arc_easy,hellaswag        # tasks of lm-evaluation-harness
+    python run_bh_experiments.py --dataset NAME --limit 50         # prompts from a data set
     python run_bh_experiments.py --analyze-only --output results   # tables, plots and report from the CSV
 
     from run_bh_experiments import BHExperimentRunner, analyze_results
@@ -60,6 +62,7 @@ import argparse
 import base64
 import collections
 import contextlib
+import copy
 import csv
 import errno
 import functools
@@ -106,6 +109,7 @@ DEFAULT_MAX_TOKENS = 50
 DEFAULT_CHECKPOINT_INTERVAL = 5
 DEFAULT_SEED = 0
 DEFAULT_WINDOW = 256
+DEFAULT_LIMIT = 100  # rows of a data set that become prompts
 CALIBRATION_SEQUENCES = 32  # sequences of calibration text ...
 CALIBRATION_LENGTH = 128  # ... and tokens in each; the first position of each is left out
 SIGNIFICANCE_LEVEL = 0.05  # for the tests in the report; unrelated to a configuration's alpha
@@ -430,6 +434,87 @@ def check_ids(prompts: Sequence[Mapping[str, Any]]) -> None:
     count = collections.Counter(prompt["id"] for prompt in prompts)
     if repeated := [id for id, times in count.items() if times > 1]:
         raise UserError(f"prompt ids must differ, but {repeated[0]!r} occurs {count[repeated[0]]} times")
+
+
+DATASET_FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+SHUFFLE_BUFFER = 10_000  # rows held at a time when rows are drawn at random
+
+
+def load_dataset_prompts(
+    dataset: str,
+    split: str | None = None,
+    text_column: str | None = None,
+    category_column: str | None = None,
+    reference_column: str | None = None,
+    limit: int = DEFAULT_LIMIT,
+    random_seed: int | None = None,
+) -> list[dict[str, Any]]:
+    """Prompts from the first `limit` rows of a data set: a file, a folder, or a hub NAME or NAME:CONFIG.
+
+    The rows are streamed: a large data set is not downloaded whole. split: "train" where there is one, else
+    the only one. text_column: "text" where there is one, else the only column of strings. random_seed: draw
+    the rows at random instead, from a buffer of SHUFFLE_BUFFER rows, so uniformly if there are no more. Ids
+    are NAME-ROW, whatever is drawn. Rows without text are left out. Raises UserError.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("--dataset needs the datasets library: pip install datasets") from None
+
+    path, failures = Path(dataset), (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+    name, source = path.name or dataset, (dataset,)
+    files = {}
+    if path.is_file():
+        source = (DATASET_FILES[_choice("kind of --dataset file", path.suffix.lower(), (*DATASET_FILES,))],)
+        files = {"data_files": str(path)}
+    elif not path.exists():
+        name, source = dataset, tuple(dataset.split(":", 1))
+    try:
+        splits = datasets.load_dataset(*source, **files, streaming=True)
+        if split is None:
+            split = "train" if "train" in splits or len(splits) > 1 else next(iter(splits))
+        rows = splits[_choice(f"--split of {dataset}", split, tuple(splits))]
+        rows = rows.map(lambda row, number: {"row": row, "number": number}, with_indices=True,
+                        remove_columns=rows.column_names)  # fmt: skip
+        if random_seed is not None:
+            rows = rows.shuffle(seed=random_seed, buffer_size=SHUFFLE_BUFFER)
+        taken = [(item["number"], item["row"]) for item in rows.take(limit)]
+    except UserError:
+        raise
+    except failures as error:
+        raise UserError(
+            f"--dataset {dataset} cannot be read: {(str(error).strip() or repr(error)).splitlines()[0]} "
+            "(give a local file or folder of csv, json, jsonl or parquet, or a data set of the hub)"
+        ) from error
+    columns = tuple(taken[0][1]) if taken else ()
+    strings = [
+        column
+        for column in columns
+        if {type(row.get(column)) for _, row in taken} in ({str}, {str, type(None)})
+    ]
+    text_column = text_column or ("text" if "text" in columns else strings[0] if len(strings) == 1 else None)
+    if taken and text_column is None:
+        raise UserError(
+            f'--dataset {dataset} has no column "text" and {len(strings)} columns of strings: choose one '
+            f"with --text-column. Available: {', '.join(columns)}"
+        )
+    fields = {"text": text_column, "category": category_column, "reference": reference_column}
+    for field, column in fields.items():
+        if taken and column is not None:
+            _choice(f"--{field}-column", column, columns)
+    prompts = []
+    for number, row in taken:
+        if isinstance(row.get(text_column), str) and row[text_column].strip():
+            given = {field: str(row[c]) for field, c in fields.items() if row.get(c) is not None}
+            prompts.append(resolve_prompt({"id": f"{name}-{number}", "category": name, **given}))
+    if len(prompts) < len(taken):
+        logger.warning(
+            f"--dataset {dataset}: {len(taken) - len(prompts)} of {len(taken)} rows have no text in column "
+            f"{text_column!r} and were left out"
+        )
+    if not prompts:
+        raise UserError(f"--dataset {dataset}, split {split}: none of {len(taken)} rows has a text")
+    return prompts
 
 
 def start_token(tokenizer: Any) -> int:
@@ -1794,6 +1879,7 @@ class Checkpoint:
             for row in checkpoint.rows(checkpoint.places):
                 if self.places.get(self.key(row), (0, ""))[1] != "ok":
                     self.append(row)
+            logger.info(f"{len(checkpoint.places)} experiments taken over from {other.name}")
         self.sync()
         other.unlink()
 
@@ -1832,6 +1918,7 @@ QUALITY_COLUMNS = (
     *("reference_avg_experts", "reference_floor_frac", "reference_cap_frac", "reference_zero_rejection_frac"),
     "static_nll",
 )
+TASK_COLUMNS = ("task_metric", "task_score")
 TEXT_COLUMNS = ("generated_text", "full_text")
 COUNT_COLUMNS = ("num_input_tokens", "num_output_tokens")
 CLOCK_COLUMNS = (  # the only ones that may differ when the same experiment is run again
@@ -1844,9 +1931,10 @@ SETTING_COLUMNS = (
 )
 RESULT_COLUMNS = (
     *(*IDENTITY_COLUMNS, *TEXT_COLUMNS, *COUNT_COLUMNS, *ROUTING_COLUMNS, *QUALITY_COLUMNS),
-    *(*CLOCK_COLUMNS, *CONFIG_FIELDS, *SETTING_COLUMNS),
+    *(*TASK_COLUMNS, *CLOCK_COLUMNS, *CONFIG_FIELDS, *SETTING_COLUMNS),
 )
 STRING_COLUMNS = {*IDENTITY_COLUMNS, *TEXT_COLUMNS, *SETTING_COLUMNS, "timestamp", "command", "static_nll"}
+STRING_COLUMNS |= {"task_metric"}
 STRING_COLUMNS = STRING_COLUMNS - {"sample", "seed", "max_new_tokens"} | {"method", "p_values", "renormalize"}
 # A spreadsheet would run a cell that begins like this; one more quote in front makes it text, and goes again.
 _FORMULA = re.compile(r"(?='*[=+\-@\t\r])")
@@ -2117,15 +2205,10 @@ class LayerTables:
     MAX_ITEMS = 2000  # whose use of experts is kept one by one, for the permutation test
     PERMUTATIONS = 199
 
-    def __init__(
-        self,
-        configs: Mapping[str, Mapping[str, Any]],
-        layers: Sequence[str],
-        prompts: Sequence[Mapping[str, Any]],
-    ):
+    def __init__(self, configs: Mapping[str, Mapping[str, Any]], layers: Sequence[str], categories: set[str]):
         self.configs, self.layers = configs, list(layers)
         self.sums: dict[tuple[str, str], RoutingStatistics] = {}
-        self.several = len({prompt["category"] for prompt in prompts}) > 1
+        self.several = len(categories) > 1
         self.items: dict[str, dict[str, tuple[str, Tensor]]] = {name: {} for name in configs}
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -2192,6 +2275,171 @@ class LayerTables:
         for file, tables in (("layer_statistics.csv", layers), ("expert_usage.csv", usage)):
             if tables:
                 write_whole(folder / file, pd.concat(tables).to_csv(index=False))
+
+
+def load_tasks(
+    names: Sequence[str], include_path: str | Path | None = None, num_fewshot: int | None = None
+) -> dict[str, Mapping[str, Any]]:
+    """Name -> tasks and groups of lm-evaluation-harness that it stands for. Raises UserError.
+
+    include_path: a folder with task files of your own, beside the harness's tasks. num_fewshot: examples in
+    the context, instead of a task's own number; one that says 0 keeps it.
+    """
+    from lm_eval.tasks import TaskManager
+
+    path = None if include_path is None else str(include_path)
+    if path is not None and not Path(path).is_dir():
+        raise UserError(f"--include-path {path}: there is no such folder")
+    loaded = None
+    if path is not None:  # the index of the harness's own 14,000 tasks takes a while: only where needed
+        with contextlib.suppress(UserError):
+            loaded = _find_tasks(TaskManager(include_path=path, include_defaults=False), names)
+    loaded = loaded or _find_tasks(TaskManager(include_path=path), names)
+    for task in (task for found in loaded.values() for task in found["tasks"].values()):
+        own = task.get_config("num_fewshot")
+        if own is None or (num_fewshot is not None and own != 0):
+            task.set_config("num_fewshot", num_fewshot or 0)
+    return loaded
+
+
+def _find_tasks(manager: Any, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    import difflib
+
+    known, loaded = manager.all_tasks, {}
+    parts: dict[str, str] = {}  # task -> the name it was asked for by
+    for name in names:
+        if name not in known:
+            near = ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.5)) or "nothing"
+            raise UserError(
+                f"unknown task {name!r} in --tasks; close to it: {near}. lm-eval ls tasks lists all"
+            )
+        try:
+            loaded[name] = manager.load([name])
+        except Exception as error:  # whatever a task's own code or data can raise
+            reason = (str(error).strip() or "no reason given").splitlines()[0]
+            raise UserError(
+                f"--tasks {name} cannot be loaded: {type(error).__name__}: {reason} (most tasks fetch their "
+                "data from the hub once; without network use tasks with local data, see --include-path)"
+            ) from error
+        for part in loaded[name]["tasks"]:
+            if parts.setdefault(part, name) != name:
+                raise UserError(f"--tasks: {part} is in both {parts[part]} and {name}; name one of them")
+    return loaded
+
+
+@contextlib.contextmanager
+def _harness_seeds(device: torch.device) -> Iterator[None]:
+    """The global random generators seeded as lm-evaluation-harness does, and put back."""
+    import random
+
+    import numpy as np
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - what the harness uses
+    level = logging.getLogger("lm_eval").level
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded already
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            random.seed(DEFAULT_RANDOM_SEED)
+            np.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002
+            torch.manual_seed(DEFAULT_OTHER_SEED)
+            yield
+    finally:
+        logging.getLogger("lm_eval").setLevel(level)
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
+
+
+def harness_model(model: nn.Module, tokenizer: Any, batch_size: int) -> Any:
+    """lm-evaluation-harness's view of a model that is loaded already.
+
+    With batch size 1 it answers document by document, so that `recorder`, if it has one, leaves the routing
+    statistics of each in `seen`: (task, document) -> RoutingStatistics. The answers are the harness's own.
+    Larger batches mix documents and pad without an attention mask: nothing is recorded.
+    """
+    from lm_eval.models.huggingface import HFLM
+    from tqdm.auto import tqdm
+
+    class DocumentWise(HFLM):
+        recorder: RoutingRecorder | None = None
+        seen: dict[tuple[str, int], RoutingStatistics] = {}
+
+        def _each(self, answer: Callable, requests: list, name: str) -> list:
+            if self.batch_size > 1 or self.recorder is None:
+                return answer(requests)
+            answers = []
+            documents = [
+                (key, list(group))
+                for key, group in itertools.groupby(
+                    requests, lambda request: (request.task_name, request.doc_id)
+                )
+            ]
+            for key, group in tqdm(documents, desc=name, unit="document", leave=False):
+                self.recorder.start()
+                answers += answer(group, disable_tqdm=True)
+                found = self.recorder.total()
+                self.seen[key] = self.seen[key] + found if key in self.seen else found
+            return answers
+
+        def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
+            return self._each(super().loglikelihood, requests, "loglikelihood")
+
+        def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list:
+            return self._each(super().loglikelihood_rolling, requests, "loglikelihood_rolling")
+
+        def generate_until(self, requests: list, disable_tqdm: bool = False) -> list:
+            return self._each(super().generate_until, requests, "generate_until")
+
+        def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> list:
+            # Its own bar, one for every window of a text, would fill the screen.
+            return super()._loglikelihood_tokens(
+                *args, **kwargs | {"disable_tqdm": self.recorder is not None}
+            )
+
+    # A copy, because the harness gives a tokenizer a padding token where it has none.
+    with _harness_seeds(model.device):
+        return DocumentWise(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+
+
+def document_scores(
+    samples: Sequence[Mapping[str, Any]], results: Mapping[str, Any]
+) -> tuple[str, list[float | None]]:
+    """The name of a task's metric that its documents can be compared by, and their values.
+
+    It is the first metric whose mean over documents is what the harness reports. A perplexity is not a mean:
+    its documents come as (log-likelihood, number of bytes or words), and their score is bits per byte or
+    word. The name is empty and the values None where a task has neither, a correlation for example.
+    """
+    first = samples[0]
+    for metric in first["metrics"]:
+        values, reported = (
+            [sample.get(metric) for sample in samples],
+            results.get(f"{metric},{first['filter']}"),
+        )
+        if (
+            isinstance(reported, (int, float))
+            and all(isinstance(value, (bool, int, float)) for value in values)
+            and math.isclose(sum(values) / len(values), reported, rel_tol=1e-9, abs_tol=1e-12)
+        ):
+            return metric, [float(value) for value in values]
+    for metric, unit in (("bits_per_byte", "byte"), ("byte_perplexity", "byte"), ("word_perplexity", "word")):
+        if metric in first["metrics"]:
+            pairs = (sample[metric] for sample in samples)
+            return f"bits_per_{unit}", [
+                -total / (size * math.log(2)) if size else None for total, size in pairs
+            ]
+    return "", [None] * len(samples)
+
+
+TASK_RESULTS = "task_results.json"
+SHOWN_TEXT = 200  # characters of a document's prompt that its row shows: the last ones
+
+
+def _documents(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A row for each document, from rows that hold a whole task each; a failed task stays one row."""
+    for row in rows:
+        shared = {key: value for key, value in row.items() if key not in ("documents", "task_results")}
+        yield from ([shared | document for document in row["documents"]] or [shared])
 
 
 AUTO_BATCH_TOKENS = 8192  # what --batch-size auto begins with; halved whenever memory does not suffice
@@ -2767,15 +3015,142 @@ class BHExperimentRunner:
             self._gather(checkpoint)
             if self.processes.rank > 0:
                 return self._frame(checkpoint.rows(list(checkpoint.places)), None)
-            tables = LayerTables(configs, [layer.name for layer in self.layers], prompts)
-            frame = self._frame(checkpoint.rows(plan), tables)
-            tables.write(self.output_dir)
-            write_results(frame, self.output_dir / "bh_routing_results.csv")
-            failed = int((frame["status"] != "ok").sum())
-            logger.info(
-                f"{len(frame)} experiments, {failed} failed: {self.output_dir / 'bh_routing_results.csv'}"
-            )
+            return self._finish(checkpoint.rows(plan), configs, {prompt["category"] for prompt in prompts})
+
+    def _finish(
+        self, rows: Iterable[Mapping[str, Any]], configs: Mapping[str, Any], categories: set[str]
+    ) -> pd.DataFrame:
+        """The results table, written to the output folder, as are the layer tables."""
+        tables = LayerTables(configs, [layer.name for layer in self.layers], categories)
+        frame = self._frame(rows, tables)
+        tables.write(self.output_dir)
+        write_results(frame, self.output_dir / "bh_routing_results.csv")
+        failed = int((frame["status"] != "ok").sum())
+        logger.info(
+            f"{len(frame)} experiments, {failed} failed: {self.output_dir / 'bh_routing_results.csv'}"
+        )
         return frame
+
+    def run_tasks(
+        self,
+        tasks: Sequence[str],
+        routing_configs: Mapping[str, Mapping[str, Any]] | None = None,
+        num_fewshot: int | None = None,
+        limit: float | None = None,
+        include_path: str | Path | None = None,
+        resume: bool = True,
+        *,
+        retry_failed: bool = False,
+        fail_fast: bool = False,
+    ) -> pd.DataFrame:
+        """Run tasks of lm-evaluation-harness under every configuration; a row for each document of each.
+
+        Rows are as those of `run_full_experiment_suite`, with `task_metric` and `task_score`, and go to the
+        same CSV; what the harness itself reports goes to task_results.json. num_fewshot and limit (documents
+        of each task, or a share below 1) are the harness's own; include_path: see `load_tasks`. A task under
+        a configuration is saved when it is finished, and not run again with `resume`. Batch size "auto" is 1
+        here; router statistics are recorded with 1 only. For the rest see `run_full_experiment_suite`.
+        """
+        try:
+            import lm_eval
+        except ImportError:
+            raise UserError("--tasks needs lm-evaluation-harness: pip install lm_eval") from None
+        names = list(dict.fromkeys(tasks))
+        with _harness_seeds(self.device):
+            loaded = load_tasks(names, include_path, num_fewshot)
+        configs = ROUTING_CONFIGS if routing_configs is None else routing_configs
+        configs = {name: self._resolve(name, config) for name, config in configs.items()}
+        if not configs or not names:
+            raise UserError("a run needs at least one configuration and one task")
+        items = {name: resolve_prompt({"id": name, "text": name, "category": name}) for name in names}
+        how = {"num_fewshot": num_fewshot, "limit": limit}
+        own = [] if include_path is None else sorted(Path(include_path).rglob("*.y*ml"))
+        files = hashlib.sha256(b"".join(path.read_bytes() for path in own)).hexdigest()[:16]
+        settings = {**self.settings, "lm_eval": lm_eval.__version__, "task_files": files, **how}
+        with self._opened(settings, resume, configs, list(items.values())) as checkpoint:
+            plan = [(config, name, 0) for name in names for config in configs]
+            done = {
+                key for key, (_, status) in checkpoint.places.items() if status == "ok" or not retry_failed
+            }
+            pending = [key for key in plan if key not in done]
+            logger.info(f"{self!r}: {len(plan)} tasks x configurations, {len(plan) - len(pending)} finished")
+            if pending:
+                for config in configs.values():  # calibrates, and finds a mistake before anything runs
+                    with self._routed(config):
+                        pass
+                lm = harness_model(
+                    self.model, self.tokenizer, 1 if self.batch_size == "auto" else self.batch_size
+                )
+            for key in pending[self.processes.rank :: self.processes.world]:
+                config, name, _ = key
+                logger.info(f"{name} under {config}")
+                row = self._run_task(config, configs[config], items[name], loaded[name], lm, limit)
+                checkpoint.append(row)
+                if fail_fast and row["status"] != "ok":
+                    logger.error("stopped at the first failed task, as --fail-fast asks")
+                    break
+            self._gather(checkpoint)
+            if self.processes.rank > 0:
+                return self._frame(_documents(checkpoint.rows(list(checkpoint.places))), None)
+            harness: dict[str, dict[str, Any]] = {name: {} for name in configs}
+            for row in checkpoint.rows(plan):
+                harness[row["config_name"]][row["prompt_id"]] = row["task_results"]
+            report = {"lm_eval": lm_eval.__version__, **how, "configurations": strict_json(harness)}
+            write_whole(self.output_dir / TASK_RESULTS, json.dumps(report, indent=2, allow_nan=False) + "\n")
+            rows = list(_documents(checkpoint.rows(plan)))
+            return self._finish(rows, configs, {row["prompt_category"] for row in rows})
+
+    def _run_task(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        item: Mapping[str, Any],
+        tasks: Mapping[str, Any],
+        lm: Any,
+        limit: float | None,
+    ) -> dict[str, Any]:
+        """One task under one configuration: a row with the part of a result row that all its documents share,
+        the rest for each under `documents`, and `task_results`. A failure is a row with status "error"."""
+        from lm_eval import evaluate
+        from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+        row = self._row(name, config, item, 0, 0) | {"batch_size": lm.batch_size}
+        row |= {"documents": [], "task_results": {}}
+        try:
+            with _harness_seeds(self.device), self._routed(config) as recorder:
+                lm.recorder, lm.seen = recorder, {}
+                for task in tasks["tasks"].values():
+                    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+                # Never with the harness's cache: it finds answers by the model's name, whatever its routing.
+                found = evaluate(lm, task_dict=tasks, limit=limit)
+        except Exception as error:  # one failed task must not end the run
+            message = f"{type(error).__name__}: {error}"
+            logger.error(f"{name} x {item['id']} failed: {message}")
+            logger.debug("where it failed", exc_info=True)
+            return row | {"status": "error", "error": message}
+        kept = ("results", "groups", "higher_is_better", "versions", "n-shot", "n-samples")
+        row["task_results"] = {key: found[key] for key in kept if key in found}
+        for part, samples in found["samples"].items():
+            samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+            metric, scores = document_scores(samples, found["results"][part])
+            if not metric:
+                logger.warning(f"{part} has no metric of single documents: it is reported, but not tested")
+            for sample, score in zip(samples, scores, strict=True):
+                asked, answer = str(sample["arguments"][0][0]), sample["filtered_resps"][0]
+                routing = lm.seen.get((part, sample["doc_id"]))
+                document = {
+                    "prompt_id": f"{part}:{sample['doc_id']}",
+                    "prompt_category": part,
+                    "document": f"{part}:{sample['doc_id']}",
+                    "prompt_text": asked if len(asked) <= SHOWN_TEXT else f"... {asked[-SHOWN_TEXT:]}",
+                    "generated_text": answer if isinstance(answer, str) else None,
+                    "task_metric": metric,
+                    "task_score": score,
+                }
+                if routing is not None:
+                    document |= {**routing.row(), "routing": routing.pack()}
+                row["documents"].append(document)
+        return row
 
     @contextlib.contextmanager
     def _opened(
@@ -3306,6 +3681,50 @@ def shuffle_effects(frame: pd.DataFrame) -> dict[str, Any]:
     return effects
 
 
+def compare_tasks(frame: pd.DataFrame, baseline: str, output_dir: Path) -> list[dict[str, Any]]:
+    """Tasks x configurations: what lm-evaluation-harness reports, and paired tests over the documents.
+
+    A dict each with task, configuration, metric, what `paired_comparison` with the baseline gives for the
+    documents' scores, BH-adjusted over all of them, experts (mean per token and layer) and `harness`: metric
+    -> value and standard error. Tasks are tested one by one: their scores differ in meaning and direction. A
+    group of tasks has what the harness reports only. Empty where no task was run.
+    """
+    rows = frame[frame["task_metric"].fillna("") != ""]
+    if rows.empty:
+        return []
+    try:
+        report = json.loads((output_dir / TASK_RESULTS).read_text(encoding="utf-8"))["configurations"]
+    except (OSError, ValueError, KeyError):
+        report = {}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for (task, name), own in rows.groupby(["prompt_category", "config_name"], sort=False):
+        base = _by_item(rows[(rows["prompt_category"] == task) & (rows["config_name"] == baseline)])
+        pairs = base["task_score"].align(_by_item(own)["task_score"], join="inner")
+        experts = own["avg_experts_per_token"].mean()
+        found[task, name] = {"metric": own["task_metric"].iloc[0], "experts": experts} | (
+            {"n_documents": len(own), "mean": own["task_score"].mean()}
+            if name == baseline
+            else paired_comparison(*pairs)
+        )
+    adjust_p_values([entry for entry in found.values() if "p_value" in entry])
+    for name, tasks in report.items():
+        for task, values in (
+            (task, v) for unit in tasks.values() for task, v in unit.get("results", {}).items()
+        ):
+            metrics = {
+                key: {"value": value, "stderr": values.get(key.replace(",", "_stderr,", 1))}
+                for key, value in values.items()
+                if "," in key and "_stderr," not in key and isinstance(value, (int, float))
+            }
+            if metrics:
+                found.setdefault((task, name), {})["harness"] = metrics
+    order = list(dict.fromkeys(task for task, _ in found))
+    return [
+        {"task": task, "configuration": name, **found[task, name]}
+        for task, name in sorted(found, key=lambda key: order.index(key[0]))
+    ]
+
+
 def _read_diagnostics(output_dir: Path) -> dict[str, Any] | None:
     """What `BHExperimentRunner.diagnose` left in the folder, None where there is nothing that can be read."""
     try:
@@ -3355,8 +3774,8 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
 
     Returns a dict with baseline, n_experiments, n_failed, n_prompts, summary_by_config, summary_by_category,
     statistical_tests (configuration -> metric -> tests against the baseline), verdict (`quality_verdicts`),
-    shuffle_effects, noise_floor (the baseline's second run against its first), null_diagnostics, layers
-    (`summarize_layers`) and hypotheses. Raises UserError when no row is left.
+    shuffle_effects, noise_floor (the baseline's second run against its first), tasks (`compare_tasks`),
+    null_diagnostics, layers (`summarize_layers`) and hypotheses. Raises UserError when no row is left.
     """
     done = df[df["status"] == "ok"]
     if done.empty:
@@ -3396,6 +3815,7 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
             column: paired_comparison(by_prompt[baseline][column], by_prompt[baseline][f"repeat_{column}"])
             for column in REPEATED
         },
+        "tasks": compare_tasks(done, baseline, Path(output_dir)),
         "null_diagnostics": _read_diagnostics(Path(output_dir)),
         "layers": summarize_layers(read_layer_table(Path(output_dir), "layer_statistics")),
     }
@@ -3667,6 +4087,29 @@ def plot_layer_profile(table: pd.DataFrame, axes: Any = None) -> Any:
     return axes
 
 
+def plot_task_scores(frame: pd.DataFrame, axes: Any = None) -> Any:
+    """Mean score of each task by configuration, one panel for each kind of score."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    frame = frame[frame["task_score"].notna()]
+    metrics, order = _order(frame["task_metric"]), _order(frame["config_name"])
+    if axes is None:
+        style = {"squeeze": False, "layout": "constrained", "figsize": (2 + 3.2 * len(metrics), 4.2)}
+        axes = plt.subplots(1, len(metrics), **style)[1][0]
+    for ax, metric in zip(axes, metrics, strict=True):
+        common = {"x": "prompt_category", "y": "task_score", "hue": "config_name", "hue_order": order}
+        style = {"palette": _palette(order), "alpha": 0.75, "capsize": 0.1, "seed": 0}
+        style["err_kws"] = {"linewidth": 1.0, "color": "0.2"}
+        sns.barplot(frame[frame["task_metric"] == metric], **common, **style, errorbar=("ci", 95), ax=ax)
+        ax.set(xlabel="", ylabel=f"{metric}, mean and 95 % interval")
+        ax.tick_params(axis="x", rotation=20)
+        if ax is not axes[-1]:
+            ax.legend_.remove()
+    sns.move_legend(axes[-1], "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
+    return axes
+
+
 HEATMAP_CONFIGS = 5  # the baseline and the next ones; more would be too small to read
 
 
@@ -3706,6 +4149,7 @@ PLOTS: dict[str, tuple[Callable, str, str]] = {
     "experts_vs_latency": (plot_experts_vs_latency, "Experts against latency", "decode_sec_per_token"),
     "quality_vs_experts": (plot_quality_vs_experts, "Quality against compute", "reference_nll"),
     "delta_at_equal_compute": (plot_delta_at_equal_compute, "Quality at equal compute", "reference_nll"),
+    "task_scores": (plot_task_scores, "Downstream tasks", "task_score"),
     "layer_profile": (plot_layer_profile, "Layer by layer", "layer_statistics"),
     "expert_usage_heatmap": (plot_expert_usage_heatmap, "Use of every expert", "expert_usage"),
     "null_calibration": (plot_null_calibration, "Calibration of the nulls", "null_diagnostics"),
@@ -3917,6 +4361,61 @@ def _quality_parts(analysis: Mapping[str, Any]) -> list[str]:
     return parts
 
 
+def _task_sentence(analysis: Mapping[str, Any]) -> str:
+    tested = [entry for entry in analysis["tasks"] if entry.get("n_pairs")]
+    names = [
+        f"`{entry['configuration']}` on {_cell(entry['task'])} ({_signed(entry['mean_difference'])} "
+        f"{_cell(entry['metric'])})"
+        for entry in tested
+        if entry["significant"]
+    ]
+    return (
+        f"**Of {len(tested)} comparisons with `{analysis['baseline']}` on a task, paired by document, "
+        f"{len(names)} differ significantly{': ' if names else ''}{', '.join(names)}.** A difference that "
+        "was not found is not shown to be absent: see the intervals."
+    )
+
+
+def _task_row(entry: Mapping[str, Any]) -> dict[str, str]:
+    harness = ", ".join(
+        f"{key.removesuffix(',none')} {_number(found['value'], 4)}"
+        + (f" ± {_number(found['stderr'], 4)}" if isinstance(found["stderr"], (int, float)) else "")
+        for key, found in entry.get("harness", {}).items()
+    )
+    tested = entry.get("n_pairs")
+    return {
+        "task": _cell(entry["task"]),
+        "configuration": f"`{entry['configuration']}`",
+        "harness's own numbers ± stderr": _cell(harness or "–"),
+        "score": _cell(entry.get("metric", "–")),
+        "documents": str(entry.get("n_documents", tested or "–")),
+        "mean": _number(entry.get("mean"), 4),
+        "difference": _signed(entry["mean_difference"]) if tested else "–",
+        "95 % interval": _interval(entry["ci95_low"], entry["ci95_high"]) if tested else "–",
+        "p adjusted": _p(entry["p_value_adjusted"]) if tested else "–",
+        "d": _number(entry.get("cohens_d")),
+        "significant": {True: "yes", False: "no", None: _cell(entry["reason"])}[entry["significant"]]
+        if tested
+        else "–",
+        "experts": _number(entry.get("experts")),
+    }
+
+
+def _task_parts(analysis: Mapping[str, Any]) -> list[str]:
+    """The report's section on downstream tasks, if any was run."""
+    if not analysis["tasks"]:
+        return []
+    return [
+        "## Downstream tasks",
+        _table([_task_row(entry) for entry in analysis["tasks"]]),
+        "The harness's own numbers are as lm-evaluation-harness reports them, also in `task_results.json`. "
+        "Score: the first of them that is a mean over documents; for a perplexity, bits per byte (or word) "
+        f"of a document, lower is better. Difference: to `{analysis['baseline']}`, paired by document; "
+        "interval and p: Student's t, adjusted over all rows of this table; d: mean difference over its "
+        "standard deviation.",
+    ]
+
+
 def _layer_parts(analysis: Mapping[str, Any]) -> list[str]:
     """The report's section on layers, if the run has their tables."""
     rows = []
@@ -4095,17 +4594,19 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
     amount = (
         f"{int(first['max_new_tokens'])} new tokens each, {minutes:.1f} minutes of inference"
         if generated
+        else f"{done['document'].nunique()} documents of tasks"
+        if analysis["tasks"]
         else f"scored text of {done['document'].nunique()} documents, nothing generated"
     )
     parts = [
         "# BH routing against Top-K: report",
         "## Executive summary",
-        _verdict_sentence(analysis),
+        _task_sentence(analysis) if analysis["tasks"] else _verdict_sentence(analysis),
         f"{_cell(first['model_name'])}, {machine}: {df['config_name'].nunique()} configurations x "
         f"{df['prompt_id'].nunique()} items, {amount}. "
         f"{f'{len(failed)} experiments failed and are left out.' if len(failed) else ''}",
         _bullets(_findings(analysis)),
-        *_quality_parts(analysis),
+        *(_task_parts(analysis) or _quality_parts(analysis)),
         "## Summary by configuration",
         _table(
             [
@@ -4241,6 +4742,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="score text files or folders in windows; no generation",
     )
     add("--window", type=int, default=DEFAULT_WINDOW, help="tokens in a window of --text")
+    add("--dataset", metavar="NAME[:CONFIG]", help="prompts from a data set: a file, a folder, a hub name")
+    add("--split", help="split of --dataset; train if not given, or the only one")
+    add("--text-column", metavar="COLUMN", help="of --dataset; text if not given, or the only one of strings")
+    add("--category-column", metavar="COLUMN", help="of --dataset; without it the data set is the category")
+    add(
+        "--reference-column", metavar="COLUMN", help="of --dataset: the continuation of the text to be scored"
+    )
+    add("--limit", type=int, metavar="N", help=f"rows of --dataset to take; {DEFAULT_LIMIT} if not given")
+    add("--random-rows", action="store_true", help="draw the rows of --dataset by --seed, not the first ones")
+    add("--tasks", metavar="NAMES", help="comma-separated tasks of lm-evaluation-harness, instead of prompts")
+    add(
+        "--num-fewshot", type=int, metavar="N", help="examples in the context of --tasks; else the task's own"
+    )
+    add("--task-limit", type=float, metavar="N", help="documents of each of --tasks, or a share below 1")
+    add("--include-path", type=Path, metavar="FOLDER", help="with task files of your own for --tasks")
     add("--p-values", choices=P_VALUES, help="null for every step-up rule, instead of its own")
     add("--calibration-text", metavar="FILE", help="text for the empirical null, instead of the model's own")
     add("--do-sample", action="store_true", help="sample the texts instead of greedy decoding")
@@ -4296,6 +4812,38 @@ def choose_sampling(args: argparse.Namespace) -> dict[str, float] | None:
     return given
 
 
+NEEDS = {  # option -> options that mean nothing without it
+    "dataset": ("split", "text_column", "category_column", "reference_column", "limit", "random_rows"),
+    "tasks": ("num_fewshot", "task_limit", "include_path"),
+}
+
+
+def choose_prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The prompts that the options ask for; those of --text need the tokenizer and come later."""
+    given = [name for name in ("prompts", "text", "dataset", "tasks") if getattr(args, name)]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]} exclude each other: a run takes its items from one")
+    for owner, names in NEEDS.items():
+        for name in names:
+            if getattr(args, name) not in (None, False) and not getattr(args, owner):
+                raise UserError(f"--{name.replace('_', '-')} needs --{owner}")
+    for name, least in (("limit", 1), ("num_fewshot", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
+    if args.task_limit is not None and not (
+        0 < args.task_limit < 1 or args.task_limit % 1 == 0 < args.task_limit
+    ):
+        raise UserError(f"--task-limit {args.task_limit:g}: it must be a whole number, or a share below 1")
+    if args.tasks and args.do_sample:
+        raise UserError("--tasks and --do-sample exclude each other: a task says itself how to generate")
+    if args.dataset:
+        columns = (args.text_column, args.category_column, args.reference_column)
+        seed = args.seed if args.random_rows else None
+        limit = DEFAULT_LIMIT if args.limit is None else args.limit
+        return load_dataset_prompts(args.dataset, args.split, *columns, limit, seed)
+    return load_prompts(args.prompts) if args.prompts else TEST_PROMPTS
+
+
 def run(args: argparse.Namespace) -> int:
     """What the command line asks for; returns the exit code: 0, or 1 when an experiment failed."""
     if args.list_architectures:
@@ -4307,12 +4855,7 @@ def run(args: argparse.Namespace) -> int:
     if args.analyze_only:
         df = read_results(args.output / "bh_routing_results.csv")
     else:
-        configs = choose_configs(args)
-        if args.prompts and args.text:
-            raise UserError(
-                "--prompts and --text exclude each other: prompts are continued, text is only scored"
-            )
-        prompts = load_prompts(args.prompts) if args.prompts else TEST_PROMPTS
+        configs, prompts = choose_configs(args), choose_prompts(args)
         if args.device_map and args.device != "auto":
             raise UserError(f"--device {args.device} and --device-map exclude each other")
         names = (
@@ -4335,14 +4878,17 @@ def run(args: argparse.Namespace) -> int:
             with log_to(args.output / "experiment_log.txt"):
                 for name in configs:
                     configs[name] = match_experts(name, configs[name], args.match_experts, runner.calibration)
-        how = {
-            "num_samples": args.num_samples,
-            "retry_failed": args.retry_failed,
-            "fail_fast": args.fail_fast,
-        }
-        df = runner.run_full_experiment_suite(
-            configs, prompts, args.max_tokens, resume=not args.no_resume, **how
-        )
+        how = {"retry_failed": args.retry_failed, "fail_fast": args.fail_fast}
+        how["resume"] = not args.no_resume
+        if args.tasks:
+            names = [name.strip() for name in args.tasks.split(",")]
+            options = {"num_fewshot": args.num_fewshot, "include_path": args.include_path}
+            limit = args.task_limit
+            options["limit"] = int(limit) if limit is not None and limit >= 1 else limit
+            df = runner.run_tasks(names, configs, **options, **how)
+        else:
+            how["num_samples"] = args.num_samples
+            df = runner.run_full_experiment_suite(configs, prompts, args.max_tokens, **how)
         if runner.processes.rank > 0:  # the first process analyses and reports
             return 0
     with log_to(args.output / "experiment_log.txt"):
@@ -4366,7 +4912,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = build_parser().parse_args(argv)
     args.command = shlex.join(["run_bh_experiments.py", *(sys.argv[1:] if argv is None else argv)])
-    console, level = _ConsoleHandler(logging.INFO), logger.level
+    first = os.environ.get("RANK", "0") == "0"  # one of several processes speaks, but all may complain
+    console, level = _ConsoleHandler(logging.INFO if first else logging.WARNING), logger.level
     console.setFormatter(_LineFormatter())
     before = None
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler

@@ -6,7 +6,8 @@ and on tiny random OLMoE and Mixtral models of transformers; the whole on the tr
 models/olmoe-mini as well.
 
 Contents: 1 routing function - 2 runner set-up - 3 applying and restoring - 4 one experiment -
-5 a mini suite - 6 analysis, plots, report - 7 checkpoint and resume - 8 drift - 9 the embedded model
+5 a mini suite - 6 analysis, plots, report - 7 checkpoint and resume - 8 drift - 9 the embedded model -
+10 data sets and downstream tasks (those need the optional libraries datasets and lm_eval)
 """
 
 import contextlib
@@ -712,8 +713,8 @@ def test_dropped_experts_are_not_computed(subject, monkeypatch):
 
         monkeypatch.setitem(layer.experts.__dict__, "forward", counting)
     before = state_of(subject.model)
-    with bh.patched_routing(subject.model, EMPIRICAL, subject.calibration) as recorder:
-        seen.clear()  # of what looking at the model ran
+    seen.clear()  # `state_of` looks at the layers
+    with bh.patched_routing(subject.model, EMPIRICAL, subject.calibration, subject.layers) as recorder:
         logits_of(subject.model, sample_ids())
     pairs = recorder.total().counts @ torch.arange(recorder.total().counts.shape[1])
     assert seen == pairs.tolist() == recorder.total().use.sum(1).tolist()
@@ -1262,8 +1263,9 @@ def test_command_line(softmax_run):
 
 
 def test_analyze_only(softmax_run, tmp_path):
-    """Analysis, plots and report are redone from the CSV alone, byte for byte."""
-    shutil.copy(softmax_run / "bh_routing_results.csv", tmp_path)
+    """Analysis, plots and report are redone from the tables alone, byte for byte."""
+    for name in ("bh_routing_results", "layer_statistics", "expert_usage"):
+        shutil.copy(softmax_run / f"{name}.csv", tmp_path)
     assert bh.main(["--analyze-only", "--output", str(tmp_path)]) == 0
     plots = [str(path.relative_to(softmax_run)) for path in (softmax_run / "plots").iterdir()]
     for name in ("analysis_summary.json", "REPORT.md", *plots):
@@ -2237,9 +2239,8 @@ def stats_entropy(shares):
 def test_categories_that_are_alike_do_not_diverge():
     """Under the null the permutation test rejects in about 5 % of cases."""
     generator, small = torch.Generator().manual_seed(0), 0
-    prompts = [{"category": "a"}, {"category": "b"}]
     for _ in range(40):
-        tables = bh.LayerTables({"x": {}}, ["one"], prompts)
+        tables = bh.LayerTables({"x": {}}, ["one"], {"a", "b"})
         use = torch.randint(0, 9, (8, 1, 6), generator=generator).float()
         tables.items["x"] = {str(n): ("ab"[n % 2], use[n]) for n in range(8)}
         small += tables._divergence("x")["category_p_value"][0] <= 0.05
@@ -2288,7 +2289,8 @@ def test_processes_share_the_work(tiny_folder, tmp_path):
     """Two processes give what one gives; what two began, one finishes."""
     options = ["--model", tiny_folder, "--device", "cpu", "--no-fp16", "--max-tokens", "3",
                "--p-values", "flat", "--configs", "topk_8,bh_loose"]  # fmt: skip
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+    # Without a GPU, --multi_gpu is what makes accelerate start two processes; --cpu starts one.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
     command = [*launch, HERE / "run_bh_experiments.py", *options, "--output", tmp_path / "two"]
     process = subprocess.run(
@@ -2296,6 +2298,7 @@ def test_processes_share_the_work(tiny_folder, tmp_path):
     )
     assert process.returncode == 0, process.stderr
     assert process.stderr.count("24 experiments, 0 finished already") == 1
+    assert "12 experiments taken over from process_1.json" in process.stderr
     assert bh.main([*map(str, options), "--output", str(tmp_path / "one")]) == 0
     frames = [bh.read_results(tmp_path / name / "bh_routing_results.csv") for name in ("two", "one")]
     assert_same_results(*frames)
@@ -2712,6 +2715,291 @@ def test_offloaded_model(tiny_folder, tmp_path):
     runner = bh.BHExperimentRunner("offloaded", tmp_path, model=model, tokenizer=byte_tokenizer())
     assert str(runner.device) == "cpu"
     assert runner.settings["model"]
+
+
+# 10. Data sets and downstream tasks
+# ---------------------------------------------------------------------------------------------------------
+
+DATA = pd.DataFrame(
+    {"text": ["The river runs", " ", "A cat is an", None, "He was born"], "kind": [*"ababa"], "n": range(5)}
+)
+
+
+def write_data(folder):
+    """The same rows as every kind of file, and a folder with two splits."""
+    DATA.to_parquet(folder / "d.parquet")
+    DATA.to_csv(folder / "d.csv", index=False)
+    DATA.to_json(folder / "d.jsonl", orient="records", lines=True)
+    for split in ("validation", "test"):
+        (folder / "splits").mkdir(exist_ok=True)
+        DATA.to_csv(folder / "splits" / f"{split}.csv", index=False)
+    (folder / "empty").mkdir()
+    (folder / "bad.json").write_text("{nope")
+    (folder / "code.py").write_text("raise SystemExit")
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory):
+    pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(folder / "cache"))
+        write_data(folder)
+        yield folder
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_prompts_from_a_dataset(kind, data_folder, caplog):
+    """Rows keep their numbers, whatever is left out."""
+    path = str(data_folder / f"d.{kind}")
+    with caplog.at_level("WARNING"):
+        prompts = bh.load_dataset_prompts(path, category_column="kind", reference_column="n")
+    assert "2 of 5 rows have no text" in caplog.text
+    assert [(p["id"], p["text"], p["category"], p["reference"]) for p in prompts] == [
+        (f"d.{kind}-{row}", DATA["text"][row], "a", str(row)) for row in (0, 2, 4)
+    ]
+    assert [p["id"] for p in bh.load_dataset_prompts(path, limit=1)] == [f"d.{kind}-0"]
+
+
+def test_rows_drawn_at_random(data_folder):
+    """The seed decides which; rows keep their numbers."""
+    path = str(data_folder / "d.csv")
+    drawn = [bh.load_dataset_prompts(path, limit=3, random_seed=seed) for seed in (1, 1, *range(9))]
+    assert drawn[0] == drawn[1]
+    assert len({tuple(p["id"] for p in one) for one in drawn}) > 3
+    assert all(p["text"] == DATA["text"][int(p["id"].split("-")[1])] for one in drawn for p in one)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--dataset", "nobody/nothing"], "Couldn't reach"), (["--dataset", "empty"], "any data files"),
+     (["--dataset", "bad.json"], "JSON parse error"), (["--dataset", "code.py"], "kind of --dataset file"),
+     (["--dataset", "splits", "--split", "tst"], 'Did you mean "test"? Available: validation, test'),
+     (["--dataset", "splits"], "Available: validation, test"),
+     (["--dataset", "d.csv", "--text-column", "txt"], "Available: text, kind, n"),
+     (["--dataset", "d.csv", "--category-column", "x"], "unknown --category-column"),
+     (["--dataset", "d.csv", "--text-column", "n"], "none of 5 rows has a text"),
+     (["--dataset", "d.csv", "--limit", "0"], "--limit 0"), (["--split", "test"], "--split needs --dataset"),
+     (["--limit", "3"], "--limit needs --dataset"), (["--random-rows"], "--random-rows needs --dataset"),
+     (["--dataset", "d.csv", "--text", "x.txt"], "exclude each other"),
+     (["--dataset", "d.csv", "--prompts", "x.txt"], "exclude each other"),
+     (["--dataset", "d.csv", "--tasks", "x"], "exclude each other"),
+     (["--tasks", "x", "--task-limit", "0"], "--task-limit 0"),
+     (["--tasks", "x", "--num-fewshot", "-1"], "--num-fewshot -1"),
+     (["--tasks", "x", "--do-sample"], "exclude each other"), (["--task-limit", "3"], "needs --tasks")],
+)  # fmt: skip
+def test_bad_datasets(options, message, data_folder, tmp_path, monkeypatch, capsys):
+    """One line and exit code 2, before a model is loaded."""
+    monkeypatch.chdir(data_folder)
+    assert cli("nowhere", tmp_path / "out", *options) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("library", "option"), [("datasets", ["--dataset", "x.csv"]), ("lm_eval", ["--tasks", "x"])]
+)
+def test_a_missing_library_is_named(library, option, tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, library, None)
+    assert cli(tiny_folder, tmp_path, *option) == 2
+    assert f"pip install {library}" in capsys.readouterr().err
+
+
+def test_embedded_model_runs_a_dataset(data_folder, tmp_path):
+    options = ["--dataset", data_folder / "d.parquet", "--limit", 3, "--max-tokens", 2, "--configs", "topk_8"]
+    assert cli(EMBEDDED, tmp_path, *options) == 0
+    frame = bh.read_results(tmp_path / "bh_routing_results.csv")
+    assert list(frame["prompt_id"]) == ["d.parquet-0", "d.parquet-2"]
+    assert list(frame["full_text"].str.startswith(tuple(DATA["text"].dropna()))) == [True, True]
+
+
+TASK_YAML = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: {kind}
+test_split: test
+fewshot_split: test
+doc_to_text: "{{{{{asked}}}}}"
+doc_to_target: "{{{{{target}}}}}"
+"""
+TASKS = ["mini", "mini_text"]  # the first is a group of two
+TASK_CONFIGS = {name: bh.SUITES["all"][name] for name in ("topk_1", "topk_8")}
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory):
+    """Tasks of local data: choosing a continuation, perplexity of texts, generation; and a group."""
+    pytest.importorskip("lm_eval")
+    folder = tmp_path_factory.mktemp("tasks")
+    beginnings = [" ".join(prompt["reference"].split()[:5]) for prompt in bh.TEST_PROMPTS]
+    rows = [
+        {"asked": prompt["text"], "text": beginnings[n], "gold": 0,
+         "choices": [beginnings[(n + other) % 12] for other in (0, first, first + 1, first + 2)]}
+        for first in (1, 4) for n, prompt in enumerate(bh.TEST_PROMPTS)
+    ]  # fmt: skip
+    (folder / "rows.json").write_text("\n".join(json.dumps(row) for row in rows))
+    data = folder / "rows.json"
+    few = {"asked": "asked", "target": "text", "data": data}
+    generating = "generation_kwargs: {until: ['.'], max_gen_toks: %d, do_sample: false}\n"
+    metric = "metric_list: [{metric: %s, aggregation: mean, higher_is_better: true}]\n"
+    files = {
+        "mini_choice": TASK_YAML.format(name="mini_choice", kind="multiple_choice", **few)
+        .replace("{{text}}", "{{gold}}")
+        + 'doc_to_choice: "{{choices}}"\n' + metric % "acc",
+        "mini_text": TASK_YAML.format(name="mini_text", kind="loglikelihood_rolling", **few)
+        + "metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]\n",
+        "mini_write": TASK_YAML.format(name="mini_write", kind="generate_until", **few)
+        + generating % 3 + metric % "exact_match",
+        "too_long": TASK_YAML.format(name="too_long", kind="generate_until", **few)
+        + generating % 9999 + metric % "exact_match",
+        "far_away": TASK_YAML.format(name="far_away", kind="generate_until", **few)
+        .replace("json\n", "nobody/nothing\n", 1) + metric % "exact_match",
+        "mini": "group: mini\ntask: [mini_choice, mini_write]\naggregate_metric_list: [{metric: acc}]\n",
+    }  # fmt: skip
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    from lm_eval import tasks
+
+    real = tasks.TaskManager
+    with pytest.MonkeyPatch.context() as patch:  # the index of the harness's own tasks takes long
+        patch.setattr(tasks, "TaskManager", lambda **options: real(**options | {"include_defaults": False}))
+        patch.setenv("HF_HOME", str(folder / "cache"))
+        yield folder
+
+
+def task_runner(folder, **options):
+    return bh.BHExperimentRunner(str(EMBEDDED), folder, device="cpu", use_fp16=False, **options)
+
+
+@pytest.fixture(scope="module")
+def task_run(task_folder, tmp_path_factory):
+    """Frame and folder of a run of all tasks, with one example in the context."""
+    folder = tmp_path_factory.mktemp("task_run")
+    how = {"num_fewshot": 1, "limit": 24, "include_path": task_folder}
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    frame = task_runner(folder).run_tasks(TASKS, TASK_CONFIGS, **how)
+    assert torch.equal(torch.get_rng_state(), before)
+    return frame, folder, how
+
+
+def test_tasks_equal_the_harness_alone(task_run, task_folder):
+    """What the harness reports for the unpatched model is in task_results.json, to the last digit."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    frame, folder, how = task_run
+    runner = task_runner(folder)
+    model = HFLM(pretrained=runner.model, tokenizer=runner.tokenizer, batch_size=1)
+    options = {"num_fewshot": how["num_fewshot"], "limit": how["limit"], "use_cache": None}
+    alone = simple_evaluate(model, tasks=TASKS, task_manager=TaskManager(include_path=task_folder), **options)
+    saved = strict_loads((folder / "task_results.json").read_text())["configurations"]
+    together = {task: found for unit in saved["topk_8"].values() for task, found in unit["results"].items()}
+    assert together == json.loads(json.dumps(alone["results"], default=float))
+    own = frame[frame["config_name"] == "topk_8"].set_index("prompt_id")
+    for task, samples in alone["samples"].items():
+        for sample in samples:
+            row = own.loc[f"{task}:{sample['doc_id']}"]
+            if row["task_metric"] == "bits_per_byte":
+                total, size = sample["byte_perplexity"]
+                assert row["task_score"] == pytest.approx(-total / size / math.log(2), rel=1e-12)
+            else:
+                assert row["task_score"] == sample[row["task_metric"]]
+
+
+def test_task_rows(task_run):
+    """Documents are paired, differ between configurations, and have the routing they ran with."""
+    frame, folder, _ = task_run
+    assert_same_results(bh.read_results(folder / "bh_routing_results.csv"), frame)
+    assert frame["prompt_category"].value_counts().to_dict() == dict.fromkeys(
+        ("mini_choice", "mini_write", "mini_text"), 48
+    )
+    scores = frame.pivot_table("task_score", "prompt_id", "config_name")
+    for task, least in (("mini_choice", 1), ("mini_text", 24)):
+        of_task = scores[scores.index.str.startswith(task)]
+        assert (of_task["topk_1"] != of_task["topk_8"]).sum() >= least
+    assert (frame["avg_experts_per_token"] == frame["config_name"].map({"topk_1": 1, "topk_8": 8})).all()
+    assert (frame["generated_text"].fillna("") != "").sum() >= 24
+    analysis = bh.write_report(frame, folder)
+    report = check_report(folder)
+    found = {(entry["task"], entry["configuration"]): entry for entry in analysis["tasks"]}
+    one = found["mini_text", "topk_1"]
+    difference = scores["topk_1"] - scores["topk_8"]
+    assert one["mean_difference"] == pytest.approx(
+        difference[scores.index.str.startswith("mini_text")].mean()
+    )
+    assert one["significant"] is True
+    assert one["p_value_adjusted"] >= one["p_value"]
+    assert found["mini", "topk_8"]["harness"]["acc,none"]["stderr"] is not None
+    assert "`topk_1` on mini\\_text (+" in report
+    assert (folder / "plots" / "task_scores.png").exists()
+
+
+def check_report(folder):
+    report = (folder / "REPORT.md").read_text(encoding="utf-8")
+    assert not re.search(r"\b(nan|None(?! of their)|inf)\b", report)
+    assert all(len(widths) == 1 for widths in table_widths(report))
+    return report
+
+
+def test_tasks_resume_after_ctrl_c(task_folder, tmp_path, monkeypatch):
+    """A task under a configuration is not run again; interrupted and resumed equals uninterrupted."""
+    how = {"limit": 3, "include_path": task_folder}
+    frame = task_runner(tmp_path / "uninterrupted").run_tasks(TASKS, TASK_CONFIGS, **how)
+    real, done, stop = bh.BHExperimentRunner._run_task, [], 3
+
+    def run_task(runner, name, config, item, *rest):
+        if len(done) == stop:
+            raise KeyboardInterrupt
+        done.append((item["id"], name))
+        return real(runner, name, config, item, *rest)
+
+    monkeypatch.setattr(bh.BHExperimentRunner, "_run_task", run_task)
+    with pytest.raises(KeyboardInterrupt):
+        task_runner(tmp_path).run_tasks(TASKS, TASK_CONFIGS, **how)
+    stop = None
+    again = task_runner(tmp_path).run_tasks(TASKS, TASK_CONFIGS, **how)
+    assert done == list(itertools.product(TASKS, TASK_CONFIGS))
+    assert_same_results(again, frame)
+    with pytest.raises(bh.UserError, match="limit is 3 there, 5 here"):
+        task_runner(tmp_path).run_tasks(TASKS, TASK_CONFIGS, **how | {"limit": 5})
+
+
+def test_tasks_in_batches(task_run, task_folder, tmp_path):
+    """Batches change rounding only; padding hides what was routed, so nothing is recorded."""
+    frame, *_ = task_run
+    runner = task_runner(tmp_path, batch_size=8)
+    batched = runner.run_tasks(["mini_text"], {"topk_1": TASK_CONFIGS["topk_1"]}, include_path=task_folder)
+    one = frame[(frame["prompt_category"] == "mini_text") & (frame["config_name"] == "topk_1")]
+    assert list(batched["task_score"]) == pytest.approx(list(one["task_score"]), rel=1e-4)
+    assert batched["avg_experts_per_token"].isna().all()
+    bh.write_report(batched, tmp_path)
+    check_report(tmp_path)
+
+
+def test_a_failed_task_becomes_a_row(task_folder, tmp_path):
+    options = ["--tasks", "too_long,mini_text", "--include-path", task_folder, "--task-limit", 2]
+    assert cli(EMBEDDED, tmp_path, "--configs", "topk_8", *options) == 1
+    frame = bh.read_results(tmp_path / "bh_routing_results.csv")
+    assert list(frame["prompt_id"]) == ["too_long", "mini_text:0", "mini_text:1"]
+    assert list(frame["status"]) == ["error", "ok", "ok"]
+    assert "requested max tokens to generate" in check_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [("mini_chioce", "unknown task 'mini_chioce' in --tasks; close to it: mini_choice"),
+     ("far_away", "far_away cannot be loaded: ConnectionError: Couldn't reach"),
+     ("mini,mini_write", "mini_write is in both mini and mini_write")],
+)  # fmt: skip
+def test_bad_tasks(tasks, message, task_folder, tiny_folder, tmp_path, capsys):
+    assert cli(tiny_folder, tmp_path / "out", "--tasks", tasks, "--include-path", task_folder) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not (tmp_path / "out" / "checkpoints").exists()
 
 
 if __name__ == "__main__":

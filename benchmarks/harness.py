@@ -36,6 +36,7 @@ from statistics import median
 from typing import Any
 from unittest import mock
 
+import pandas as pd
 import torch
 from common import EMBEDDED, ROOT, machine, medians, olmoe_config, print_header, print_row, seconds
 from full_size import random_olmoe
@@ -46,22 +47,31 @@ import run_bh_experiments as bh
 TOP_8 = {"topk_8": {"method": "topk", "k": 8}}
 TEXTS = (ROOT / "README_BH_EXPERIMENTS.md", EMBEDDED / "README.md")
 BH = {"method": "bh", "alpha": 0.05, "p_values": "flat"}
+CONFIGS = "topk_1,topk_2,topk_3,topk_4,topk_5,topk_6,topk_7,topk_8,bh_strict,bh_moderate"
+
+
+class TimedRunner(bh.BHExperimentRunner):
+    """Notes in `warm` when the warm-up was over and the experiments began."""
+
+    warm: float
+
+    def _warm_up(self, *args: Any) -> None:
+        super()._warm_up(*args)
+        self.warm = time.perf_counter()
+
+
+def done(frame: pd.DataFrame) -> None:
+    """A failed experiment is fast: its time means nothing."""
+    if (failed := frame[frame["status"] != "ok"]).size:
+        raise SystemExit(f"{len(failed)} experiments failed: {failed['error'].iloc[0]}")
 
 
 def generation(scale: float) -> None:
     """Target: at most 1.10."""
     prompts = [{key: prompt[key] for key in ("id", "text")} for prompt in bh.TEST_PROMPTS]
     new_tokens = 50
-    started: list[float] = []
-
-    class Runner(bh.BHExperimentRunner):
-        def _warm_up(self, *args: Any, **kwargs: Any) -> Any:
-            result = super()._warm_up(*args, **kwargs)
-            started.append(time.perf_counter())
-            return result
-
     with tempfile.TemporaryDirectory() as folder:
-        runner = Runner(str(EMBEDDED), folder)
+        runner = TimedRunner(str(EMBEDDED), folder)
         tokenizer, model = runner.tokenizer, runner.model
         inputs = [tokenizer(prompt["text"], return_tensors="pt") for prompt in prompts]
         settings = GenerationConfig(
@@ -86,9 +96,8 @@ def generation(scale: float) -> None:
 
         def suite() -> tuple[float, float]:
             frame = runner.run_full_experiment_suite(TOP_8, prompts, new_tokens, resume=False)
-            spent = time.perf_counter() - started[-1]
-            if (frame["status"] != "ok").any():
-                raise SystemExit(f"an experiment failed: {frame['error'].iloc[0]}")
+            spent = time.perf_counter() - runner.warm
+            done(frame)
             return spent, frame["repeat_inference_time_sec"].fillna(0).sum()
 
         turns = [(bare(), *suite(), bare()) for _ in range(max(2, round(7 * scale)))]
@@ -152,22 +161,14 @@ def scoring(scale: float) -> None:
         configs = {f"topk_{k}": {"method": "topk", "k": k} for k in range(1, 9)}
         print_header("batch size", "rows' tokens/s", "lm-eval, tokens/s", "ratio")
         for batch_size in batch_sizes:
-            started: list[float] = []
-
-            class Runner(bh.BHExperimentRunner):
-                def _warm_up(self, *args: Any, started=started, **kwargs: Any) -> Any:
-                    result = super()._warm_up(*args, **kwargs)
-                    started.append(time.perf_counter())
-                    return result
-
             output = Path(folder) / f"out{batch_size}"
-            runner = Runner(str(EMBEDDED), output, use_fp16=False, batch_size=batch_size)
+            runner = TimedRunner(str(EMBEDDED), output, use_fp16=False, batch_size=batch_size)
             items = bh.text_windows(files, runner.tokenizer, window)
             tokens = sum(len(item["token_ids"]) - 1 for item in items)
 
-            def ours(runner=runner, items=items, tokens=tokens, started=started) -> float:
-                runner.run_full_experiment_suite(configs, items, resume=False)
-                return len(configs) * tokens / (time.perf_counter() - started[-1])
+            def ours(runner=runner, items=items, tokens=tokens) -> float:
+                done(runner.run_full_experiment_suite(configs, items, resume=False))
+                return len(configs) * tokens / (time.perf_counter() - runner.warm)
 
             reference = HFLM(
                 pretrained=runner.model, tokenizer=runner.tokenizer, batch_size=batch_size, max_length=window
@@ -196,14 +197,12 @@ def score_many(items: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     shape = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
     config = olmoe_config(num_hidden_layers=2, vocab_size=4096, num_experts=8, num_experts_per_tok=2, **shape)
-    prompts = [
-        {"id": f"item:{n}", "text": "x", "token_ids": [2 + (n * step) % 4000 for step in range(1, 17)]}
-        for n in range(items)
-    ]
+    tokens = torch.randint(2, 4096, (items, 17))
+    prompts = [{"id": f"item:{n}", "text": "x", "token_ids": ids} for n, ids in enumerate(tokens)]
     with tempfile.TemporaryDirectory() as folder:
         runner = bh.BHExperimentRunner("tiny", folder, model=OlmoeForCausalLM(config), tokenizer=tokenizer)
         configs = {"topk_8": {"method": "topk", "k": 2}, "topk_1": {"method": "topk", "k": 1}}
-        runner.run_full_experiment_suite(configs, prompts)
+        done(runner.run_full_experiment_suite(configs, prompts))
     # Not `resource.getrusage`: its peak counts what the parent process held when it started this one.
     status = Path("/proc/self/status").read_text().splitlines()
     print(next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM")))
@@ -215,8 +214,8 @@ def memory(scale: float) -> None:
     peaks = {}
     for items in (few, many):
         command = [sys.executable, __file__, "--score-many", str(items)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        peaks[items] = float(done.stdout.split()[-1])
+        finished = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks[items] = float(finished.stdout.split()[-1])
     print_header("items x 2 configurations", "peak memory, MiB", "ratio")
     for items, peak in peaks.items():
         print_row(f"{items:,}", f"{peak:.0f}", f"{peak / peaks[few]:.3f}")
@@ -297,23 +296,26 @@ def processes(scale: float) -> None:
                 str(count),
             ]
             command += [str(ROOT / "run_bh_experiments.py"), "--model", str(EMBEDDED), "--device", "cpu"]
-            command += ["--no-fp16", "--configs", "topk_8,bh_strict", "--text", f"{folder}/{size}.txt"]
+            command += ["--no-fp16", "--configs", CONFIGS, "--text", f"{folder}/{size}.txt"]
             command += ["--window", "128", "--no-resume", "--output", str(output)]
             start = time.perf_counter()
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"{count} processes failed:\n{done.stderr[-2000:]}")
+            finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if finished.returncode:
+                raise SystemExit(f"{count} processes failed:\n{finished.stderr[-2000:]}")
             spent = time.perf_counter() - start
             experiments[size] = len(bh.read_results(output / "bh_routing_results.csv"))
             return spent
 
         calls = {(count, size): lambda c=count, s=size: run(c, s) for count in (1, 2) for size in parts}
         times = medians(calls, max(1, round(3 * scale)), warm_up=0)
-    print_header("processes", "experiments/s", "ratio")
-    done = experiments["long"] - experiments["short"]
-    rates = {count: done / (times[count, "long"] - times[count, "short"]) for count in (1, 2)}
+    print_header(
+        "processes", *(f"{experiments[size]} experiments, s" for size in parts), "experiments/s", "ratio"
+    )
+    extra = experiments["long"] - experiments["short"]
+    rates = {count: extra / (times[count, "long"] - times[count, "short"]) for count in (1, 2)}
     for count, rate in rates.items():
-        print_row(count, f"{rate:.2f}", f"{rate / rates[1]:.2f}")
+        taken = (f"{times[count, size]:.1f}" for size in parts)
+        print_row(count, *taken, f"{rate:.2f}", f"{rate / rates[1]:.2f}")
 
 
 SECTIONS: dict[str, Callable[[float], None]] = {

@@ -3,10 +3,10 @@
     python benchmarks/scaling.py            # ten minutes on two idle cores
     python benchmarks/scaling.py --quick
 
-One quantity varies, the others stay: 64 items of 128 tokens (256 where processes vary), 64 experts, 4
-layers, one process. Each point is a whole suite of Top-8, Top-4 and BH on scored text, from start to results
-table, in processes of its own with one thread each, minus the same with 8 items: what is left is the cost of
-the others. Points take turns; medians. "to the first": time per experiment, relative to the group's first.
+One quantity varies, the others stay: 32 items of 64 tokens (128 where processes vary), 64 experts, 4
+layers, one process. Each point is a whole suite of Top-4 and BH on scored text, three passes an item with the
+model's own routing, from the end of the warm-up to the results table, in processes of its own with one thread
+each. Points take turns; medians. "to the first": time per experiment, relative to the group's first.
 """
 
 import argparse
@@ -15,53 +15,49 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from common import EMBEDDED, machine, medians, olmoe_config, print_header, print_row
+from harness import TimedRunner, done
 from transformers import AutoTokenizer, OlmoeForCausalLM
 
-import run_bh_experiments as bh
-
-BASE = {"items": 64, "experts": 64, "layers": 4, "processes": 1}
-POINTS = {"items": (64, 256, 1024), "experts": (16, 64, 128), "layers": (2, 4, 8), "processes": (1, 2)}
-CONFIGS = {"topk_8": {"method": "topk", "k": 8}, "topk_4": {"method": "topk", "k": 4}}
-CONFIGS |= {"bh": {"method": "bh", "p_values": "flat", "alpha": 0.1}}
+BASE = {"items": 32, "experts": 64, "layers": 4, "processes": 1}
+POINTS = {"items": (32, 128, 512), "experts": (16, 64, 128), "layers": (2, 4, 8), "processes": (1, 2)}
+CONFIGS = {"topk_4": {"method": "topk", "k": 4}, "bh": {"method": "bh", "p_values": "flat", "alpha": 0.1}}
 
 
 def one_suite(items: int, experts: int, layers: int) -> None:
     """One suite, in this process."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 128, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    shape = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4}
     model = OlmoeForCausalLM(
         olmoe_config(**shape, vocab_size=4096, num_experts=experts, num_hidden_layers=layers)
     )
-    tokens = torch.randint(2, 4096, (items, 129)).tolist()
+    tokens = torch.randint(2, 4096, (items, 65))
     prompts = [{"id": f"item:{n}", "text": "x", "token_ids": ids} for n, ids in enumerate(tokens)]
-    runner = bh.BHExperimentRunner(
-        "random",
-        os.environ["SCALING_OUTPUT"],
+    runner = TimedRunner(
+        *("random", os.environ["SCALING_OUTPUT"]),
         model=model,
         tokenizer=AutoTokenizer.from_pretrained(EMBEDDED),
         batch_size=8,
     )
-    frame = runner.run_full_experiment_suite(CONFIGS, prompts, resume=False)
-    if (frame["status"] != "ok").any():
-        raise SystemExit(f"an experiment failed: {frame['error'].iloc[0]}")
+    done(runner.run_full_experiment_suite(CONFIGS, prompts))
+    if runner.processes.rank == 0:
+        print(time.perf_counter() - runner.warm)
 
 
 def timed(point: dict[str, int]) -> float:
-    """Seconds of one suite in processes of its own."""
-    shape = ["--one", *(str(point[name]) for name in ("items", "experts", "layers"))]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(point["processes"])]
+    """Seconds of the experiments of one suite, in processes of its own."""
+    command, processes = [sys.executable], point["processes"]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += [__file__, "--one", *(str(point[name]) for name in ("items", "experts", "layers"))]
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "SCALING_OUTPUT": folder}
-        start = time.perf_counter()
-        command = [sys.executable, *launch, str(Path(__file__).resolve()), *shape]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{point} failed:\n{done.stderr[-2000:]}")
-        return time.perf_counter() - start
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if run.returncode:
+            raise SystemExit(f"{point} failed:\n{run.stderr[-2000:]}")
+        return float(run.stdout.split()[-1])
 
 
 def main() -> None:
@@ -80,14 +76,14 @@ def main() -> None:
         )
     points["processes", 2] |= {"items": 4 * BASE["items"]}  # both points: enough to share
     points["processes", 1] |= {"items": 4 * BASE["items"]}
-    calls = {key: lambda p=point: timed(p) - timed(p | {"items": 8}) for key, point in points.items()}
+    calls = {key: lambda p=point: timed(p) for key, point in points.items()}
     times = medians(calls, args.repeats, warm_up=0)
     print(f"{machine()}; 1 thread a process; medians of {args.repeats}")
-    print_header("varied", "value", "items", "seconds for the items", "ms an experiment", "to the first")
+    print_header("varied", "value", "items", "seconds", "ms an experiment", "to the first")
     first = {}
     for (name, value), spent in times.items():
         items = points[name, value]["items"]
-        each = spent / (items - 8) / len(CONFIGS)
+        each = spent / items / len(CONFIGS)
         ratio = each / first.setdefault(name, each)
         print_row(name, value, items, f"{spent:.1f}", f"{1000 * each:.1f}", f"{ratio:.2f}")
 
