@@ -877,7 +877,9 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
         name: module
         for name, module in model.named_modules()
         for target, part in targets
-        if isinstance(target, type) and isinstance(module, target) and (part is None or part in name)
+        if isinstance(target, type)
+        and isinstance(module, target)
+        and (not part or f".{part.strip('.')}." in f".{name}.")
     }
     for name, router in routers.items():
         _refuse_patched(name, router)
@@ -1083,15 +1085,18 @@ def _adaptive_router(
     }[target]
     by_scores = target == "candidates" and layer.renormalizes == "scores"
     # The scores that chose are looked at only where they are needed: watching costs time for each token.
-    watch = _TopK if by_scores or not layer.ranked else contextlib.nullcontext
+    watched, ranked, choice = by_scores or not layer.ranked, layer.ranked, layer.choice
 
     @functools.wraps(forward)
     def adaptive_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with watch() as topk:
+        if watched:
+            with _TopK() as topk:
+                first, weights, indices = forward(*args, **kwargs)
+            scores = topk.calls[choice][0]  # [T, K]
+        else:
             first, weights, indices = forward(*args, **kwargs)  # [T, E], [T, K], [T, K]
-        scores = topk.calls[layer.choice][0] if topk else None  # [T, K]
         # A candidate's rank [K], or [T, K] where they come in any order.
-        rank = ranks if layer.ranked else scores.argsort(dim=-1, descending=True, stable=True).argsort()
+        rank = ranks if ranked else scores.argsort(dim=-1, descending=True, stable=True).argsort()
         wanted = rule(gate_scores(layer.logits(first), temperature))  # [T]
         observe(wanted)
         count = wanted.clamp(min_k, max_k).unsqueeze(-1)  # [T, 1]
