@@ -1947,13 +1947,16 @@ STRING_COLUMNS = STRING_COLUMNS - {"sample", "seed", "max_new_tokens"} | {"metho
 _FORMULA = re.compile(r"(?='*[=+\-@\t\r])")
 
 
-def write_results(frame: pd.DataFrame, path: Path) -> None:
-    """Write a results table as CSV, whole or not at all."""
-    safe = frame.copy()
-    for column in STRING_COLUMNS & set(frame):
-        text = frame[column].fillna("").astype(str)
-        safe[column] = text.where(~text.str.match(_FORMULA), "'" + text)
-    write_whole(path, safe.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))
+def write_results(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Write result rows as CSV, whole or not at all, one after the other: memory does not grow with them."""
+
+    def cell(value: Any) -> Any:
+        return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+
+    with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+        writer.writerow(RESULT_COLUMNS)
+        writer.writerows([cell(row[column]) for column in RESULT_COLUMNS] for row in rows)
 
 
 def read_results(path: Path) -> pd.DataFrame:
@@ -1962,24 +1965,24 @@ def read_results(path: Path) -> pd.DataFrame:
         raise UserError(
             f"{path} does not exist: run the experiments first, or name their folder with --output"
         )
+
+    def plain(text: str) -> str:
+        return text[1:] if text[:1] == "'" and _FORMULA.match(text, 1) else text
+
     try:
         header = set(pd.read_csv(path, nrows=0).columns)
+        words = header & STRING_COLUMNS
         # A generated text may well be "NA" or "null": only number columns have missing values.
-        frame = pd.read_csv(
-            path,
-            dtype=dict.fromkeys(header & STRING_COLUMNS, str),
-            keep_default_na=False,
-            na_values=dict.fromkeys(header - STRING_COLUMNS, [""]),
+        numbers = dict.fromkeys(header - words, [""])
+        parts = pd.read_csv(  # in parts, which takes a quarter of the memory
+            path, dtype=dict.fromkeys(words, str), keep_default_na=False, na_values=numbers, chunksize=1000
         )
+        frames = [part.assign(**{column: part[column].map(plain) for column in words}) for part in parts]
     except ValueError as error:  # undecodable bytes, no columns, or a number column with words in it
         raise UserError(f"{path} is not a results CSV: {error}") from error
-    for column in STRING_COLUMNS & header:
-        frame[column] = [
-            text[1:] if text[:1] == "'" and _FORMULA.match(text, 1) else text for text in frame[column]
-        ]
     if missing := set(RESULT_COLUMNS) - header:
         raise UserError(f"{path} is not a results CSV of this script: it lacks {', '.join(sorted(missing))}")
-    return frame
+    return pd.concat(frames, ignore_index=True)
 
 
 def choose_device(device: str) -> torch.device:
@@ -2228,8 +2231,10 @@ class LayerTables:
         self.several = len(categories) > 1
         self.items: dict[str, dict[str, tuple[str, Tensor]]] = {name: {} for name in configs}
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Count a row of the checkpoint."""
+    def add(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Count a row of the checkpoint, and pass it on."""
+        if not row.get("routing"):
+            return row
         name, category = row["config_name"], row["prompt_category"]
         found = RoutingStatistics.unpack(row["routing"], len(self.layers), self.configs[name])
         self.sums[name, category] = (
@@ -2239,6 +2244,7 @@ class LayerTables:
         if self.several and (document in items or len(items) < self.MAX_ITEMS):
             use = found.use.float()
             items[document] = (category, items[document][1] + use if document in items else use)
+        return row
 
     def _divergence(self, name: str) -> pd.DataFrame:
         """Do categories use different experts? For each layer the Jensen-Shannon divergence of their use, in
@@ -3029,7 +3035,7 @@ class BHExperimentRunner:
             done = {
                 key for key, (_, status) in checkpoint.places.items() if status == "ok" or not retry_failed
             }
-            pending = len(set(plan) - done)
+            pending = sum(key not in done for key in plan)
             logger.info(f"{self!r}: {len(plan)} experiments, {len(plan) - pending} finished already")
             if pending:
                 self._warm_up(configs, units[0], max_new_tokens)
@@ -3038,21 +3044,20 @@ class BHExperimentRunner:
             self._run_units(units, configs, max_new_tokens, done, checkpoint, fail_fast)
             self._gather(checkpoint)
             if self.processes.rank > 0:
-                return self._frame(checkpoint.rows(list(checkpoint.places)), None)
+                return pd.DataFrame(checkpoint.rows(list(checkpoint.places)), columns=RESULT_COLUMNS)
             return self._finish(checkpoint.rows(plan), configs, {prompt["category"] for prompt in prompts})
 
     def _finish(
         self, rows: Iterable[Mapping[str, Any]], configs: Mapping[str, Any], categories: set[str]
     ) -> pd.DataFrame:
-        """The results table, written to the output folder, as are the layer tables."""
+        """Write results and layer tables to the output folder; returns the results as they were written."""
         tables = LayerTables(configs, [layer.name for layer in self.layers], categories)
-        frame = self._frame(rows, tables)
+        path = self.output_dir / "bh_routing_results.csv"
+        write_results(map(tables.add, rows), path)
         tables.write(self.output_dir)
-        write_results(frame, self.output_dir / "bh_routing_results.csv")
+        frame = read_results(path)
         failed = int((frame["status"] != "ok").sum())
-        logger.info(
-            f"{len(frame)} experiments, {failed} failed: {self.output_dir / 'bh_routing_results.csv'}"
-        )
+        logger.info(f"{len(frame)} experiments, {failed} failed: {path}")
         return frame
 
     def run_tasks(
@@ -3115,7 +3120,8 @@ class BHExperimentRunner:
                     break
             self._gather(checkpoint)
             if self.processes.rank > 0:
-                return self._frame(_documents(checkpoint.rows(list(checkpoint.places))), None)
+                rows = _documents(checkpoint.rows(list(checkpoint.places)))
+                return pd.DataFrame(rows, columns=RESULT_COLUMNS)
             harness: dict[str, dict[str, Any]] = {name: {} for name in configs}
             for row in checkpoint.rows(plan):
                 harness[row["config_name"]][row["prompt_id"]] = row["task_results"]
@@ -3220,18 +3226,6 @@ class BHExperimentRunner:
             for other in sorted(checkpoint.path.parent.glob("process_*.json")):
                 checkpoint.take_over(other)
 
-    def _frame(self, rows: Iterable[Mapping[str, Any]], tables: LayerTables | None) -> pd.DataFrame:
-        """The results table; equal texts are held once, so that it stays small."""
-        columns: dict[str, list[Any]] = {column: [] for column in RESULT_COLUMNS}
-        held: dict[str, str] = {}
-        for row in rows:
-            for column, values in columns.items():
-                value = row[column]
-                values.append(held.setdefault(value, value) if isinstance(value, str) else value)
-            if tables is not None and row.get("routing"):
-                tables.add(row)
-        return pd.DataFrame(columns)
-
     def _check_same(
         self, row: Mapping[str, Any], config: Mapping[str, Any], prompt: Mapping[str, Any]
     ) -> None:
@@ -3270,21 +3264,24 @@ class BHExperimentRunner:
         from tqdm.auto import tqdm
 
         share = units[self.processes.rank :: self.processes.world]
-        open_units = []
-        for prompts, sample in share:
-            for name in configs:
-                keys = [(name, prompt["id"], sample) for prompt in prompts]
-                if not done.issuperset(keys):
-                    open_units.append((name, prompts, sample, keys))
-        total = sum(len(keys) for *_, keys in open_units)
+
+        def keys_of(name: str, prompts: Sequence[Mapping[str, Any]], sample: int) -> list[Key]:
+            return [(name, prompt["id"], sample) for prompt in prompts]
+
+        open_units = [
+            unit
+            for unit in ((name, prompts, sample) for prompts, sample in share for name in configs)
+            if not done.issuperset(keys_of(*unit))
+        ]
+        total = sum(len(prompts) for _, prompts, _ in open_units)
         with tqdm(
             total=total, unit="experiment", disable=None if self.processes.rank == 0 else True
         ) as progress:
-            for name, prompts, sample, keys in open_units:
+            for name, prompts, sample in open_units:
                 progress.set_description(name)
-                for key, row in zip(
-                    keys, self._run_safely(name, configs[name], prompts, max_new_tokens, sample), strict=True
-                ):
+                keys = keys_of(name, prompts, sample)
+                rows = self._run_safely(name, configs[name], prompts, max_new_tokens, sample)
+                for key, row in zip(keys, rows, strict=True):
                     if key in done:
                         continue
                     statistics = row.pop("routing", None)
