@@ -3336,41 +3336,54 @@ HYPOTHESES = (
 EXPECTED_SUITE_MINUTES = {"an RTX 3090": (15, 20), "a T4": (25, 35), "16 CPU cores": (90, 120)}
 
 
+def _tests_of_zero(x: Any, scale: float, what: str) -> dict[str, Any]:
+    """Is the mean of the differences `x` [n] zero? Two-sided: Student's t and Wilcoxon's signed rank test.
+
+    cohens_d is mean over standard deviation (d_z for paired samples; Lakens 2013, eq. 6). Where a test has
+    nothing to say its entries are None and `reason` says why, decided before it is called. Differences below
+    1e-12 `scale` are rounding. what: the noun for n in the reason.
+    """
+    import numpy as np
+    from scipy import stats
+
+    found = dict.fromkeys(("t_statistic", "p_value", "wilcoxon_p_value", "cohens_d", "reason"))
+    if len(x) < 2:
+        return found | {"reason": f"{len(x)} {what}, at least 2 are needed"}
+    changed = x[np.abs(x) > 1e-12 * scale]
+    if not len(changed):
+        return found | {"reason": "nothing differs"}
+    # Wilcoxon's test leaves zeros out; done here, because scipy < 1.14 warns of them.
+    found["wilcoxon_p_value"] = float(stats.wilcoxon(changed).pvalue)
+    if x.std(ddof=1) <= 1e-12 * scale:
+        return found | {"reason": "all differ by the same amount"}
+    test = stats.ttest_1samp(x, 0)
+    found |= {"t_statistic": float(test.statistic), "p_value": float(test.pvalue)}
+    return found | {"cohens_d": float(x.mean() / x.std(ddof=1))}
+
+
 def paired_comparison(baseline: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
     """Paired tests of `other` against `baseline`, item by item; pairs with a missing value are left out.
 
-    Student's t with its 95 % interval and Wilcoxon's signed rank test, both two-sided, and Cohen's d for
-    paired samples: mean difference over standard deviation of the differences (d_z; Lakens 2013, eq. 6).
-    Where a test has nothing to say its entries are None and `reason` says why, decided before it is called.
+    The tests of `_tests_of_zero` on the differences, with Student's 95 % interval of their mean.
     """
+    import numpy as np
     from scipy import stats
 
-    pairs = pd.DataFrame({"baseline": list(baseline), "other": list(other)}, dtype=float).dropna()
-    difference, n = pairs["other"] - pairs["baseline"], len(pairs)
-    undefined = ("t_statistic", "p_value", "ci95_low", "ci95_high", "cohens_d", "wilcoxon_p_value", "reason")
-    result: dict[str, Any] = {
+    pairs = np.array([list(baseline), list(other)], dtype=float)  # [2, n]
+    base, values = pairs[:, ~np.isnan(pairs).any(0)]
+    x, n = values - base, len(base)
+    found = _tests_of_zero(x, np.abs([*base, *values, 0]).max(), "complete pairs")
+    half = stats.t.ppf(0.975, n - 1) * stats.sem(x) if found["p_value"] is not None else None
+    return {
         "n_pairs": n,
-        "mean_baseline": pairs["baseline"].mean() if n else None,
-        "mean": pairs["other"].mean() if n else None,
-        "mean_difference": difference.mean() if n else None,
-        "median_ratio": (pairs["other"] / pairs["baseline"]).median()
-        if n and (pairs["baseline"] > 0).all()
-        else None,
-        **dict.fromkeys(undefined),
+        "mean_baseline": float(base.mean()) if n else None,
+        "mean": float(values.mean()) if n else None,
+        "mean_difference": float(x.mean()) if n else None,
+        "median_ratio": float(np.median(values / base)) if n and (base > 0).all() else None,
+        **found,
+        "ci95_low": None if half is None else float(x.mean() - half),
+        "ci95_high": None if half is None else float(x.mean() + half),
     }
-    if n < 2:
-        return result | {"reason": f"{n} complete pairs, at least 2 are needed"}
-    rounding = 1e-12 * pairs.abs().to_numpy().max()
-    if difference.abs().max() <= rounding:
-        return result | {"reason": "no pair differs"}
-    result["wilcoxon_p_value"] = stats.wilcoxon(difference[difference != 0]).pvalue  # it leaves zeros out
-    spread = difference.std(ddof=1)
-    if spread <= rounding:
-        return result | {"reason": "all pairs differ by the same amount"}
-    test = stats.ttest_rel(pairs["other"], pairs["baseline"])
-    interval = test.confidence_interval(0.95)
-    result |= {"t_statistic": test.statistic, "p_value": test.pvalue, "cohens_d": difference.mean() / spread}
-    return result | {"ci95_low": interval.low, "ci95_high": interval.high}
 
 
 def adjust_p_values(tests: Sequence[dict[str, Any]]) -> None:
@@ -3461,31 +3474,23 @@ def difference_summary(
 ) -> dict[str, Any]:
     """Mean of paired differences (nats) with its interval, two-sided tests, and equivalence to zero.
 
-    The 95 % interval is the BCa bootstrap over units (Efron 1987). smallest_detectable is the effect that
-    a two-sided 5 % t-test finds with 80 % power: (t_.975 + t_.80) sd / sqrt(n). With a margin, two
-    one-sided t-tests (TOST; Schuirmann 1987): equivalent when both reject, p < 0.05.
-    Where there is nothing to test the entries are None and `reason` says why, decided before any call.
+    The tests are those of `_tests_of_zero`; the 95 % interval is the BCa bootstrap over units (Efron 1987).
+    smallest_detectable is the effect that a two-sided 5 % t-test finds with 80 % power: (t_.975 + t_.80) sd /
+    sqrt(n). With a margin, two one-sided t-tests (TOST; Schuirmann 1987): equivalent when both reject, p <
+    0.05.
     """
     import inspect
 
     import numpy as np
     from scipy import stats
 
-    n = len(units)
-    keys = ("ci95_low", "ci95_high", "p_value", "wilcoxon_p_value", "cohens_d", "smallest_detectable")
-    result: dict[str, Any] = {"n_units": n, "mean": float(units.mean()) if n else None}
-    result |= dict.fromkeys((*keys, "equivalence_p_value", "equivalent", "reason"))
-    if n < 2:
-        return result | {"reason": f"{n} independent items, at least 2 are needed"}
-    x = units.to_numpy(float)
-    rounding = 1e-12 * max(1.0, np.abs(x).max())
-    if np.abs(x).max() <= rounding:
-        return result | {"reason": "no item differs"}
-    spread = x.std(ddof=1)
-    if spread <= rounding:
-        return result | {"reason": "all items differ by the same amount"}
-    mean, error, df = x.mean(), spread / math.sqrt(n), n - 1
-    changed = x[np.abs(x) > rounding]  # Wilcoxon's test leaves zeros out; done here, scipy < 1.14 warns
+    x = np.asarray(units, dtype=float)
+    n, keys = len(x), ("ci95_low", "ci95_high", "smallest_detectable", "equivalence_p_value", "equivalent")
+    result = {"n_units": n, "mean": float(x.mean()) if n else None, **dict.fromkeys(keys)}
+    result |= _tests_of_zero(x, max(1.0, np.abs(x).max(initial=0)), "independent items")
+    if result["reason"] is not None:
+        return result
+    mean, error, df = x.mean(), stats.sem(x), n - 1
     # scipy 1.15 renamed the argument; the same generator gives the same interval under both names.
     name = "rng" if "rng" in inspect.signature(stats.bootstrap).parameters else "random_state"
     interval = stats.bootstrap(
@@ -3499,9 +3504,6 @@ def difference_summary(
     result |= {
         "ci95_low": float(interval.low),
         "ci95_high": float(interval.high),
-        "p_value": float(2 * stats.t.sf(abs(mean) / error, df)),
-        "wilcoxon_p_value": float(stats.wilcoxon(changed).pvalue),
-        "cohens_d": float(mean / spread),
         "smallest_detectable": float(stats.t.ppf([0.975, 0.80], df).sum() * error),
     }
     if margin is not None:
@@ -3510,10 +3512,17 @@ def difference_summary(
     return result
 
 
-def _scored(frame: pd.DataFrame) -> pd.DataFrame:
-    """Finished rows with a finite score."""
-    frame = frame.astype(dict.fromkeys(SCORES, float))
-    return frame[(frame["status"] == "ok") & (abs(frame[SCORES].to_numpy()) < math.inf).all(axis=1)]
+def scored_items(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Configuration -> its finished rows with a finite score, indexed by prompt_id. Raises UserError where an
+    item occurs twice."""
+    done = frame[frame["status"] == "ok"].astype(dict.fromkeys(SCORES, float))
+    done = done[(abs(done[SCORES].to_numpy()) < math.inf).all(axis=1)]
+    tables = {name: rows.set_index("prompt_id") for name, rows in done.groupby("config_name", sort=False)}
+    for name, rows in tables.items():
+        if not rows.index.is_unique:
+            twice = rows.index[rows.index.duplicated()][0]
+            raise UserError(f"configuration {name!r} has prompt_id {twice!r} twice")
+    return tables
 
 
 def _token_mean(rows: pd.DataFrame, column: str) -> float | None:
@@ -3522,14 +3531,6 @@ def _token_mean(rows: pd.DataFrame, column: str) -> float | None:
         return None
     values, tokens = rows[column].to_numpy(float), rows["reference_tokens"].to_numpy()
     return float((values * tokens).sum() / tokens.sum())
-
-
-def _by_item(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of one configuration, indexed by prompt_id."""
-    if not rows["prompt_id"].is_unique:
-        twice = rows["prompt_id"][rows["prompt_id"].duplicated()].iloc[0]
-        raise UserError(f"configuration {rows['config_name'].iloc[0]!r} has prompt_id {twice!r} twice")
-    return rows.set_index("prompt_id")
 
 
 def _static_names(frame: pd.DataFrame) -> dict[int, str]:
@@ -3556,35 +3557,34 @@ def with_static_curve(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def static_at(
-    frame: pd.DataFrame, mean_experts: float
+    curve: Mapping[int, pd.DataFrame], mean_experts: float
 ) -> tuple[pd.Series, tuple[int, int, float]] | tuple[None, str]:
     """NLL per item of static Top-K at `mean_experts`, and the mixture (k_low, k_high, share) that gives it.
 
-    A share of the tokens gets k_high experts, the others k_low, the two static neighbours by the mean they
-    achieved; NLL and compute are then both linear in the share. Items both neighbours have are returned.
-    Never extrapolates, nor across a gap: without k and k + 1 around it the answer is None and a reason. (The
-    curve is convex, so a mixture across a gap would flatter what it is compared with.)
+    curve: k -> the scored items of static Top-k. A share of the tokens gets k_high experts, the others k_low,
+    the two static neighbours by the mean they achieved; NLL and compute are then both linear in the share.
+    Items both neighbours have are returned. Never extrapolates, nor across a gap: without k and k + 1 around
+    it the answer is None and a reason. (The curve is convex, so a mixture across a gap would flatter what it
+    is compared with.)
     """
-    scored, curve = _scored(frame), []
-    for k, name in _static_names(scored).items():
-        rows = _by_item(scored[scored["config_name"] == name])
-        curve.append((_token_mean(rows, "reference_avg_experts"), k, rows["reference_nll"]))
-    if not curve:
+    points = sorted((_token_mean(rows, "reference_avg_experts"), k) for k, rows in curve.items() if len(rows))
+    if not points:
         return None, "no static Top-K configuration was run"
-    curve.sort(key=lambda point: point[:2])
-    below = [point for point in curve if point[0] <= mean_experts + 1e-9]
-    above = [point for point in curve if point[0] >= mean_experts - 1e-9]
+    below = [point for point in points if point[0] <= mean_experts + 1e-9]
+    above = [point for point in points if point[0] >= mean_experts - 1e-9]
     if not below or not above:
-        span = f"{curve[0][0]:.2f} to {curve[-1][0]:.2f}" if len(curve) > 1 else f"only {curve[0][0]:.2f}"
+        first, last = points[0][0], points[-1][0]
+        span = f"{first:.2f} to {last:.2f}" if len(points) > 1 else f"only {first:.2f}"
         return None, f"{mean_experts:.2f} experts, but static Top-K was measured at {span}"
-    (x_low, k_low, low), (x_high, k_high, high) = below[-1], above[0]
-    if k_high - k_low > 1:
+    (x_low, low), (x_high, high) = below[-1], above[0]
+    if high - low > 1:
         return (
             None,
-            f"{mean_experts:.2f} experts, but between topk_{k_low} and topk_{k_high} nothing was measured",
+            f"{mean_experts:.2f} experts, but between topk_{low} and topk_{high} nothing was measured",
         )
-    share = 0.0 if k_low == k_high else (mean_experts - x_low) / (x_high - x_low)
-    return ((1 - share) * low + share * high).dropna(), (k_low, k_high, share)
+    share = 0.0 if low == high else (mean_experts - x_low) / (x_high - x_low)
+    nll = (1 - share) * curve[low]["reference_nll"] + share * curve[high]["reference_nll"]
+    return nll.dropna(), (low, high, share)
 
 
 def quality_verdicts(
@@ -3606,10 +3606,8 @@ def quality_verdicts(
     Returns configuration -> numbers; static ones have no equal-compute test.
     """
     frame = with_static_curve(frame)
-    done = _scored(frame)
-    static = _static_names(frame)
-    numbers = [*SCORES, "kl_to_baseline", "top1_agreement"]
-    by_config = {name: _by_item(rows)[numbers] for name, rows in done.groupby("config_name", sort=False)}
+    by_config, static = scored_items(frame), _static_names(frame)
+    curve = {k: by_config[name] for k, name in static.items() if name in by_config}
     items = frame.drop_duplicates("prompt_id").set_index("prompt_id", drop=False)
     documents = items["document"].fillna(items["prompt_id"]) if "document" in items else items["prompt_id"]
 
@@ -3617,7 +3615,7 @@ def quality_verdicts(
         return difference_summary(item_units(differences, documents), margin, seed, n_resamples)
 
     def one(name: str) -> dict[str, Any]:
-        own, tested = by_config.get(name, done[:0].set_index("prompt_id")), name not in static.values()
+        own, tested = by_config.get(name, frame[:0].set_index("prompt_id")), name not in static.values()
         common, mixture, reason = own.index, None, "static Top-K: it is the curve"
         common = common.intersection(by_config[baseline].index) if baseline in by_config else common[:0]
         while tested:  # leaving out items moves the mean, which may move the neighbours; the set only shrinks
@@ -3625,7 +3623,7 @@ def quality_verdicts(
             if experts is None:
                 tested, reason = False, "no item was scored by it, the baseline and its static neighbours"
                 break
-            nll, mixture = static_at(done[done["prompt_id"].isin(common)], experts)
+            nll, mixture = static_at(curve, experts)
             if nll is None:
                 tested, reason, mixture = False, mixture, None
             elif common.isin(nll.index).all():
@@ -3637,7 +3635,7 @@ def quality_verdicts(
         to_baseline = summary(nlls - by_config[baseline]["reference_nll"][common] if len(common) else nlls)
         test = dict.fromkeys(difference_summary(nlls[:0]))
         if tested:
-            low, high = (by_config[static[k]].loc[common] for k in mixture[:2])
+            low, high = (curve[k].loc[common] for k in mixture[:2])
             step = _token_mean(high, "reference_avg_experts") - _token_mean(low, "reference_avg_experts")
             slope = (high["reference_nll"] - low["reference_nll"]).mean() / step if step else 0.0
             extra = (own["reference_avg_experts"] - experts) * tokens / tokens.mean()
@@ -3688,16 +3686,18 @@ def shuffle_effects(frame: pd.DataFrame) -> dict[str, Any]:
 
     Both keep the same numbers of experts; what differs is which token gets them.
     """
-    done = _scored(frame)
+    by_config = scored_items(frame)
     first = frame.drop_duplicates("config_name").set_index("config_name")
     settings = first[list(CONFIG_FIELDS)].drop(columns="shuffle").astype(str).apply(tuple, axis=1)
     shuffled = first["shuffle"].astype(str) == "True"
     effects = {}
     for name in first.index[shuffled]:
         for twin in first.index[~shuffled & (settings == settings[name])]:
-            rows = [_by_item(done[done["config_name"] == which]) for which in (name, twin)]
-            difference = (rows[0]["reference_nll"] - rows[1]["reference_nll"]).dropna()
-            documents = rows[0]["document"].loc[difference.index]
+            if name not in by_config or twin not in by_config:
+                continue
+            own = by_config[name]
+            difference = (own["reference_nll"] - by_config[twin]["reference_nll"]).dropna()
+            documents = own["document"].loc[difference.index]
             effects[name] = {"unshuffled": twin} | difference_summary(item_units(difference, documents))
     return effects
 
@@ -3719,8 +3719,9 @@ def compare_tasks(frame: pd.DataFrame, baseline: str, output_dir: Path) -> list[
         report = {}
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for (task, name), own in rows.groupby(["prompt_category", "config_name"], sort=False):
-        base = _by_item(rows[(rows["prompt_category"] == task) & (rows["config_name"] == baseline)])
-        pairs = base["task_score"].align(_by_item(own)["task_score"], join="inner")
+        base = rows[(rows["prompt_category"] == task) & (rows["config_name"] == baseline)]
+        scores = [part.set_index("prompt_id")["task_score"] for part in (base, own)]
+        pairs = scores[0].align(scores[1], join="inner")
         experts = own["avg_experts_per_token"].mean()
         found[task, name] = {"metric": own["task_metric"].iloc[0], "experts": experts} | (
             {"n_documents": len(own), "mean": own["task_score"].mean()}
