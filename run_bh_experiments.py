@@ -1776,12 +1776,31 @@ class Checkpoint:
         with replacing(self.path) as part:
             part.write_bytes(head.encode() + rows + self.END)
 
+    def _unused(self, word: str) -> Path:
+        names = (self.path.with_name(f"{self.path.stem}.{word}{n}.json") for n in itertools.count(1))
+        return next(name for name in names if not name.exists())
+
     def _set_aside(self, word: str) -> Path:
         """Move the file out of the way, under a name that was not there."""
-        names = (self.path.with_name(f"{self.path.stem}.{word}{n}.json") for n in itertools.count(1))
-        aside = next(name for name in names if not name.exists())
-        os.replace(self.path, aside)
-        return aside
+        return self.path.replace(self._unused(word))
+
+    def _stay(self) -> None:
+        """Where the file was removed while it is open, alone or with its folder, write it again."""
+        try:
+            if os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+                return
+            self.path = self._unused("rescued")  # another run's file has its place
+        except FileNotFoundError:
+            pass
+        self._file.seek(0)
+        content = self._file.readall()
+        self._file.close()
+        with replacing(self.path) as part:
+            part.write_bytes(content)
+        self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
+        logger.warning(
+            f"the checkpoint was removed while in use; all finished experiments are in {self.path}"
+        )
 
     def _open(self) -> None:
         damaged, whole = 0, False
@@ -1819,6 +1838,8 @@ class Checkpoint:
         try:
             content = json.loads(b"".join(head[:2]).rstrip().rstrip(b",") + b"}")
             schema, stored = content["schema"], dict(content["settings"])
+            if schema == self.SCHEMA and head[2] != b'"results": [\n':
+                raise ValueError
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"{self.path} is not a checkpoint of this script, or its head is damaged; "
@@ -1853,28 +1874,26 @@ class Checkpoint:
         text = json.dumps(strict_json(row), allow_nan=False)
         line = f'{text[:-1]}, "crc32": {zlib.crc32(text.encode())}}}'.encode()
         data = (b",\n" if self.places else b"\n") + line
+        self._stay()
         self._file.seek(self._end)
         try:
             if self._file.write(data + self.END) < len(data + self.END):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        except OSError:
+        except OSError as error:
             self._file.truncate(self._end)
             self._file.seek(self._end)
             self._file.write(self.END)
-            raise
+            hint = f"{error.strerror}; what is finished is saved: make room, then run the same command again"
+            raise OSError(error.errno, hint, str(self.path)) from error
         self.places[self.key(row)] = self._end + len(data) - len(line), row["status"]
         self._end += len(data)
         self._unsynced += 1
         if self._unsynced >= self.sync_every:
             self.sync()
 
-    def row(self, key: Key) -> dict[str, Any]:
-        """The row of a finished experiment."""
-        with open(self.path, "rb") as file:
-            return _checked_row(self._line(file, self.places[key][0])) or {}
-
     def rows(self, keys: Iterable[Key]) -> Iterator[dict[str, Any]]:
         """The rows of those of `keys` that are finished, in their order."""
+        self._stay()
         with open(self.path, "rb") as file:
             for key in keys:
                 if key in self.places:
@@ -2095,6 +2114,7 @@ def log_to(path: Path) -> Iterator[None]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
+    handler.handleError = lambda record: None  # a full disk: the checkpoint will say so, in one line
     handler.setFormatter(_LineFormatter("%(asctime)s %(levelname)s %(message)s"))
     level = logger.level
     logger.addHandler(handler)

@@ -10,6 +10,7 @@ Contents: 1 routing function - 2 runner set-up - 3 applying and restoring - 4 on
 10 data sets and downstream tasks (those need the optional libraries datasets and lm_eval)
 """
 
+import collections
 import contextlib
 import copy
 import doctest
@@ -24,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -1495,33 +1497,6 @@ def test_other_runs_results_are_refused(mock_model, tmp_path, uninterrupted, cha
     assert path.read_bytes() == before
 
 
-def test_kill_and_resume(tiny_folder, tmp_path):
-    """A process killed in mid-suite loses at most one experiment; resumed equals uninterrupted."""
-    names = ("topk_8", "bh_loose")
-    configs = {name: bh.ROUTING_CONFIGS[name] for name in names}
-
-    def suite(output):
-        runner = bh.BHExperimentRunner(str(tiny_folder), output, device="cpu", use_fp16=False)
-        return runner.run_full_experiment_suite(configs, max_new_tokens=24)
-
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    expected = suite(whole)
-    code = (
-        f"import run_bh_experiments as b; vars(b).update({CALIBRATION}); "
-        f"r = b.BHExperimentRunner({str(tiny_folder)!r}, {str(killed)!r}, device='cpu', use_fp16=False); "
-        f"r.run_full_experiment_suite({{n: b.ROUTING_CONFIGS[n] for n in {names}}}, max_new_tokens=24)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stderr=subprocess.DEVNULL)
-    path = killed / "checkpoints" / "latest_checkpoint.json"
-    while process.poll() is None and (not path.exists() or path.read_bytes().count(b'"config_name"') < 3):
-        time.sleep(0.005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    finished = len(strict_loads(path.read_text())["results"])
-    assert 3 <= finished < 24
-    assert_same_results(suite(killed), expected)
-
-
 def test_exit_codes(tiny_folder, tmp_path, monkeypatch, capsys):
     """0 done, 1 when an experiment failed, 130 after Ctrl-C with a hint how to go on; never a traceback."""
     monkeypatch.setattr(bh, "ROUTING_CONFIGS", CONFIGS)
@@ -2731,6 +2706,369 @@ def test_offloaded_model(tiny_folder, tmp_path):
     runner = bh.BHExperimentRunner("offloaded", tmp_path, model=model, tokenizer=byte_tokenizer())
     assert str(runner.device) == "cpu"
     assert runner.settings["model"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 13. Faults: what happens on borrowed machines, caused for real
+# ---------------------------------------------------------------------------------------------------------
+
+KILLS = int(os.environ.get("BH_KILLS", 6))  # random moments to die at; BH_KILLS=50 for a long look
+SMALL = {"topk_2": {"method": "topk", "k": 2}, "bh": {**FLAT, "max_k": 8}, "bh_2": {**FLAT, "alpha": 0.2}}
+
+
+class TornFile:
+    """A checkpoint's file whose process is killed in the middle of one of its writes."""
+
+    def __init__(self, file, random):
+        self.file, self.random, self.left = file, random, int(random.integers(1, 9))
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, data):
+        self.left -= 1
+        if self.left == 0:
+            self.file.write(data[: int(self.random.integers(0, len(data) + 1))])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.file.write(data)
+
+
+def in_child(work, stderr=None):
+    """Start a copy of this process that does `work` and ends with its exit code; returns its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    os.dup2(os.open(stderr or os.devnull, os.O_CREAT | os.O_APPEND | os.O_WRONLY), 2)
+    os._exit(work())
+
+
+def ended(pid):
+    """How a child ended: its exit code, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def wait_for_rows(path, number, pid):
+    while not path.exists() or path.read_bytes().count(b'"crc32"') < number:
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "ended too early"
+        time.sleep(0.001)
+
+
+def kill_series(folder, kills):
+    """Kill a small suite at random moments, and in the middle of writes, and resume it until it is complete,
+    again and again until `kills` processes died. Returns what was lost: nothing."""
+    folder = Path(folder)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, random = MockMoE(top_k=2, layers=2, experts=8, hidden=16).eval(), np.random.default_rng(0)
+    report = {"killed": 0, "in a write": 0, "rows lost": 0, "rows twice": 0, "other results": 0, "suites": 0}
+
+    def suite(output, torn=False):
+        runner = mock_runner(model, output)
+        if torn:
+            opened = bh.Checkpoint._open
+
+            def tear(checkpoint):
+                opened(checkpoint)
+                checkpoint._file = TornFile(checkpoint._file, random)
+
+            bh.Checkpoint._open = tear
+        runner.run_full_experiment_suite(SMALL, PROMPTS, 8)
+        return 0
+
+    start = time.perf_counter()
+    suite(folder / "whole")
+    usual = time.perf_counter() - start
+    whole = bh.read_results(folder / "whole" / "bh_routing_results.csv")
+    while report["killed"] < kills:
+        output, seen = folder / f"suite{report['suites']}", set()
+        path = output / "checkpoints" / "latest_checkpoint.json"
+        while True:
+            random.random()  # each child goes on from another state
+            torn = report["killed"] < kills and bool(random.integers(2))
+            pid = in_child(lambda output=output, torn=torn: suite(output, torn))
+            if not torn and report["killed"] < kills:
+                time.sleep(random.uniform(0, usual))
+                os.kill(pid, signal.SIGKILL)
+            how = ended(pid)
+            assert how in (0, -signal.SIGKILL), how
+            rows = re.findall(rb'^\{"config_name": "(\w+)".*?"prompt_id": "(\w+)".*"crc32": \d+\}',
+                              path.read_bytes() if path.exists() else b"", re.M)  # fmt: skip
+            report["rows lost"] += len(seen - set(rows))
+            report["rows twice"] += len(rows) - len(set(rows))
+            seen |= set(rows)
+            if how == 0:
+                break
+            report["killed"] += 1
+            report["in a write"] += torn
+        report["suites"] += 1
+        found = bh.read_results(output / "bh_routing_results.csv")
+        report["other results"] += not as_read(found)[STABLE_COLUMNS].equals(as_read(whole)[STABLE_COLUMNS])
+    return report
+
+
+def signal_series(model_folder, folder):
+    """Signals, a full disk and a removed folder, each to a real run of the command line: what came of it."""
+    import resource
+
+    folder = Path(folder)
+    torch.set_num_threads(1)
+    vars(bh).update(CALIBRATION, PLOTS={}, ROUTING_CONFIGS=SMALL, SUITES={"default": SMALL, "all": SMALL})
+    bh.TEST_PROMPTS = PROMPTS
+    report = {}
+
+    def run(output, limit=None):
+        def work():
+            if limit:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            return cli(model_folder, output, "--max-tokens", 12)
+
+        return in_child(work, stderr=str(output) + ".err")
+
+    def checkpoint(output):
+        return output / "checkpoints" / "latest_checkpoint.json"
+
+    def result(name, how, **more):
+        output = folder / name
+        rows = len(strict_loads(checkpoint(output).read_text())["results"])
+        again = ended(run(output))
+        frame = bh.read_results(output / "bh_routing_results.csv")
+        errors = (folder / f"{name}.err").read_text()
+        log = (output / "experiment_log.txt").read_text()
+        report[name] = {"exit": how, "rows": rows, "again": again, "all": len(frame), "errors": errors,
+                        "log": log, "same": as_read(frame)[STABLE_COLUMNS].equals(whole), **more}  # fmt: skip
+
+    # In this process, which also imports all that the children would import one by one.
+    assert cli(model_folder, folder / "whole", "--max-tokens", 12) == 0
+    whole = as_read(bh.read_results(folder / "whole" / "bh_routing_results.csv"))[STABLE_COLUMNS]
+    size = checkpoint(folder / "whole").stat().st_size
+    for name, signals in (("SIGINT", 1), ("SIGTERM", 1), ("SIGINT twice", 2)):
+        pid = run(folder / name)
+        wait_for_rows(checkpoint(folder / name), 2, pid)
+        for _ in range(signals):
+            os.kill(pid, getattr(signal, name.split()[0]))
+            time.sleep(0.02 * (signals - 1))
+        result(name, ended(pid))
+    result("full disk", ended(run(folder / "full disk", limit=size // 2)))
+    pid = run(folder / "removed folder")
+    wait_for_rows(checkpoint(folder / "removed folder"), 2, pid)
+    shutil.rmtree(folder / "removed folder")
+    result("removed folder", ended(pid))
+    return report
+
+
+def in_fresh_process(call, *arguments):
+    """Call a function of this file in a process of its own, where forking is safe; its JSON comes back."""
+    code = (
+        "import json, sys; import test_bh_experiments as t; "
+        f"print(json.dumps(t.{call}(*json.loads(sys.argv[1]))))"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(arguments, default=str)],
+        cwd=HERE, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")
+
+
+@needs_fork
+def test_killed_at_random_moments(tmp_path):
+    report = in_fresh_process("kill_series", tmp_path, KILLS)
+    print(report)
+    assert report["killed"] >= KILLS
+    assert report["in a write"] > 0
+    assert (report["rows lost"], report["rows twice"], report["other results"]) == (0, 0, 0)
+
+
+@needs_fork
+def test_signals_full_disk_and_removed_folder(tiny_folder, tmp_path):
+    """Each ends as documented or survives, keeps every finished row, and the same command completes it."""
+    report = in_fresh_process("signal_series", tiny_folder, tmp_path)
+    for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("full disk", 2), ("removed folder", 0)):
+        assert report[name]["exit"] == code, report[name]
+    # The second signal can come when the first was dealt with already, or while Python itself winds up.
+    assert report["SIGINT twice"]["exit"] in (130, 1, -signal.SIGINT)
+    for name, found in report.items():
+        assert (found["again"], found["all"], found["same"]) == (0, 9, True), (name, found)
+        assert found["rows"] == 9 if name == "removed folder" else 1 <= found["rows"] < 9, (name, found)
+        assert "Traceback" not in found["errors"] or name == "SIGINT twice", found["errors"]
+    assert "same command goes on" in report["SIGINT"]["errors"]
+    assert "run the same command again" in report["full disk"]["errors"]
+    assert "removed while in use" in report["removed folder"]["errors"]
+
+
+def test_truncated_at_every_byte_and_bits_flipped(tmp_path):
+    """Whole rows are kept exactly, damaged ones left out, the file set aside or refused as it is."""
+    path = tmp_path / "latest.json"
+    whole = filled(path, 3)
+    good, head = [checkpoint_row(i) for i in range(3)], whole.index(b"[") + 1
+    random, outcomes = np.random.default_rng(0), collections.Counter()
+    states = [whole[:stop] for stop in range(len(whole))]
+    for _ in range(300):
+        place, flipped = int(random.integers(len(whole))), bytearray(whole)
+        flipped[place] ^= 1 << int(random.integers(8))
+        states.append(bytes(flipped))
+    for state in states:
+        for file in tmp_path.iterdir():
+            file.unlink()
+        path.write_bytes(state)
+        try:
+            with contextlib.closing(open_checkpoint(path)) as checkpoint:
+                kept = rows_of(checkpoint)
+        except bh.UserError:
+            assert path.read_bytes() == state
+            assert list(tmp_path.iterdir()) == [path]
+            outcomes["refused"] += 1
+            continue
+        assert all(row in good for row in kept), state
+        lost = [row for row in good if row not in kept]
+        if lost and good.index(lost[0]) < 2 and len(state) == len(whole):  # no torn end: kept for a look
+            assert [file.read_bytes() for file in tmp_path.glob("*damaged1.json")] == [state]
+        if len(state) < len(whole):  # rows that were there whole
+            assert kept == good[: len(kept)]
+            assert len(kept) >= state[head:].count(b"},")
+        assert rows_in(path) == kept
+        outcomes["salvaged" if lost else "whole"] += 1
+    assert sum(outcomes.values()) == len(whole) + 300
+    assert min(outcomes[word] for word in ("refused", "salvaged", "whole")) > 0
+
+
+def test_a_second_run_is_refused(mock_model, tmp_path, monkeypatch):
+    """It says which process holds the folder, and touches nothing."""
+    runner, messages = mock_runner(mock_model, tmp_path), []
+
+    def meanwhile(*arguments):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+        other = copy.copy(runner)
+        with pytest.raises(bh.UserError, match=f"in use by process {os.getpid()} on") as refused:
+            other.run_full_experiment_suite(SMALL, PROMPTS, 2)
+        messages.append(str(refused.value))
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
+
+    monkeypatch.setattr(runner, "_warm_up", meanwhile)
+    frame = runner.run_full_experiment_suite(SMALL, PROMPTS[:1], 2)
+    assert len(messages) == 1
+    assert (frame["status"] == "ok").all()
+    assert not (tmp_path / "checkpoints" / "holder.txt").exists()
+
+
+class OutOfMemory(torch.OutOfMemoryError):
+    pass
+
+
+@pytest.mark.parametrize("fault", ["memory", "nan", "inf", "exception"])
+@pytest.mark.parametrize("where", ["generation", "scoring"])
+def test_a_fault_is_a_row_and_can_be_tried_again(tmp_path, monkeypatch, fault, where):
+    """Whatever goes wrong in one prompt: a row says so, the model is healthy, the others are run; the retry
+    gives what a run without fault gives; --fail-fast stops at the first."""
+    model, real = build("mock"), MockMoE.forward
+    before, ids = state_of(model), sample_ids()
+    expected = logits_of(model, ids)
+    bad = {"id": "bad", "text": "the faulty prompt", "reference": " and its unlucky end"}
+    marker = MockTokenizer()("faulty" if where == "generation" else "unlucky")["input_ids"][0]
+
+    def forward(self, input_ids, *arguments, **options):
+        output = real(self, input_ids, *arguments, **options)
+        patched = any(hasattr(layer.gate, "_bh_patched") for layer in self.layers)
+        if patched and (input_ids == marker).any():
+            if fault == "memory":
+                raise OutOfMemory("CUDA out of memory. Tried to allocate 2 GiB")
+            if fault == "exception":
+                raise Boom("a line\nand another")
+            output.logits[..., 5] = math.nan if fault == "nan" else math.inf
+        return output
+
+    prompts = [PROMPTS[0], bad, PROMPTS[2]]
+    whole = mock_runner(model, tmp_path / "whole").run_full_experiment_suite(CONFIGS, prompts, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(MockMoE, "forward", forward)
+        runner = mock_runner(model, tmp_path / "out")
+        frame = runner.run_full_experiment_suite(CONFIGS, prompts, 3)
+        assert frame["status"].tolist() == ["ok", "ok", "error", "error", "ok", "ok"]
+        name = {"memory": "OutOfMemory", "exception": "Boom"}.get(fault, "FloatingPointError")
+        assert frame["error"].str.startswith(name).sum() == 2
+        first = mock_runner(model, tmp_path / "fast").run_full_experiment_suite(
+            CONFIGS, prompts, 3, fail_fast=True
+        )
+        assert first["status"].tolist() == ["ok", "ok", "error"]
+    assert state_of(model) == before
+    assert torch.equal(logits_of(model, ids), expected)
+    again = mock_runner(model, tmp_path / "out").run_full_experiment_suite(CONFIGS, prompts, 3)
+    assert again["status"].tolist() == frame["status"].tolist()
+    again = mock_runner(model, tmp_path / "out").run_full_experiment_suite(
+        CONFIGS, prompts, 3, retry_failed=True
+    )
+    assert_same_results(again, whole)
+
+
+def test_interrupted_at_any_call(mock_model, tmp_path, monkeypatch):
+    """Ctrl-C in any layer of any forward pass of a suite leaves the model as it was."""
+    before, ids = state_of(mock_model), sample_ids()
+    expected, real, calls = logits_of(mock_model, ids), MockExperts.forward, [0, 0]
+
+    def forward(self, *arguments):
+        calls[0] += 1
+        if calls[0] == calls[1]:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    monkeypatch.setattr(MockExperts, "forward", forward)
+    for stop in (1, 2, 7, 30, 61, 100):
+        runner = mock_runner(mock_model, tmp_path / str(stop))
+        calls[:] = [0, stop]
+        with pytest.raises(KeyboardInterrupt):
+            runner.run_full_experiment_suite(SMALL, PROMPTS, 4)
+        calls[:] = [0, 0]
+        assert state_of(mock_model) == before
+        assert not mock_model._forward_pre_hooks
+        assert torch.equal(logits_of(mock_model, ids), expected)
+
+
+def test_two_threads(mock_model):
+    """While one thread has a model patched, another cannot patch it; afterwards it can."""
+    before, refused = state_of(mock_model), []
+
+    def other():
+        try:
+            with bh.patched_routing(mock_model, FLAT):
+                pass
+        except bh.UserError as error:
+            refused.append(str(error))
+
+    with bh.patched_routing(mock_model, FLAT):
+        threads = [threading.Thread(target=other) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(refused) == 4
+    assert "patched already" in refused[0]
+    other()
+    assert len(refused) == 4
+    assert state_of(mock_model) == before
+
+
+def test_read_only_folder(tiny_folder, tmp_path, capsys):
+    """Exit code 2 and one line, before anything is run."""
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    if os.geteuid() == 0:  # root may write anywhere but on a file system that is read-only
+        mount = ["mount", "-t", "tmpfs", "-o", "ro,size=64k", "tmpfs", str(folder)]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("cannot mount a read-only file system here")
+    folder.chmod(0o555) if os.geteuid() else None
+    try:
+        assert cli(tiny_folder, folder / "out", "--max-tokens", 2) == 2
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["umount", str(folder)], check=True)
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    assert len([line for line in errors.splitlines() if line.startswith("error: ")]) == 1
+    assert str(folder) in errors
 
 
 # 10. Data sets and downstream tasks
