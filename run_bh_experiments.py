@@ -365,8 +365,8 @@ PROMPT_FIELDS = ("id", "text", "category", "description", "reference")
 def resolve_prompt(prompt: Mapping[str, Any]) -> dict[str, Any]:
     """A prompt with all its fields; only `text` is needed. Raises UserError where that is missing.
 
-    `document` groups the items of one text (an item is its own document otherwise), and `token_ids`, an array
-    of integers, is scored as it is, the first being context only, and nothing is generated: see
+    `document` groups the items of one text (an item is its own document otherwise), and `token_ids`, a list
+    or array of integers, is scored as it is, the first being context only, and nothing is generated: see
     `text_windows`.
     """
     text = prompt.get("text")
@@ -381,6 +381,12 @@ def resolve_prompt(prompt: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"prompt {full['id']!r}: {', '.join(PROMPT_FIELDS)} must be strings")
         if re.search("[\ud800-\udfff]", full[field]):
             raise UserError(f"prompt {full['id']!r}: {field} holds half a character (a surrogate)")
+    if "token_ids" in full:
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):  # those are refused below
+            full["token_ids"] = torch.as_tensor(full["token_ids"])
+        ids = full["token_ids"]
+        if not isinstance(ids, Tensor) or ids.ndim != 1 or len(ids) < 2 or ids.is_floating_point():
+            raise UserError(f"prompt {full['id']!r}: token_ids must be a list of at least 2 whole numbers")
     return {"document": full["id"], **full}
 
 
@@ -471,9 +477,9 @@ def load_dataset_prompts(
         name, source = dataset, tuple(dataset.split(":", 1))
     try:
         splits = datasets.load_dataset(*source, **files, streaming=True)
-        if split is None:
-            split = "train" if "train" in splits or len(splits) > 1 else next(iter(splits))
-        rows = splits[_choice(f"--split of {dataset}", split, tuple(splits))]
+        which = "--split" if split else "default --split"
+        split = split or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
+        rows = splits[_choice(f"{which} of {dataset}", split, tuple(splits))]
         rows = rows.map(lambda row, number: {"row": row, "number": number}, with_indices=True,
                         remove_columns=rows.column_names)  # fmt: skip
         if random_seed is not None:
@@ -1891,6 +1897,10 @@ class Checkpoint:
         if self._unsynced >= self.sync_every:
             self.sync()
 
+    def done(self, retry_failed: bool) -> set[Key]:
+        """What need not be run: what is there, or of that what did not fail."""
+        return {key for key, (_, status) in self.places.items() if status == "ok" or not retry_failed}
+
     def rows(self, keys: Iterable[Key]) -> Iterator[dict[str, Any]]:
         """The rows of those of `keys` that are finished, in their order."""
         self._stay()
@@ -2040,7 +2050,6 @@ def load_model(
 
     device_map "auto" spreads a model over all GPUs, the rest over memory and disk, instead of `device`.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if trust_remote_code:
@@ -2050,11 +2059,13 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name, **source)
         model = AutoModelForCausalLM.from_pretrained(model_name, **placed, **source)
-    except (OSError, ValueError, SafetensorError) as error:
+        if not tokenizer("text")["input_ids"]:  # what comes of a folder without the tokenizer's files
+            raise ValueError("its tokenizer knows no words")
+    except Exception as error:  # whatever a damaged folder can raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"--model {model_name} cannot be loaded: {str(error).strip().splitlines()[0]} (give a folder "
-            "with config.json and safetensors, or the name of a hub model; offline, use "
-            "models/olmoe-mini)"
+            f"--model {model_name} cannot be loaded: {reason} (give a folder with config.json, tokenizer and "
+            "safetensors, or the name of a hub model; offline, use models/olmoe-mini)"
         ) from error
     return model, tokenizer
 
@@ -2628,6 +2639,10 @@ class BHExperimentRunner:
             config["max_k"] = min(config["max_k"], widest)
         return config
 
+    def _configs(self, given: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
+        configs = ROUTING_CONFIGS if given is None else given
+        return {name: self._resolve(name, config) for name, config in configs.items()}
+
     # What decides the numbers, besides configuration and prompt
 
     @functools.cached_property
@@ -2982,12 +2997,15 @@ class BHExperimentRunner:
                         self._fitting = size
                     logger.info(f"a batch of {len(part)} failed ({type(error).__name__}), trying {size}")
                     continue
-                message = f"{type(error).__name__}: {error}"
-                logger.error(f"{name} x {part[0]['id']} failed: {message}")
-                logger.debug("where it failed", exc_info=True)
-                rows.append(self._row(name, config, part[0], tokens, sample))
-                rows[-1] |= {"status": "error", "error": message}
+                rows.append(self._failed(self._row(name, config, part[0], tokens, sample), error))
         return rows
+
+    def _failed(self, row: dict[str, Any], error: Exception) -> dict[str, Any]:
+        """The row of an experiment that failed, which the log says as well."""
+        message = f"{type(error).__name__}: {error}"
+        logger.error(f"{row['config_name']} x {row['prompt_id']} failed: {message}")
+        logger.debug("where it failed", exc_info=True)
+        return row | {"status": "error", "error": message}
 
     def _units(
         self, prompts: Sequence[Mapping[str, Any]], num_samples: int
@@ -3030,8 +3048,7 @@ class BHExperimentRunner:
         prompts = [
             resolve_prompt(prompt) for prompt in (TEST_PROMPTS if test_prompts is None else test_prompts)
         ]
-        configs = ROUTING_CONFIGS if routing_configs is None else routing_configs
-        configs = {name: self._resolve(name, config) for name, config in configs.items()}
+        configs = self._configs(routing_configs)
         if not configs or not prompts:
             raise UserError("a suite needs at least one configuration and one prompt")
         for what, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
@@ -3052,9 +3069,7 @@ class BHExperimentRunner:
                 for sample in range(1 if "token_ids" in prompt else num_samples)
                 for name in configs
             ]
-            done = {
-                key for key, (_, status) in checkpoint.places.items() if status == "ok" or not retry_failed
-            }
+            done = checkpoint.done(retry_failed)
             pending = sum(key not in done for key in plan)
             logger.info(f"{self!r}: {len(plan)} experiments, {len(plan) - pending} finished already")
             if pending:
@@ -3107,8 +3122,7 @@ class BHExperimentRunner:
         names = list(dict.fromkeys(tasks))
         with _harness_seeds(self.device):
             loaded = load_tasks(names, include_path, num_fewshot)
-        configs = ROUTING_CONFIGS if routing_configs is None else routing_configs
-        configs = {name: self._resolve(name, config) for name, config in configs.items()}
+        configs = self._configs(routing_configs)
         if not configs or not names:
             raise UserError("a run needs at least one configuration and one task")
         items = {name: resolve_prompt({"id": name, "text": name, "category": name}) for name in names}
@@ -3118,9 +3132,7 @@ class BHExperimentRunner:
         settings = {**self.settings, "lm_eval": lm_eval.__version__, "task_files": files, **how}
         with self._opened(settings, resume, configs, list(items.values())) as checkpoint:
             plan = [(config, name, 0) for name in names for config in configs]
-            done = {
-                key for key, (_, status) in checkpoint.places.items() if status == "ok" or not retry_failed
-            }
+            done = checkpoint.done(retry_failed)
             pending = [key for key in plan if key not in done]
             logger.info(f"{self!r}: {len(plan)} tasks x configurations, {len(plan) - len(pending)} finished")
             if pending:
@@ -3174,10 +3186,7 @@ class BHExperimentRunner:
                 # Never with the harness's cache: it finds answers by the model's name, whatever its routing.
                 found = evaluate(lm, task_dict=tasks, limit=limit)
         except Exception as error:  # one failed task must not end the run
-            message = f"{type(error).__name__}: {error}"
-            logger.error(f"{name} x {item['id']} failed: {message}")
-            logger.debug("where it failed", exc_info=True)
-            return row | {"status": "error", "error": message}
+            return self._failed(row, error)
         kept = ("results", "groups", "higher_is_better", "versions", "n-shot", "n-samples")
         row["task_results"] = {key: found[key] for key in kept if key in found}
         for part, samples in found["samples"].items():
@@ -4216,7 +4225,9 @@ def create_visualizations(
     tables["null_diagnostics"] = _read_diagnostics(output_dir)
     verdicts = analysis["verdict"] if analysis else None
     paths = []
-    with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
+    # A dollar sign in somebody's category is no formula.
+    style = sns.axes_style("whitegrid") | {"text.parse_math": False}
+    with plt.rc_context(style), sns.plotting_context("paper", font_scale=1.1):
         for name, (draw, _, needed) in PLOTS.items():
             path = output_dir / "plots" / f"{name}.png"
             path.unlink(missing_ok=True)  # no plot of an earlier run beside the report of this one
@@ -4369,8 +4380,10 @@ def _null_rows(diagnostics: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _quality_parts(analysis: Mapping[str, Any]) -> list[str]:
-    """The report's sections on quality and on the nulls."""
+    """The report's sections on quality and on the nulls, if any text was scored."""
     margin, diagnostics = math.expm1(analysis["quality_margin"]), analysis["null_diagnostics"]
+    if all(row["mean_experts"] is None for row in analysis["verdict"].values()):
+        return ["## Quality at equal compute", "No text was scored in this run."]
     parts = [
         "## Quality at equal compute",
         "NLL in nats per token of the scored text (reference continuations, or the windows of `--text`), "
@@ -4381,8 +4394,9 @@ def _quality_parts(analysis: Mapping[str, Any]) -> list[str]:
         f"power. Equivalent: two one-sided t-tests against the baseline within {100 * margin:.0f} % of "
         "perplexity. KL: from the baseline's predictions, nats.",
         _table([_quality_row(name, row) for name, row in analysis["verdict"].items()]),
-        "Noise floor, the baseline against itself:\n\n" + _bullets(_noise_sentences(analysis)),
     ]
+    if lines := _noise_sentences(analysis):
+        parts += ["Noise floor, the baseline against itself:\n\n" + _bullets(lines)]
     if lines := _shuffle_sentences(analysis):
         parts += ["Does it matter which token gets many experts?\n\n" + _bullets(lines)]
     if diagnostics:
@@ -4739,17 +4753,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, help="new tokens per experiment")
     saving = "each finished experiment is written at once; so many are forced to the disk together"
     add("--checkpoint-interval", type=int, default=DEFAULT_CHECKPOINT_INTERVAL, metavar="N", help=saving)
-    add(
-        "--no-resume",
-        action="store_true",
-        help="set earlier results in --output aside, do not go on from them",
-    )
+    add("--no-resume", action="store_true", help="set earlier results aside, do not go on from them")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs")
-    add(
-        "--device-map",
-        choices=("auto",),
-        help="spread the model over all GPUs, the rest over memory and disk",
-    )
+    add("--device-map", choices=("auto",), help="spread the model over all GPUs, the rest over memory, disk")
     add("--dtype", choices=DTYPES, default="auto", help="precision of weights and arithmetic")
     add("--no-fp16", action="store_true", help="the same as --dtype float32")
     add("--revision", help="branch, tag or commit of a hub model")
@@ -4758,45 +4764,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=_batch_size, default="auto", metavar="N", help=sizes)
     add("--suite", default="default", help=f"family of configurations: {', '.join(SUITES)}")
     add("--configs", help="comma-separated names: only these configurations")
-    add(
-        "--routing-configs",
-        type=Path,
-        metavar="FILE",
-        help="JSON file with configurations of your own, by name",
-    )
-    add(
-        "--match-experts",
-        type=float,
-        metavar="K",
-        help="set the knob of every adaptive rule to keep K experts",
-    )
-    add(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="prompts instead of the built-in ones: .txt .jsonl .json .csv",
-    )
-    add(
-        "--text",
-        type=Path,
-        nargs="+",
-        metavar="PATH",
-        help="score text files or folders in windows; no generation",
-    )
+    add("--routing-configs", type=Path, metavar="FILE", help="JSON file of your own configurations, by name")
+    add("--match-experts", type=float, metavar="K", help="move every adaptive rule's knob to keep K experts")
+    add("--prompts", type=Path, metavar="FILE", help="prompts of your own: .txt .jsonl .json .csv")
+    add("--text", type=Path, nargs="+", metavar="PATH", help="score text files or folders; no generation")
     add("--window", type=int, default=DEFAULT_WINDOW, help="tokens in a window of --text")
     add("--dataset", metavar="NAME[:CONFIG]", help="prompts from a data set: a file, a folder, a hub name")
     add("--split", help="split of --dataset; train if not given, or the only one")
     add("--text-column", metavar="COLUMN", help="of --dataset; text if not given, or the only one of strings")
     add("--category-column", metavar="COLUMN", help="of --dataset; without it the data set is the category")
-    add(
-        "--reference-column", metavar="COLUMN", help="of --dataset: the continuation of the text to be scored"
-    )
+    add("--reference-column", metavar="COLUMN", help="of --dataset: a continuation of the text, to be scored")
     add("--limit", type=int, metavar="N", help=f"rows of --dataset to take; {DEFAULT_LIMIT} if not given")
     add("--random-rows", action="store_true", help="draw the rows of --dataset by --seed, not the first ones")
     add("--tasks", metavar="NAMES", help="comma-separated tasks of lm-evaluation-harness, instead of prompts")
-    add(
-        "--num-fewshot", type=int, metavar="N", help="examples in the context of --tasks; else the task's own"
-    )
+    add("--num-fewshot", type=int, metavar="N", help="examples in the context of --tasks; else a task's own")
     add("--task-limit", type=float, metavar="N", help="documents of each of --tasks, or a share below 1")
     add("--include-path", type=Path, metavar="FOLDER", help="with task files of your own for --tasks")
     add("--p-values", choices=P_VALUES, help="null for every step-up rule, instead of its own")
@@ -4809,9 +4790,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--retry-failed", action="store_true", help="run experiments again that failed in an earlier run")
     add("--fail-fast", action="store_true", help="stop at the first experiment that fails")
     add("--list-architectures", action="store_true", help="print which models can be patched, and end")
-    add(
-        "--analyze-only", action="store_true", help="redo analysis, plots and report from the CSV in --output"
-    )
+    add("--analyze-only", action="store_true", help="redo tables, plots and report from the CSV in --output")
     return parser
 
 
@@ -4900,16 +4879,8 @@ def run(args: argparse.Namespace) -> int:
         configs, prompts = choose_configs(args), choose_prompts(args)
         if args.device_map and args.device != "auto":
             raise UserError(f"--device {args.device} and --device-map exclude each other")
-        names = (
-            "calibration_text",
-            "seed",
-            "dtype",
-            "revision",
-            "device_map",
-            "trust_remote_code",
-            "batch_size",
-        )
-        options = {name: getattr(args, name) for name in names}
+        names = "calibration_text seed dtype revision device_map trust_remote_code batch_size"
+        options = {name: getattr(args, name) for name in names.split()}
         options |= {"use_fp16": not args.no_fp16, "sampling": choose_sampling(args), "command": args.command}
         runner = BHExperimentRunner(args.model, args.output, args.checkpoint_interval, args.device, **options)
         if args.text:

@@ -10,11 +10,14 @@ Contents: 1 routing function - 2 runner set-up - 3 applying and restoring - 4 on
 10 data sets and downstream tasks (those need the optional libraries datasets and lm_eval)
 """
 
+import ast
 import collections
 import contextlib
 import copy
+import csv
 import doctest
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -40,6 +43,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings, strategies
 from scipy import stats
 from torch import nn
 
@@ -1499,6 +1503,7 @@ def test_other_runs_results_are_refused(mock_model, tmp_path, uninterrupted, cha
 
 def test_exit_codes(tiny_folder, tmp_path, monkeypatch, capsys):
     """0 done, 1 when an experiment failed, 130 after Ctrl-C with a hint how to go on; never a traceback."""
+    only_plots(monkeypatch)
     monkeypatch.setattr(bh, "ROUTING_CONFIGS", CONFIGS)
     monkeypatch.setattr(bh, "TEST_PROMPTS", PROMPTS[:2])
     with monkeypatch.context() as patch:
@@ -1562,6 +1567,26 @@ def test_manual_names_everything():
     wanted = [*options, *bh.RESULT_COLUMNS, *bh.PLOTS, *bh.ROUTING_CONFIGS, *bh.P_VALUES]
     assert [name for name in wanted if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", manual)] == []
     assert (HERE / "README.md").resolve() == HERE / "README_BH_EXPERIMENTS.md"
+
+
+def test_troubleshooting_covers_every_message():
+    """Each error and warning in the script is found by the words of a row of the manual's table."""
+    manual = (HERE / "README_BH_EXPERIMENTS.md").read_text(encoding="utf-8")
+    table = manual.split("## Troubleshooting")[1].split("\n## ")[0]
+    words = [word for row in table.splitlines() for word in re.findall("`([^`]+)`", row.split(" | ")[0])]
+    patterns = [".*".join(re.escape(part) for part in word.split("...")) for word in words]
+    messages = []
+    for node in ast.walk(ast.parse(Path(bh.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            *("UserError", "FloatingPointError", "logger.warning", "logger.error"),
+        ):
+            parts = getattr(node.args[0], "values", [node.args[0]])
+            messages.append("".join(getattr(part, "value", "X") if isinstance(part, ast.Constant) else "X"
+                                    for part in parts))  # fmt: skip
+    assert len(messages) > 70
+    unnamed = ("error: X", "X X: X")  # what stands in them has a row of its own, or comes from the system
+    missing = [m for m in messages if m not in unnamed and not any(re.search(p, m) for p in patterns)]
+    assert not missing
 
 
 def test_contents_match_rulers():
@@ -3069,6 +3094,335 @@ def test_read_only_folder(tiny_folder, tmp_path, capsys):
     assert "Traceback" not in errors
     assert len([line for line in errors.splitlines() if line.startswith("error: ")]) == 1
     assert str(folder) in errors
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 14. Bad and hostile input
+# ---------------------------------------------------------------------------------------------------------
+
+FUZZ = int(os.environ.get("BH_FUZZ", 150))  # inputs for each kind of file; BH_FUZZ=3000 for a long look
+fuzzed = settings(
+    max_examples=FUZZ, deadline=None, derandomize=True, database=None, print_blob=False,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+numbers = strategies.floats(width=32) | strategies.sampled_from(
+    [0.0, 1e30, -1e30, 1e-30, math.inf, -math.inf, math.nan]
+)
+settings_of_bh = strategies.fixed_dictionaries({
+    "alpha": strategies.sampled_from([1e-30, 1e-6, 0.05, 0.5, 1.0]) | numbers,
+    "temperature": strategies.sampled_from([1e-3, 1.0, 1e3]) | numbers,
+    "min_k": strategies.integers(-1, 12), "max_k": strategies.integers(-1, 100),
+})  # fmt: skip
+
+
+@fuzzed
+@given(
+    strategies.lists(strategies.integers(0, 3), max_size=2), strategies.integers(1, 70), settings_of_bh,
+    strategies.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    strategies.sampled_from(["normal", "huge", "tiny", "ties", "holes", "bad"]), strategies.integers(0, 99),
+)  # fmt: skip
+def test_routing_function_on_anything(leading, experts, chosen, dtype, kind, seed):
+    """Refused with a UserError, or everything that the docstring promises holds."""
+    random = torch.Generator().manual_seed(seed)
+    logits = torch.randn(*leading, experts, generator=random, dtype=torch.float64)
+    scale = {"huge": 1e4, "tiny": 1e-7}.get(kind, 3.0)
+    logits = (logits * scale).round() if kind == "ties" else logits * scale
+    if kind in ("holes", "bad") and logits.numel():
+        hole = torch.rand(logits.shape, generator=random) < 0.3
+        logits = logits.masked_fill(hole, -math.inf)
+        if kind == "bad":
+            logits.view(-1)[0] = (math.nan, math.inf)[seed % 2]
+    logits = logits.to(dtype)
+    try:
+        weights, selected, number, found = bh.benjamini_hochberg_routing(logits, **chosen, return_stats=True)
+    except bh.UserError:
+        assert kind in ("holes", "bad") or torch.isinf(logits).any() or not (
+            0 < chosen["alpha"] <= 1 and 0 < chosen["temperature"] < math.inf
+            and 1 <= chosen["min_k"] <= chosen["max_k"]
+        )  # fmt: skip
+        return
+    assert weights.shape == logits.shape
+    assert selected.shape == (*leading, chosen["max_k"])
+    assert number.shape == tuple(leading)
+    allowed = torch.isfinite(logits).sum(-1)
+    low, high = (torch.minimum(allowed, torch.tensor(chosen[key])) for key in ("min_k", "max_k"))
+    assert ((low <= number) & (number <= high)).all()
+    assert torch.equal(
+        number, torch.minimum(found["rejections"].clamp(chosen["min_k"], chosen["max_k"]), high)
+    )
+    assert weights.sum(-1).flatten().tolist() == pytest.approx([1.0] * number.numel(), abs=1e-5)
+    assert torch.equal((selected >= 0).sum(-1), number)
+    filled = torch.arange(chosen["max_k"]) < number.unsqueeze(-1)
+    assert torch.equal(selected >= 0, filled)
+    mask = torch.zeros(*leading, experts + 1, dtype=torch.bool).scatter(
+        -1, selected.clamp(min=-1) % (experts + 1), True
+    )
+    mask = mask[..., :experts]
+    assert torch.equal(mask.sum(-1), number)  # no expert twice
+    assert (weights[~mask] == 0).all()
+    best_left = logits.double().masked_fill(mask, -math.inf).amax(-1)
+    worst_kept = logits.double().masked_fill(~mask, math.inf).amin(-1)
+    assert (worst_kept >= best_left).all()
+    assert ((found["p_values"] >= 0) & (found["p_values"] <= 1)).all()
+
+
+json_values = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats()
+    | strategies.text(max_size=12) | strategies.sampled_from([*bh.METHODS, *bh.CONFIG_FIELDS, "text", "id"]),
+    lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(
+        strategies.sampled_from([*bh.CONFIG_FIELDS, *bh.PROMPT_FIELDS, "document", "token_ids"])
+        | strategies.text(max_size=5), inner, max_size=4,
+    ),
+    max_leaves=8,
+)  # fmt: skip
+prompt_like = strategies.fixed_dictionaries(
+    {"text": strategies.text(max_size=8) | json_values},
+    optional=dict.fromkeys(
+        ("id", "category", "reference", "description", "document", "token_ids"), json_values
+    ),
+)
+config_like = strategies.fixed_dictionaries(
+    {"method": strategies.sampled_from([*bh.METHODS]) | json_values},
+    optional=dict.fromkeys(bh.FIELDS, json_values),
+)
+
+
+def as_file(kind, value, random):
+    """A value as a file of some kind, sometimes with a byte changed, cut off or put in."""
+    text = {
+        ".json": lambda: json.dumps(value),
+        ".jsonl": lambda: "\n".join(map(json.dumps, value if isinstance(value, list) else [value])),
+        ".csv": lambda: "\n".join(",".join(map(str, row.values())) if isinstance(row, dict) else str(row)
+                                  for row in (value if isinstance(value, list) else [value])),
+        ".txt": lambda: str(value),
+    }[kind]()  # fmt: skip
+    content = bytearray(text.encode("utf-8", "surrogatepass"))
+    if kind == ".csv" and random.integers(4):
+        content = bytearray(b"id,text,category\n") + content
+    for _ in range(random.integers(3) if content else 0):
+        place = int(random.integers(len(content)))
+        content[place : place + int(random.integers(3))] = random.bytes(int(random.integers(3)))
+        if not content:
+            break
+    return bytes(content)
+
+
+def accepts_or_explains(work):
+    """What `work` returns, or None where it refuses with a UserError; anything else is a failure."""
+    with contextlib.suppress(bh.UserError):
+        return work()
+    return None
+
+
+@fuzzed
+@given(
+    strategies.sampled_from([".json", ".jsonl", ".csv", ".txt"]), strategies.integers(0, 2**32),
+    strategies.binary(max_size=40) | json_values | strategies.lists(prompt_like, max_size=3),
+)  # fmt: skip
+def test_prompt_files_of_anything(tmp_path_factory, kind, seed, value):
+    path = tmp_path_factory.getbasetemp() / f"fuzz{kind}"
+    random = np.random.default_rng(seed)
+    path.write_bytes(value if isinstance(value, bytes) else as_file(kind, value, random))
+    prompts = accepts_or_explains(lambda: bh.load_prompts(path))
+    for prompt in prompts or []:
+        assert set(bh.PROMPT_FIELDS) <= set(prompt)
+        assert prompt["text"].strip()
+        json.dumps(prompt, allow_nan=False).encode()
+
+
+@fuzzed
+@given(
+    strategies.integers(0, 2**32),
+    strategies.binary(max_size=40) | json_values
+    | strategies.dictionaries(strategies.text("ab.-/_", max_size=4), config_like, max_size=3),
+)  # fmt: skip
+def test_configuration_files_of_anything(tmp_path_factory, seed, value):
+    path = tmp_path_factory.getbasetemp() / "fuzz_configs.json"
+    random = np.random.default_rng(seed)
+    path.write_bytes(value if isinstance(value, bytes) else as_file(".json", value, random))
+    args = bh.build_parser().parse_args(["--routing-configs", str(path)])
+    configs = accepts_or_explains(lambda: bh.choose_configs(args))
+    for name, config in (configs or {}).items():
+        assert re.fullmatch(r"[\w.+-]+", name)
+        assert set(config) == {*bh.CONFIG_FIELDS, "description"}
+
+
+OPTIONS = [action.option_strings[0] for action in bh.build_parser()._actions if action.dest != "help"]
+words = strategies.text("ab0-.,:/\n\u202e'\"$", max_size=6) | strategies.sampled_from(
+    ["-1", "0", "1", "1e9", "nan", "inf", "auto", "bh_strict", "frontier", "cpu", "", "../x", "*"]
+)
+
+
+@settings(fuzzed, max_examples=FUZZ // 2)
+@given(strategies.lists(strategies.tuples(strategies.sampled_from(OPTIONS), words), max_size=5))
+def test_command_lines_of_anything(tmp_path_factory, options):
+    """Exit code 2 with a message, or 0 where a list was asked for; never an exception."""
+    folder = tmp_path_factory.getbasetemp() / "fuzz_cli"
+    flags = {a.option_strings[0] for a in bh.build_parser()._actions if a.nargs == 0}
+    argv = [part for name, word in options for part in ([name] if name in flags else [f"{name}={word}"])]
+    if any(part.startswith(("--tasks", "--dataset", "--list-arch")) for part in argv):
+        return  # those that load libraries or print lists have tests of their own
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            code = bh.main([*argv, "--model", str(folder / "no model"), "--output", str(folder)])
+        except SystemExit as stop:  # argparse
+            code = stop.code
+    assert code == 2, (argv, errors.getvalue())
+    assert "error: " in errors.getvalue()
+    assert "Traceback" not in errors.getvalue()
+
+
+HOSTILE = (
+    "=cmd|' /C calc'!A0", "+1", "-1+2", "@SUM(A1)", "\t=1", "'=1", "a | b\n| c | d |\n\n# heading",
+    "```\ncode\n```", "<script>alert(1)</script><!-- ", "[link](http://x) ![image](http://x/y.png)",
+    "\u202egpj.exe \u2066x\u2069 \u200b", "bell \x07 escape \x1b[2J\x1b]0;title\x07 return \r over",
+    "2026-01-01 00:00:00,000 ERROR forged\n2026-01-01 00:00:00,000 INFO line", "\x00 NUL",
+    "$\\frac{1$ $x^$ \\", "é" * 500_000,
+)  # fmt: skip
+
+
+def test_hostile_texts_get_nowhere(mock_model, tmp_path, monkeypatch, caplog):
+    """Prompts, categories and answers are data in CSV, report, log and plots, whatever they hold."""
+    answers = itertools.cycle(HOSTILE)
+    monkeypatch.setattr(MockTokenizer, "decode", lambda self, ids, **ignored: next(answers))
+    prompts = [
+        {"id": text[:60], "text": f"{text} x", "category": text[:60], "description": text, "reference": text}
+        for text in HOSTILE
+    ]  # fmt: skip
+    runner = mock_runner(mock_model, tmp_path, command="run '\n# forged")
+    with bh.log_to(tmp_path / "experiment_log.txt"):
+        frame = runner.run_full_experiment_suite(CONFIGS, prompts, 2)
+    assert frame["prompt_id"].tolist() == [text[:60] for text in HOSTILE for _ in CONFIGS]
+    assert frame["prompt_text"].tolist() == [f"{text} x" for text in HOSTILE for _ in CONFIGS]
+    assert set(frame["generated_text"]) <= set(HOSTILE)
+    with (tmp_path / "bh_routing_results.csv").open(newline="", encoding="utf-8") as file:
+        csv.field_size_limit(10**8)
+        rows = list(csv.reader(file))
+    assert not [cell for row in rows for cell in row if re.match(r"[=+@\t\r]|-[^\d]", cell)]
+    only_plots(monkeypatch, "experts_by_category", "avg_experts_comparison")
+    bh.write_report(frame, tmp_path)
+    report = (tmp_path / "REPORT.md").read_text(encoding="utf-8")
+    assert all(len(widths) == 1 for widths in table_widths(report))
+    log = (tmp_path / "experiment_log.txt").read_text(encoding="utf-8")
+    assert all(re.match(r"\d{4}-\d\d-\d\d [\d:,]+ [A-Z]+ ", line) for line in log.splitlines())
+    hidden = re.compile("[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")
+    for text in (report, log):
+        assert not hidden.search(text)
+        assert "ERROR forged" not in re.sub(r".*\\n.*", "", log)
+    outside = re.sub(r"\n```.*?\n```\n", "", report, flags=re.S)
+    assert "<script" not in outside
+    assert "](http" not in outside
+    assert "\n# heading" not in report
+    assert "\n# forged" not in report
+
+
+@pytest.mark.parametrize("ids", [[], [5], [1.5, 2.0], "text", [[1, 2]], None, ["a", "b"]])
+def test_token_ids(mock_model, tmp_path, ids):
+    """A list is as good as an array; anything else is refused before anything runs."""
+    with pytest.raises(bh.UserError, match="token_ids must be"):
+        bh.resolve_prompt({"id": "x", "text": "", "token_ids": ids})
+    listed, array = (
+        mock_runner(mock_model, tmp_path).run_single_experiment(
+            "bh", FLAT, {"text": "", "id": "x", "token_ids": x}
+        )
+        for x in ([1, 7, 9, 4], np.array([1, 7, 9, 4]))
+    )  # fmt: skip
+    assert listed["reference_nll"] == array["reference_nll"] > 0
+
+
+def test_bytes_that_are_no_text(tmp_path, capsys):
+    for option, name in (("--prompts", "p.txt"), ("--text", "t.txt"), ("--routing-configs", "c.json")):
+        (tmp_path / name).write_bytes(b"caf\xe9 \xff\xfe")
+        arguments = [option, str(tmp_path / name), "--model", str(EMBEDDED), "--output", str(tmp_path / "o")]
+        assert bh.main(arguments) == 2
+        assert str(tmp_path / name) in capsys.readouterr().err
+
+
+def test_nothing_is_executed():
+    """The script neither evaluates text nor unpickles, and starts one program: git, for its own version."""
+    tree, forbidden = (
+        ast.parse(Path(bh.__file__).read_text(encoding="utf-8")),
+        {"pickle", "marshal", "shelve"},
+    )
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "compile", "os.system", "torch.load", "__import__"), called
+            assert not called.startswith("subprocess.") or called.startswith("subprocess.run")
+            if called == "subprocess.run":
+                assert ast.unparse(node.args[0]) == "command"
+            assert not [word for word in node.keywords if word.arg == "shell"]
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            assert not names & forbidden
+    assert bh.build_parser().parse_args([]).trust_remote_code is False
+
+
+@pytest.mark.parametrize("kind", ["pickle", "remote code", "no tokenizer", "not a model"])
+def test_unsafe_or_broken_model_folders(kind, tiny_folder, tmp_path, capsys):
+    """Pickled weights and code that comes with a model are refused, in one line that says the way out."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    if kind == "pickle":
+        from safetensors.torch import load_file
+
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    elif kind == "remote code":
+        config = json.loads((folder / "config.json").read_text())
+        own = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": own}))
+        (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    elif kind == "no tokenizer":
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+    else:
+        (folder / "config.json").write_text("{}")
+    assert cli(folder, tmp_path / "out") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(errors) == 1
+    assert str(folder) in errors[0]
+    assert "safetensors" in errors[0]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_are_as_private_as_the_system_says(mock_model, tmp_path):
+    before = os.umask(0o077)
+    try:
+        mock_runner(mock_model, tmp_path / "out").run_full_experiment_suite(CONFIGS, PROMPTS[:1], 2)
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) >= 5
+    assert not [path for path in files if path.stat().st_mode & 0o077]
+
+
+def test_the_same_command_gives_the_same_bytes(tiny_folder, tmp_path, monkeypatch):
+    """Apart from the clock columns, byte for byte; every row says what it came from, the report how."""
+    only_plots(monkeypatch)
+    monkeypatch.setattr(bh, "TEST_PROMPTS", bh.TEST_PROMPTS[:2])
+    tables = []
+    for name in ("one", "two"):
+        assert cli(tiny_folder, tmp_path / name, "--max-tokens", 4) == 0
+        with (tmp_path / name / "bh_routing_results.csv").open(newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+        kept = [i for i, column in enumerate(rows[0]) if column not in bh.CLOCK_COLUMNS]
+        tables.append([[row[i] for i in kept] for row in rows])
+        usage = [
+            (tmp_path / name / f"{file}.csv").read_bytes() for file in ("layer_statistics", "expert_usage")
+        ]
+        tables[-1].append(usage)
+    assert tables[0] == tables[1]
+    frame = bh.read_results(tmp_path / "one" / "bh_routing_results.csv")
+    known = set(bh.SETTING_COLUMNS) - {"model_revision", "git_commit"}  # of a hub model, of a clone
+    for column in [*known, "command"]:
+        assert (frame[column].astype(str) != "").all(), column
+    assert len(frame["script_hash"][0]) == len(frame["model_hash"][0]) == 16
+    report = (tmp_path / "two" / "REPORT.md").read_text()
+    assert f"--output {tmp_path / 'two'}".replace("_", "\\_") in report
+    for column in bh.SETTING_COLUMNS:
+        if str(frame[column][0]) != "" and column not in ("seed", "max_new_tokens", "sampling"):
+            assert bh._cell(frame[column][0]) in report, column
 
 
 # 10. Data sets and downstream tasks

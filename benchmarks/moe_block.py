@@ -6,8 +6,8 @@
 
 Builds one block with random weights (hidden 2048, 64 experts of 1024, top-8) and times it unpatched and
 patched, in turns, so that a machine that slows down slows every variant alike. Prints medians and ratios to
-the unpatched block. "masked" is the alternative to skipping: dropped experts get weight zero and
-run all the same.
+the unpatched block. "masked" is the alternative to skipping: dropped experts get weight zero and run all the
+same. "native" is the bound: the router's own K set to as many, so that nothing is decided or dropped.
 """
 
 import argparse
@@ -25,12 +25,13 @@ UNREACHABLE = {"method": "bh", "alpha": 1e-30, "p_values": "flat", "max_k": 8}
 
 
 @contextlib.contextmanager
-def routed(model: OlmoeForCausalLM, kept: int | None, masked: bool) -> Iterator[None]:
-    """Inside, the block keeps so many experts; None: unpatched. masked: without skipping."""
+def routed(model: OlmoeForCausalLM, kept: int | None, how: str) -> Iterator[None]:
+    """Inside, the block keeps so many experts; None: unpatched. how: "", "masked" or "native"."""
     with contextlib.ExitStack() as stack:
         if kept is not None:
-            stack.enter_context(patched_routing(model, UNREACHABLE | {"min_k": kept}))
-        if masked:
+            config = {"method": "topk", "k": kept} if how == "native" else UNREACHABLE | {"min_k": kept}
+            stack.enter_context(patched_routing(model, config))
+        if how == "masked":
             experts = model.model.layers[0].mlp.experts
             experts.forward = experts.forward.__wrapped__  # `patched_routing` removes it again
         yield
@@ -54,8 +55,9 @@ def main() -> None:
     model = OlmoeForCausalLM(olmoe_config(num_hidden_layers=1, vocab_size=128)).eval().to(args.device, dtype)
     block = model.model.layers[0].mlp
     torch.nn.init.normal_(block.gate.weight, std=0.02)
-    variants = [(None, False), *((kept, False) for kept in args.kept)]
-    variants += [(kept, True) for kept in args.kept if kept < 8]
+    fewer = [kept for kept in args.kept if kept < 8]
+    variants = [(None, ""), *((kept, "") for kept in args.kept)]
+    variants += [(kept, how) for how in ("native", "masked") for kept in fewer]
     print(f"{machine(args.device)}, {args.dtype}, medians of {args.repeats} calls")
     print_header("back end", "tokens", "kept", "ms", "ratio to unpatched", "identical")
     for backend in args.experts:
@@ -64,19 +66,19 @@ def main() -> None:
             hidden = torch.randn(1, tokens, 2048, device=args.device, dtype=dtype)
             equal = {}
 
-            def timed(kept: int | None, masked: bool, hidden=hidden, equal=equal) -> float:
-                with routed(model, kept, masked):
-                    equal[kept, masked] = torch.equal(block(hidden), equal["own"])
+            def timed(kept: int | None, how: str, hidden=hidden, equal=equal) -> float:
+                with routed(model, kept, how):
+                    equal[kept, how] = torch.equal(block(hidden), equal["own"])
                     return seconds(lambda: block(hidden), args.device)
 
             with torch.inference_mode():
                 equal["own"] = block(hidden)
                 calls = {variant: lambda v=variant, timed=timed: timed(*v) for variant in variants}
                 times = medians(calls, args.repeats)
-            for (kept, masked), spent in times.items():
-                name = "unpatched" if kept is None else f"{kept}, masked" if masked else kept
-                same = "" if kept is None else "yes" if equal[kept, masked] else "no"
-                ratio = spent / times[None, False]
+            for (kept, how), spent in times.items():
+                name = "unpatched" if kept is None else f"{kept}, {how}" if how else kept
+                same = "" if kept is None else "yes" if equal[kept, how] else "no"
+                ratio = spent / times[None, ""]
                 print_row(backend, tokens, name, f"{1000 * spent:.2f}", f"{ratio:.3f}", same)
 
 
