@@ -1844,7 +1844,7 @@ class Checkpoint:
         try:
             content = json.loads(b"".join(head[:2]).rstrip().rstrip(b",") + b"}")
             schema, stored = content["schema"], dict(content["settings"])
-            if schema == self.SCHEMA and head[2] != b'"results": [\n':
+            if schema == self.SCHEMA and head[2].rstrip() != b'"results": [':
                 raise ValueError
         except (ValueError, KeyError, TypeError):
             raise UserError(
@@ -2242,12 +2242,13 @@ class _ScoredBatch:
 
 @dataclass(frozen=True)
 class _OwnScores:
-    """What the unpatched model says of a batch: what every configuration is compared with."""
+    """What the model's own routing says of a batch: what every configuration is compared with."""
 
     probabilities: Tensor  # p [B, S - first, V]
     negentropy: Tensor  # sum of p log p [B, S - first]
     best: Tensor  # most probable token [B, S - first, 1]
     nlls: list[float]  # [B]
+    routing: list[RoutingStatistics]  # [B]
 
 
 class LayerTables:
@@ -2579,8 +2580,10 @@ class BHExperimentRunner:
         self.batch_size, self._fitting = batch_size, sys.maxsize  # asked for; what the memory was enough for
         self.checkpoint: Checkpoint | None = None
         self._routing = contextlib.ExitStack()
+        self._own = resolve_config("own", {"method": "topk", "k": self.layers[0].own_k})
         # Static Top-k that the baseline's rows are scored at as well
         self._curve = range(1, self.layers[0].own_k)
+        self._repeated: set[str] | None = None  # scored items that show the noise floor; all where None
         # The model's own log-probabilities and text, of the one batch or prompt that is at work.
         self._baseline_of, self._baseline = None, None
         self._own_text_of, self._own_text = None, None
@@ -2819,15 +2822,23 @@ class BHExperimentRunner:
 
     @torch.inference_mode()
     def _own_scores(self, batch: _ScoredBatch) -> _OwnScores:
-        """The unpatched model's, computed once for all configurations of a batch."""
+        """Those of the model's own routing, computed and recorded once for all configurations of a batch."""
         if self._baseline_of != batch.key:
             self._baseline = None  # never two of them in memory
-            scores = self._log_probabilities(batch)
-            p = scores.exp()
+            with self._routed(self._own) as recorder:
+                scores, routing = self._recorded(batch, recorder)
+            p, nlls = scores.exp(), self._nll(batch, scores)
             negentropy, best = torch.linalg.vecdot(p, scores), scores.argmax(-1, keepdim=True)
-            self._baseline = _OwnScores(p, negentropy, best, self._nll(batch, scores))
+            self._baseline = _OwnScores(p, negentropy, best, nlls, routing)
             self._baseline_of = batch.key
         return self._baseline
+
+    def _recorded(
+        self, batch: _ScoredBatch, recorder: RoutingRecorder
+    ) -> tuple[Tensor, list[RoutingStatistics]]:
+        """`_log_probabilities` as the model is routed now, and what its routers did, for each row."""
+        recorder.start(rows=len(batch.ids))
+        return self._log_probabilities(batch), recorder.statistics()
 
     def _static_curve(self, batch: _ScoredBatch) -> list[str]:
         """For each row, as JSON: k -> NLL under static Top-k, for each k that the suite does not run."""
@@ -2840,16 +2851,23 @@ class BHExperimentRunner:
     @torch.inference_mode()
     def _score(self, batch: _ScoredBatch, own: _OwnScores, recorder: RoutingRecorder) -> list[dict[str, Any]]:
         """The QUALITY_COLUMNS of each row that come from teacher forcing, and its routing statistics."""
-        recorder.start(rows=len(batch.ids))
-        scores = self._log_probabilities(batch)
-        recorded = recorder.statistics()
-        nlls = self._nll(batch, scores)
-        _finite(torch.tensor(nlls))
+        scores, routing = self._recorded(batch, recorder)
         # KL(own || this) in one pass: exactly 0 for equal scores; rounding may take it below.
         divergence = own.negentropy - torch.linalg.vecdot(own.probabilities, scores)  # [B, S - first]
         kl = self._means(batch, divergence.clamp(min=0))
         best = scores.gather(2, own.best)[..., 0] == scores.amax(-1)  # five times faster than its argmax
-        agreement = self._means(batch, best)
+        return self._quality(batch, self._nll(batch, scores), kl, self._means(batch, best), routing)
+
+    def _quality(
+        self,
+        batch: _ScoredBatch,
+        nlls: Sequence[float],
+        kl: Sequence[float],
+        agreement: Sequence[float],
+        recorded: Sequence[RoutingStatistics],
+    ) -> list[dict[str, Any]]:
+        """The same from what was found for each row [B]."""
+        _finite(torch.tensor(nlls))
         shares = ("floor_frac", "cap_frac", "zero_rejection_frac")
         rows = []
         for index, tokens in enumerate(batch.scored.sum(1).tolist()):
@@ -2872,30 +2890,32 @@ class BHExperimentRunner:
 
     def _is_own(self, config: Mapping[str, Any]) -> bool:
         """Whether a resolved configuration is the model's own routing."""
-        own = resolve_config("own", {"method": "topk", "k": self.layers[0].own_k})
-        return all(config[field] == own[field] for field in CONFIG_FIELDS)
+        return all(config[field] == self._own[field] for field in CONFIG_FIELDS)
 
     def _score_only(
         self, name: str, config: Mapping[str, Any], prompts: Sequence[Mapping[str, Any]], tokens: int
     ) -> list[dict[str, Any]]:
         """Result rows of items with `token_ids`, scored together."""
         batch = self._scored_batch(prompts)
-        own, extra = self._own_scores(batch), [{} for _ in prompts]
+        own, more = self._own_scores(batch), [{} for _ in prompts]
         if self._is_own(config):
-            curves = self._static_curve(batch)
-            extra = [
-                {"repeat_reference_nll": nll, "static_nll": curve if self._curve else ""}
-                for nll, curve in zip(own.nlls, curves, strict=True)
-            ]
-        with self._routed(config) as recorder:
-            quality = self._score(batch, own, recorder)
+            alike = [[number] * len(prompts) for number in (0.0, 1.0)]  # KL and agreement with itself
+            quality = self._quality(batch, own.nlls, *alike, own.routing)
+            if self._curve:
+                more = [{"static_nll": curve} for curve in self._static_curve(batch)]
+            if self._repeated is None or prompts[0]["id"] in self._repeated:
+                for extra, nll in zip(more, self._nll(batch, self._log_probabilities(batch)), strict=True):
+                    extra["repeat_reference_nll"] = nll
+        else:
+            with self._routed(config) as recorder:
+                quality = self._score(batch, own, recorder)
         return [
             self._row(name, config, prompt, tokens, 0)
             | found
             | found["routing"].row()
-            | more
+            | extra
             | {"batch_size": len(prompts)}
-            for prompt, found, more in zip(prompts, quality, extra, strict=True)
+            for prompt, found, extra in zip(prompts, quality, more, strict=True)
         ]
 
     def _generate_and_score(
@@ -3061,6 +3081,9 @@ class BHExperimentRunner:
         check_ids(prompts)
         self._curve = [k for k in range(1, self.layers[0].own_k) if f"topk_{k}" not in configs]
         units = self._units(prompts, num_samples)
+        self._repeated = {
+            prompt["id"] for prompt in units[0][0]
+        }  # one batch shows it, at no cost to speak of
         settings = {**self.settings, "max_new_tokens": max_new_tokens}
         with self._opened(settings, resume, configs, prompts) as checkpoint:
             plan = [

@@ -2086,13 +2086,13 @@ def simulated_verdicts(effect, sets):
 
 
 def test_verdict_is_wrong_in_about_five_percent_and_finds_four_standard_errors():
-    without = simulated_verdicts(0.0, sets=150)
+    without = simulated_verdicts(0.0, sets=120)
     standard_error = without["delta_nll"].std()
-    assert abs(without["delta_nll"].mean()) < 3 * standard_error / math.sqrt(150)
+    assert abs(without["delta_nll"].mean()) < 3 * standard_error / math.sqrt(120)
     estimated = without["delta_nll"] / without["cohens_d"] / math.sqrt(40)
     assert estimated.mean() == pytest.approx(standard_error, rel=0.1)
     assert (without["verdict"] != "undecided").mean() <= 0.08
-    found = simulated_verdicts(-4 * standard_error, sets=60)
+    found = simulated_verdicts(-4 * standard_error, sets=40)
     assert (found["verdict"] == "better").mean() > 0.90
 
 
@@ -3311,7 +3311,7 @@ def test_hostile_texts_get_nowhere(mock_model, tmp_path, monkeypatch, caplog):
         assert "ERROR forged" not in re.sub(r".*\\n.*", "", log)
     outside = re.sub(r"\n```.*?\n```\n", "", report, flags=re.S)
     assert "<script" not in outside
-    assert "](http" not in outside
+    assert not re.search(r"(?<!\\)\]\(http", outside)
     assert "\n# heading" not in report
     assert "\n# forged" not in report
 
