@@ -1980,7 +1980,10 @@ def write_results(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     """Write result rows as CSV, whole or not at all, one after the other: memory does not grow with them."""
 
     def cell(value: Any) -> Any:
-        return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+        if not isinstance(value, str):
+            return value
+        value = value.replace("\0", "\u2400")  # many a CSV reader ends a cell there
+        return f"'{value}" if _FORMULA.match(value) else value
 
     with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
@@ -2003,9 +2006,9 @@ def read_results(path: Path) -> pd.DataFrame:
         words = header & STRING_COLUMNS
         # A generated text may well be "NA" or "null": only number columns have missing values.
         numbers = dict.fromkeys(header - words, [""])
-        parts = pd.read_csv(  # in parts, which takes a quarter of the memory
-            path, dtype=dict.fromkeys(words, str), keep_default_na=False, na_values=numbers, chunksize=1000
-        )
+        exact = {"float_precision": "round_trip", "keep_default_na": False, "na_values": numbers}
+        # In parts, which takes a quarter of the memory.
+        parts = pd.read_csv(path, dtype=dict.fromkeys(words, str), chunksize=1000, **exact)
         frames = [part.assign(**{column: part[column].map(plain) for column in words}) for part in parts]
     except ValueError as error:  # undecodable bytes, no columns, or a number column with words in it
         raise UserError(f"{path} is not a results CSV: {error}") from error
@@ -3605,7 +3608,8 @@ def with_static_curve(frame: pd.DataFrame) -> pd.DataFrame:
                 "reference_avg_experts": float(k),
             }
             rows.append(row | changed | {"static_nll": "", "kl_to_baseline": None, "top1_agreement": None})
-    return pd.concat([frame, pd.DataFrame(rows, columns=frame.columns)], ignore_index=True) if rows else frame
+    added = pd.DataFrame(rows, columns=frame.columns).astype(frame.dtypes)
+    return pd.concat([frame, added], ignore_index=True) if rows else frame
 
 
 def static_at(
@@ -3809,8 +3813,9 @@ def _read_diagnostics(output_dir: Path) -> dict[str, Any] | None:
 
 def read_layer_table(output_dir: Path, name: str) -> pd.DataFrame | None:
     """layer_statistics or expert_usage of a run, None where the folder has none that can be read."""
+    path = output_dir / f"{name}.csv"
     try:
-        frame = pd.read_csv(output_dir / f"{name}.csv", keep_default_na=False, na_values={"": ""})
+        frame = pd.read_csv(path, float_precision="round_trip", keep_default_na=False, na_values={"": ""})
     except (OSError, ValueError):
         return None
     numbers = [c for c in frame if c not in ("config_name", "router", "prompt_category")]

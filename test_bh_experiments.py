@@ -979,12 +979,13 @@ AWKWARD_TEXTS = [
 
 @pytest.mark.parametrize("text", AWKWARD_TEXTS)
 def test_texts_survive_the_csv(text, mock_model, tmp_path):
-    """Whatever a model writes, the CSV gives it back."""
+    """Whatever a model writes, the CSV gives it back; a NUL becomes its symbol."""
     tokenizer = MockTokenizer()
     tokenizer.decode = lambda *args, **kwargs: text
     runner = bh.BHExperimentRunner("mock", tmp_path, model=mock_model, tokenizer=tokenizer)
     runner.run_full_experiment_suite(CONFIGS, PROMPTS[:1], 1)
-    assert bh.read_results(tmp_path / "bh_routing_results.csv")["generated_text"].tolist() == [text, text]
+    read = bh.read_results(tmp_path / "bh_routing_results.csv")["generated_text"].tolist()
+    assert read == [text.replace("\0", "\u2400")] * 2
 
 
 def test_failed_experiment_becomes_a_row(mock_model, tmp_path):
@@ -3292,9 +3293,10 @@ def test_hostile_texts_get_nowhere(mock_model, tmp_path, monkeypatch, caplog):
     runner = mock_runner(mock_model, tmp_path, command="run '\n# forged")
     with bh.log_to(tmp_path / "experiment_log.txt"):
         frame = runner.run_full_experiment_suite(CONFIGS, prompts, 2)
-    assert frame["prompt_id"].tolist() == [text[:60] for text in HOSTILE for _ in CONFIGS]
-    assert frame["prompt_text"].tolist() == [f"{text} x" for text in HOSTILE for _ in CONFIGS]
-    assert set(frame["generated_text"]) <= set(HOSTILE)
+    shown = [text.replace("\0", "\u2400") for text in HOSTILE]
+    assert frame["prompt_id"].tolist() == [text[:60] for text in shown for _ in CONFIGS]
+    assert frame["prompt_text"].tolist() == [f"{text} x" for text in shown for _ in CONFIGS]
+    assert set(frame["generated_text"]) <= set(shown)
     with (tmp_path / "bh_routing_results.csv").open(newline="", encoding="utf-8") as file:
         csv.field_size_limit(10**8)
         rows = list(csv.reader(file))
