@@ -1974,6 +1974,8 @@ STRING_COLUMNS |= {"task_metric"}
 STRING_COLUMNS = STRING_COLUMNS - {"sample", "seed", "max_new_tokens"} | {"method", "p_values", "renormalize"}
 # A spreadsheet would run a cell that begins like this; one more quote in front makes it text, and goes again.
 _FORMULA = re.compile(r"(?='*[=+\-@\t\r])")
+# From pandas 3 on floats are read as they were written, and saying so is deprecated.
+_EXACT_FLOATS = {} if int(pd.__version__.split(".")[0]) >= 3 else {"float_precision": "round_trip"}
 
 
 def write_results(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
@@ -2006,7 +2008,7 @@ def read_results(path: Path) -> pd.DataFrame:
         words = header & STRING_COLUMNS
         # A generated text may well be "NA" or "null": only number columns have missing values.
         numbers = dict.fromkeys(header - words, [""])
-        exact = {"float_precision": "round_trip", "keep_default_na": False, "na_values": numbers}
+        exact = {**_EXACT_FLOATS, "keep_default_na": False, "na_values": numbers}
         # In parts, which takes a quarter of the memory.
         parts = pd.read_csv(path, dtype=dict.fromkeys(words, str), chunksize=1000, **exact)
         frames = [part.assign(**{column: part[column].map(plain) for column in words}) for part in parts]
@@ -3815,7 +3817,7 @@ def read_layer_table(output_dir: Path, name: str) -> pd.DataFrame | None:
     """layer_statistics or expert_usage of a run, None where the folder has none that can be read."""
     path = output_dir / f"{name}.csv"
     try:
-        frame = pd.read_csv(path, float_precision="round_trip", keep_default_na=False, na_values={"": ""})
+        frame = pd.read_csv(path, **_EXACT_FLOATS, keep_default_na=False, na_values={"": ""})
     except (OSError, ValueError):
         return None
     numbers = [c for c in frame if c not in ("config_name", "router", "prompt_category")]
