@@ -1537,10 +1537,15 @@ class Calibration:
 
     def save(self, path: Path, about: Mapping[str, Any]) -> None:
         """Write as safetensors, whole or not at all, together with what it was made from."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
+        about = {"about": json.dumps(about)}
         with replacing(path) as part:
-            save_file({"logits": self.logits, "own": self.own}, part, metadata={"about": json.dumps(about)})
+            try:
+                save_file({"logits": self.logits, "own": self.own}, part, metadata=about)
+            except SafetensorError as error:  # such as a full disk
+                raise OSError(errno.EIO, str(error)) from error
 
     @classmethod
     def load(cls, path: Path, about: Mapping[str, Any]) -> Calibration | None:
@@ -1750,8 +1755,13 @@ def replacing(path: Path) -> Iterator[Path]:
     """A path to write to; it takes the place of `path` in one step, so that nobody ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    yield part
-    os.replace(part, path)
+    try:
+        yield part
+        os.replace(part, path)
+    except OSError as error:  # a full disk does not say where
+        raise OSError(error.errno, error.strerror or str(error), str(error.filename or path)) from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -1900,8 +1910,7 @@ class Checkpoint:
             self._file.truncate(self._end)
             self._file.seek(self._end)
             self._file.write(self.END)
-            hint = f"{error.strerror}; what is finished is saved: make room, then run the same command again"
-            raise OSError(error.errno, hint, str(self.path)) from error
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.places[self.key(row)] = self._end + len(data) - len(line), row["status"]
         self._end += len(data)
         self._unsynced += 1
@@ -4979,9 +4988,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.setLevel(logging.INFO)
     try:
         return run(args)
-    except (UserError, OSError) as error:
+    except UserError as error:
         logger.error(f"error: {error}")
-        logger.debug("where it happened", exc_info=True)
+        return 2
+    except OSError as error:  # a full disk, say
+        logger.error(f"error: {error}; what is finished is saved: mend this, then run the same command again")
         return 2
     except KeyboardInterrupt as stop:
         logger.error(
