@@ -76,6 +76,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import sys
 import threading
 import time
@@ -859,11 +860,22 @@ class _TopK(TorchFunctionMode):
         return found[-1] if found else None
 
 
+_PATCHING = threading.RLock()
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One thread at a time: to look at a model changes it for a moment, and a patch is many steps."""
+    with _PATCHING:
+        yield
+
+
 def _refuse_patched(name: str, router: nn.Module) -> None:
     if hasattr(router, "_bh_patched"):
         raise UserError(f"{name} is patched already: leave the first `with` block before the next")
 
 
+@_alone()
 @torch.no_grad()
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a transformers model, in order, by the architecture's own declaration.
@@ -1433,7 +1445,8 @@ def patched_routing(
     if config["max_k"]:
         config["max_k"] = min(config["max_k"], layers[0].max_k)
     recorder = RoutingRecorder(layers, config)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, contextlib.ExitStack() as alone:
+        alone.enter_context(_alone())
         stack.enter_context(model.register_forward_pre_hook(recorder.watch_model, with_kwargs=True))
         for index, layer in enumerate(layers):
             _refuse_patched(layer.name, layer.router)
@@ -1454,6 +1467,7 @@ def patched_routing(
             if layer.knob:
                 stack.enter_context(_replaced(*layer.knob, width))
             stack.enter_context(layer.router.register_forward_hook(recorder.hook(index)))
+        alone.close()
         yield recorder
 
 
@@ -1523,10 +1537,15 @@ class Calibration:
 
     def save(self, path: Path, about: Mapping[str, Any]) -> None:
         """Write as safetensors, whole or not at all, together with what it was made from."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
+        about = {"about": json.dumps(about)}
         with replacing(path) as part:
-            save_file({"logits": self.logits, "own": self.own}, part, metadata={"about": json.dumps(about)})
+            try:
+                save_file({"logits": self.logits, "own": self.own}, part, metadata=about)
+            except SafetensorError as error:  # such as a full disk
+                raise OSError(errno.EIO, str(error)) from error
 
     @classmethod
     def load(cls, path: Path, about: Mapping[str, Any]) -> Calibration | None:
@@ -1736,8 +1755,13 @@ def replacing(path: Path) -> Iterator[Path]:
     """A path to write to; it takes the place of `path` in one step, so that nobody ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    yield part
-    os.replace(part, path)
+    try:
+        yield part
+        os.replace(part, path)
+    except OSError as error:  # a full disk does not say where
+        raise OSError(error.errno, error.strerror or str(error), str(error.filename or path)) from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -1769,10 +1793,11 @@ class Checkpoint:
         """
         self.path, self.settings, self.sync_every = path, strict_json(settings), sync_every
         self.places: dict[Key, tuple[int, str]] = {}  # key -> where its row begins, and its status
+        self.elsewhere: dict[Key, tuple[int, str]] = {}  # the same of another process's file
         self._unsynced = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not resume:
-            logger.info(f"earlier results were set aside as {self._set_aside('old')}")
+            logger.info(f"earlier results were set aside as {path.replace(self._unused('old'))}")
         if not path.exists():
             self._write(b"")
         self._open()
@@ -1783,12 +1808,9 @@ class Checkpoint:
             part.write_bytes(head.encode() + rows + self.END)
 
     def _unused(self, word: str) -> Path:
+        """A name beside the file that is not there yet."""
         names = (self.path.with_name(f"{self.path.stem}.{word}{n}.json") for n in itertools.count(1))
         return next(name for name in names if not name.exists())
-
-    def _set_aside(self, word: str) -> Path:
-        """Move the file out of the way, under a name that was not there."""
-        return self.path.replace(self._unused(word))
 
     def _stay(self) -> None:
         """Where the file was removed while it is open, alone or with its folder, write it again."""
@@ -1799,10 +1821,9 @@ class Checkpoint:
         except FileNotFoundError:
             pass
         self._file.seek(0)
-        content = self._file.readall()
-        self._file.close()
         with replacing(self.path) as part:
-            part.write_bytes(content)
+            part.write_bytes(self._file.readall())
+        self._file.close()  # until here it is the only copy
         self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
         logger.warning(
             f"the checkpoint was removed while in use; all finished experiments are in {self.path}"
@@ -1829,7 +1850,7 @@ class Checkpoint:
             aside = ""
             # A torn last line is what a killed process leaves; anything more is worth keeping for a look.
             if damaged > 1 or (damaged and whole):
-                aside = f"; the damaged file is kept as {self._set_aside('damaged')}"
+                aside = f"; the damaged file is kept as {shutil.copy(self.path, self._unused('damaged'))}"
             self._write(b",".join(b"\n" + row for row in rows))
             logger.warning(
                 f"{self.path} was torn or damaged; {len(rows)} finished experiments were saved from it{aside}"
@@ -1846,7 +1867,7 @@ class Checkpoint:
             schema, stored = content["schema"], dict(content["settings"])
             if schema == self.SCHEMA and head[2].rstrip() != b'"results": [':
                 raise ValueError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(
                 f"{self.path} is not a checkpoint of this script, or its head is damaged; "
                 "choose another --output, or --no-resume to set the file aside"
@@ -1889,8 +1910,7 @@ class Checkpoint:
             self._file.truncate(self._end)
             self._file.seek(self._end)
             self._file.write(self.END)
-            hint = f"{error.strerror}; what is finished is saved: make room, then run the same command again"
-            raise OSError(error.errno, hint, str(self.path)) from error
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.places[self.key(row)] = self._end + len(data) - len(line), row["status"]
         self._end += len(data)
         self._unsynced += 1
@@ -1899,7 +1919,8 @@ class Checkpoint:
 
     def done(self, retry_failed: bool) -> set[Key]:
         """What need not be run: what is there, or of that what did not fail."""
-        return {key for key, (_, status) in self.places.items() if status == "ok" or not retry_failed}
+        found = self.elsewhere | self.places
+        return {key for key, (_, status) in found.items() if status == "ok" or not retry_failed}
 
     def rows(self, keys: Iterable[Key]) -> Iterator[dict[str, Any]]:
         """The rows of those of `keys` that are finished, in their order."""
@@ -1926,8 +1947,10 @@ class Checkpoint:
         self._unsynced = 0
 
     def close(self) -> None:
-        self.sync()
-        self._file.close()
+        if not self._file.closed:
+            self._stay()
+            self.sync()
+            self._file.close()
 
 
 def _checked_row(line: bytes) -> dict[str, Any] | None:
@@ -3105,9 +3128,9 @@ class BHExperimentRunner:
                 if self.processes.rank == 0 and any(c["p_values"] == "empirical" for c in configs.values()):
                     self.diagnose(prompts)
             self._run_units(units, configs, max_new_tokens, done, checkpoint, fail_fast)
-            self._gather(checkpoint)
+            rows = self._gather(checkpoint)
             if self.processes.rank > 0:
-                return pd.DataFrame(checkpoint.rows(list(checkpoint.places)), columns=RESULT_COLUMNS)
+                return pd.DataFrame(rows, columns=RESULT_COLUMNS)
             return self._finish(checkpoint.rows(plan), configs, {prompt["category"] for prompt in prompts})
 
     def _finish(
@@ -3178,10 +3201,9 @@ class BHExperimentRunner:
                 if fail_fast and row["status"] != "ok":
                     logger.error("stopped at the first failed task, as --fail-fast asks")
                     break
-            self._gather(checkpoint)
+            rows = self._gather(checkpoint)
             if self.processes.rank > 0:
-                rows = _documents(checkpoint.rows(list(checkpoint.places)))
-                return pd.DataFrame(rows, columns=RESULT_COLUMNS)
+                return pd.DataFrame(_documents(rows), columns=RESULT_COLUMNS)
             harness: dict[str, dict[str, Any]] = {name: {} for name in configs}
             for row in checkpoint.rows(plan):
                 harness[row["config_name"]][row["prompt_id"]] = row["task_results"]
@@ -3266,22 +3288,25 @@ class BHExperimentRunner:
                         self._check_same(row, configs[row["config_name"]], by_id[row["prompt_id"]])
             self.processes.wait()
             if rank > 0:
-                with contextlib.closing(Checkpoint(main, settings)) as gathered:
-                    places = gathered.places
                 checkpoint = Checkpoint(own, settings, self.checkpoint_interval)
                 stack.callback(checkpoint.close)
-                checkpoint.places |= dict.fromkeys(places, (-1, "ok"))
+                with contextlib.closing(Checkpoint(main, settings)) as gathered:
+                    checkpoint.elsewhere = gathered.places
             self.processes.wait()
             self.checkpoint = checkpoint
             yield checkpoint
 
-    def _gather(self, checkpoint: Checkpoint) -> None:
-        """When all processes are done, the first one takes over what the others found."""
-        checkpoint.sync()
+    def _gather(self, checkpoint: Checkpoint) -> list[dict[str, Any]]:
+        """When all processes are done, the first one takes over what the others found; they get their own."""
+        own = []
+        if self.processes.rank > 0:
+            own = list(checkpoint.rows(checkpoint.places))
+            checkpoint.close()  # the first one will delete the file
         self.processes.wait()
         if self.processes.rank == 0:
             for other in sorted(checkpoint.path.parent.glob("process_*.json")):
                 checkpoint.take_over(other)
+        return own
 
     def _check_same(
         self, row: Mapping[str, Any], config: Mapping[str, Any], prompt: Mapping[str, Any]
@@ -4965,9 +4990,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.setLevel(logging.INFO)
     try:
         return run(args)
-    except (UserError, OSError) as error:
+    except UserError as error:
         logger.error(f"error: {error}")
-        logger.debug("where it happened", exc_info=True)
+        return 2
+    except OSError as error:  # a full disk, say
+        logger.error(f"error: {error}; what is finished is saved: mend this, then run the same command again")
         return 2
     except KeyboardInterrupt as stop:
         logger.error(

@@ -2922,7 +2922,7 @@ def test_signals_full_disk_and_removed_folder(tiny_folder, tmp_path):
         assert found["rows"] == 9 if name == "removed folder" else 1 <= found["rows"] < 9, (name, found)
         assert "Traceback" not in found["errors"] or name == "SIGINT twice", found["errors"]
     assert "same command goes on" in report["SIGINT"]["errors"]
-    assert "run the same command again" in report["full disk"]["errors"]
+    assert "mend this, then run the same command again" in report["full disk"]["errors"]
     assert "removed while in use" in report["removed folder"]["errors"]
 
 
