@@ -4280,9 +4280,9 @@ def create_visualizations(
     tables["null_diagnostics"] = _read_diagnostics(output_dir)
     verdicts = analysis["verdict"] if analysis else None
     paths = []
-    # A dollar sign in somebody's category is no formula.
-    style = sns.axes_style("whitegrid") | {"text.parse_math": False}
-    with plt.rc_context(style), sns.plotting_context("paper", font_scale=1.1):
+    for column in ("prompt_category", "task_metric"):  # somebody's words: their dollar signs are no formula
+        done = done.assign(**{column: done[column].astype(str).str.replace("$", r"\$", regex=False)})
+    with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
         for name, (draw, _, needed) in PLOTS.items():
             path = output_dir / "plots" / f"{name}.png"
             path.unlink(missing_ok=True)  # no plot of an earlier run beside the report of this one
