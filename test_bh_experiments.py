@@ -2067,6 +2067,22 @@ def test_verdicts_that_cannot_be_given_say_why():
     json.dumps(bh.strict_json(found), allow_nan=False)
 
 
+def test_shuffle_effects():
+    """A shuffled configuration is set against its twin item by item, and the report says what came of it."""
+    frame = simulated(7)
+    frame = frame.assign(**dict.fromkeys(set(bh.CONFIG_FIELDS) - set(frame))).assign(shuffle=False)
+    twin = frame[frame["config_name"] == "bh"]
+    other = twin["reference_nll"] + 0.03 + np.random.default_rng(0).normal(0, 0.01, len(twin))
+    shuffled = twin.assign(config_name="bh_shuffled", shuffle=True, reference_nll=other)
+    effects = bh.shuffle_effects(pd.concat([frame, shuffled], ignore_index=True))
+    assert effects["bh_shuffled"]["unshuffled"] == "bh"
+    assert effects["bh_shuffled"]["mean"] == pytest.approx((other - twin["reference_nll"]).mean())
+    (sentence,) = bh._shuffle_sentences({"shuffle_effects": effects})
+    assert "`bh_shuffled`, the counts of `bh` given to other tokens: worse" in sentence
+    failed = pd.concat([frame, shuffled.assign(status="error")], ignore_index=True)
+    assert bh.shuffle_effects(failed) == {}
+
+
 def test_clustered_items_widen_the_interval():
     frame, document = simulated(5), {f"p{i}": f"d{i // 8}" for i in range(40)}
     shift = frame["prompt_id"].map(document).map({f"d{i}": 0.02 * (i - 2) for i in range(5)})
