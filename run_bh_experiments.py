@@ -781,6 +781,8 @@ def benjamini_hochberg_routing(
     resolve_config("benjamini_hochberg_routing", settings)
     num_experts = router_logits.shape[-1]
     scores = gate_scores(router_logits, temperature)  # [..., E]
+    if torch.isnan(scores).any():
+        raise UserError(f"router_logits / temperature passes float32: temperature = {temperature} is too low")
     p_values = (null or FlatNull(num_experts)).p_values(scores)  # [..., E]
     rejections = bh_rejections(p_values, alpha)  # [...]
     num_selected = torch.minimum(rejections.clamp(min_k, max_k), torch.isfinite(scores).sum(-1))
