@@ -960,18 +960,15 @@ def _observed_calls(model: nn.Module, modules: Sequence[Any]) -> dict[nn.Module,
     return calls
 
 
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute on an instance; afterwards put back exactly what the instance held, or nothing."""
-    held, missing = owner.__dict__.get(name), name not in owner.__dict__
+def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an attribute on an instance; `stack` puts back exactly what the instance held, or nothing.
+
+    How to undo it is noted before it is done, and is one step: Ctrl-C cannot come in between.
+    """
+    held = vars(owner)
+    undo = (held.update, {name: held[name]}) if name in held else (held.pop, name, None)
+    stack.callback(*undo)
     setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if missing:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, held)
 
 
 def _inspect(name: str, router: nn.Module, experts: Any, call: tuple, experts_call: tuple | None) -> MoELayer:
@@ -1039,7 +1036,8 @@ def _find_knob(router: nn.Module, call: tuple, own_k: int) -> tuple[Any, Any]:
         for key, value in list(getattr(owner, "__dict__", {}).items()):
             if type(value) is int and value == own_k:
                 # Any failure only says that this number is something else.
-                with contextlib.suppress(Exception), _replaced(owner, key, other), _TopK() as topk:
+                with contextlib.suppress(Exception), contextlib.ExitStack() as stack, _TopK() as topk:
+                    _replace(stack, owner, key, other)
                     _, weights, indices = router(*call[0], **call[1])
                     if indices.shape[1] == other:
                         position = topk.position(indices)
@@ -1452,7 +1450,7 @@ def patched_routing(
         stack.enter_context(model.register_forward_pre_hook(recorder.watch_model, with_kwargs=True))
         for index, layer in enumerate(layers):
             _refuse_patched(layer.name, layer.router)
-            stack.enter_context(_replaced(layer.router, "_bh_patched", True))
+            _replace(stack, layer.router, "_bh_patched", True)
             width = _bounds(config, layer.max_k)[1]
             if config["renormalize"] == "topk_mass":
                 width = max(width, layer.own_k)
@@ -1463,11 +1461,11 @@ def patched_routing(
                 routed = _adaptive_router(
                     layer, config, critical, width, recorder.observer(index), seed=index
                 )
-                stack.enter_context(_replaced(layer.router, "forward", routed))
-                stack.enter_context(_replaced(layer.experts, "forward", _skipping_experts(layer.experts)))
+                _replace(stack, layer.router, "forward", routed)
+                _replace(stack, layer.experts, "forward", _skipping_experts(layer.experts))
             # config.num_experts_per_tok has no effect after loading; the router's own attribute has.
             if layer.knob:
-                stack.enter_context(_replaced(*layer.knob, width))
+                _replace(stack, *layer.knob, width)
             stack.enter_context(layer.router.register_forward_hook(recorder.hook(index)))
         alone.close()
         yield recorder

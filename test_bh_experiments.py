@@ -16,6 +16,7 @@ import contextlib
 import copy
 import csv
 import doctest
+import errno
 import inspect
 import io
 import itertools
@@ -1374,6 +1375,7 @@ def test_torn_end(tmp_path, rows, tear):
     ("content", "message"),
     [
         *((text, "not a checkpoint") for text in ("hello", "", "[1, 2]", "null", '{"results": []}')),
+        ("[" * 100_000, "not a checkpoint"),
         ('{"schema": 99,\n"settings": {},\n"results": []}', "schema 99"),
         (
             '{"schema": 2,\n"settings": {"model": "m", "seed": 7},\n"results": [\n]}\n',
@@ -2350,6 +2352,32 @@ def test_processes_share_the_work(tiny_folder, tmp_path, monkeypatch):
     assert_same_results(bh.read_results(tmp_path / "two" / "bh_routing_results.csv"), frames[1])
 
 
+def test_another_process_resumes(mock_model, tmp_path, monkeypatch):
+    """The second of two processes runs what is left of its share, or what failed of it, into its own file;
+    the first takes that over and deletes it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(bh.BHExperimentRunner, "_run", lambda *_: 1 / 0)
+        mock_runner(mock_model, tmp_path).run_full_experiment_suite(SMALL, PROMPTS, 2)
+    path = tmp_path / "checkpoints" / "latest_checkpoint.json"
+    for own in (3, 0):  # the second time its share is finished
+        runner, waits = mock_runner(mock_model, tmp_path), itertools.count(1)
+
+        def wait(runner=runner, waits=waits):
+            if next(waits) == 3:  # all are done
+                settings = {**runner.settings, "max_new_tokens": 2}
+                with contextlib.closing(bh.Checkpoint(path, settings)) as first:
+                    for file in sorted(path.parent.glob("process_*.json")):
+                        strict_loads(file.read_text())
+                        first.take_over(file)
+
+        runner.processes = SimpleNamespace(rank=1, world=2, wait=wait, first_alone=contextlib.nullcontext)
+        rows = runner.run_full_experiment_suite(SMALL, PROMPTS, 2, retry_failed=True)
+        assert rows["status"].tolist() == ["ok"] * own
+        assert [file.name for file in path.parent.glob("*.json")] == [path.name]
+    frame = mock_runner(mock_model, tmp_path).run_full_experiment_suite(SMALL, PROMPTS, 2)
+    assert (frame["status"] == "ok").sum() == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [(["--num-samples", "2"], "need --do-sample"), (["--sampling-top-p", "0.9"], "need --do-sample"),
@@ -2539,8 +2567,10 @@ def check_architecture(model):
         routed, weights = routed_logits(fixed(k, width), k)
         with contextlib.ExitStack() as stack:
             for layer in layers:
-                natively = bh._replaced(*layer.knob, k) if can_widen else zero_weights_beyond(k, layer)
-                stack.enter_context(natively)
+                if can_widen:
+                    bh._replace(stack, *layer.knob, k)
+                else:
+                    stack.enter_context(zero_weights_beyond(k, layer))
             native, native_weights = logits_and_weights()
         error, effect = (routed - native).abs().max(), (native - before).abs().max()
         assert error <= 1e-5 * native.abs().max(), f"{k} of {width} is not as native: {error:.1e}"
@@ -2755,6 +2785,7 @@ def test_offloaded_model(tiny_folder, tmp_path):
 # ---------------------------------------------------------------------------------------------------------
 
 KILLS = int(os.environ.get("BH_KILLS", 6))  # random moments to die at; BH_KILLS=50 for a long look
+LINES = 3 * KILLS  # of the script, to be interrupted at
 SMALL = {"topk_2": {"method": "topk", "k": 2}, "bh": {**FLAT, "max_k": 8}, "bh_2": {**FLAT, "alpha": 0.2}}
 
 
@@ -2978,6 +3009,38 @@ def test_truncated_at_every_byte_and_bits_flipped(tmp_path):
     assert min(outcomes[word] for word in ("refused", "salvaged", "whole")) > 0
 
 
+@pytest.mark.parametrize("fault", ["damaged", "removed"])
+def test_disk_full_while_saving_a_checkpoint(tmp_path, monkeypatch, fault):
+    """A damaged file is replaced, and a removed one given up, only when its rows are somewhere else."""
+    path = tmp_path / "latest.json"
+    whole = filled(path, 3)
+
+    def write(part, data):
+        with part.open("wb") as file:
+            file.write(data[:5])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        if fault == "damaged":
+            path.write_bytes(whole.replace(b"c1", b"c7"))
+            patch.setattr(Path, "write_bytes", write)
+            with pytest.raises(OSError, match=f"No space left on device.*{path}"):
+                open_checkpoint(path)
+        else:
+            checkpoint = open_checkpoint(path)
+            path.unlink()
+            patch.setattr(Path, "write_bytes", write)
+            with pytest.raises(OSError, match=f"No space left on device.*{path}"):
+                checkpoint.append(checkpoint_row(3))
+    assert not list(tmp_path.glob("*.part"))
+    if fault == "removed":
+        checkpoint.close()
+        assert path.read_bytes() == whole
+    else:
+        open_checkpoint(path).close()
+        assert rows_in(path) == [checkpoint_row(0), checkpoint_row(2)]
+
+
 def test_a_second_run_is_refused(mock_model, tmp_path, monkeypatch):
     """It says which process holds the folder, and touches nothing."""
     runner, messages = mock_runner(mock_model, tmp_path), []
@@ -3080,17 +3143,57 @@ def test_two_threads(mock_model):
         except bh.UserError as error:
             refused.append(str(error))
 
-    with bh.patched_routing(mock_model, FLAT):
-        threads = [threading.Thread(target=other) for _ in range(4)]
+    def in_threads(number):
+        threads = [threading.Thread(target=other) for _ in range(number)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+
+    with bh.patched_routing(mock_model, FLAT):
+        in_threads(4)
     assert len(refused) == 4
-    assert "patched already" in refused[0]
-    other()
-    assert len(refused) == 4
-    assert state_of(mock_model) == before
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(5):  # all at once: they look at the model and patch it in turn
+            in_threads(4)
+            assert state_of(mock_model) == before
+    finally:
+        sys.setswitchinterval(usual)
+    assert all("patched already" in message for message in refused)
+
+
+def test_interrupted_at_any_line(mock_model):
+    """Ctrl-C at any line of the script, patching and putting back included, leaves nothing behind."""
+    layers, before, ids = bh.find_moe_layers(mock_model), state_of(mock_model), sample_ids(1, 3)
+    expected, lines, random = logits_of(mock_model, ids), [0, 0], np.random.default_rng(0)
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename != bh.__file__:
+            return None
+        lines[0] += event == "line"
+        if event == "line" and lines[0] == lines[1]:
+            raise KeyboardInterrupt
+        return trace
+
+    def use(stop, found):
+        lines[:], traced = [0, stop], sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with bh.patched_routing(mock_model, FLAT, layers=found):
+                logits_of(mock_model, ids)
+        finally:
+            sys.settrace(traced)
+        return lines[0]
+
+    for found in (layers, None):
+        for stop in random.choice(use(0, found), LINES, replace=False) + 1:
+            with pytest.raises(KeyboardInterrupt):
+                use(stop, found)
+            assert not any(m._forward_hooks or m._forward_pre_hooks for m in mock_model.modules()), stop
+            assert state_of(mock_model) == before, stop
+            assert torch.equal(logits_of(mock_model, ids), expected), stop
 
 
 def test_read_only_folder(tiny_folder, tmp_path, capsys):
