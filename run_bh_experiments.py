@@ -64,9 +64,12 @@ import collections
 import contextlib
 import copy
 import csv
+import difflib
 import errno
 import functools
 import hashlib
+import importlib
+import inspect
 import io
 import itertools
 import json
@@ -74,9 +77,12 @@ import logging
 import math
 import os
 import platform
+import random
 import re
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -88,16 +94,40 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+import filelock
+import numpy as np
 import pandas as pd
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+
+class _Lazy:
+    """A library that is imported when it is first used: to import this script takes little time."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._name), name)
+
+
+accelerate, optimize, stats = _Lazy("accelerate"), _Lazy("scipy.optimize"), _Lazy("scipy.stats")
+plt, sns = _Lazy("matplotlib.pyplot"), _Lazy("seaborn")
+tqdm, transformers = _Lazy("tqdm.auto"), _Lazy("transformers")
 logger = logging.getLogger("bh_experiments")
+Config = Prompt = Row = Mapping[str, Any]  # a routing configuration, a prompt, a row of the results
+Configs = Mapping[str, Config]  # by name
 
 
 class UserError(ValueError):
     """A mistake in what was asked for; the message says what is allowed. The command line exits with 2."""
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error of somebody else's code says, on one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -181,6 +211,12 @@ def _is_share(value: Any) -> bool:
     return not isinstance(value, bool) and 0 < value <= 1
 
 
+def check_least(what: str, value: Any, least: int = 1) -> None:
+    """UserError unless `value` is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{what} {value!r}: it must be a whole number of at least {least}")
+
+
 FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # default, what is valid, in words
     "k": (8, _is_count, "a whole number of at least 1"),
     "alpha": (0.05, _is_share, "a number in (0, 1]"),
@@ -199,8 +235,6 @@ CONFIG_FIELDS = ("method", *FIELDS)
 
 def _choice(what: str, value: Any, allowed: Sequence[str]) -> Any:
     """`value` if it is one of `allowed`, else a UserError that suggests the nearest."""
-    import difflib
-
     if value in allowed:
         return value
     near = difflib.get_close_matches(str(value), allowed, n=1)
@@ -214,22 +248,24 @@ def check_name(name: str) -> None:
         raise UserError(f"configuration name {name!r}: it must be 1 to 64 letters, digits, or any of _ . + -")
 
 
-def resolve_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_config(name: str, config: Config) -> dict[str, Any]:
     """A routing configuration with its defaults filled in and its values checked.
 
     Returns a dict with exactly CONFIG_FIELDS (None where the method has no such field) and `description`.
     Raises UserError naming configuration, field, value and what is allowed.
     """
     check_name(name)
-    given = {field: value for field, value in config.items() if value is not None}
-    method = _choice(f"method in configuration {name!r}", given.pop("method", None), tuple(METHODS))
+    what, given = (
+        f"configuration {name!r}",
+        {key: value for key, value in config.items() if value is not None},
+    )
+    method = _choice(f"method in {what}", given.pop("method", None), tuple(METHODS))
     full = {"method": method, **dict.fromkeys(FIELDS), "description": given.pop("description", "")}
-    if unknown := set(given) - set(METHODS[method]):
-        raise UserError(
-            f"configuration {name!r}: {', '.join(sorted(unknown))} does not apply to method {method!r}, "
-            f"which takes {', '.join(METHODS[method])}"
-        )
-    for field in METHODS[method]:
+    takes = METHODS[method]
+    if unknown := sorted(set(given) - set(takes)):
+        why = f"does not apply to method {method!r}, which takes {', '.join(takes)}"
+        raise UserError(f"{what}: {', '.join(unknown)} {why}")
+    for field in takes:
         default, valid, allowed = FIELDS[field]
         value = full[field] = given.get(field, default)
         try:
@@ -237,9 +273,9 @@ def resolve_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         except TypeError:
             accepted = False
         if not accepted:
-            raise UserError(f"configuration {name!r}: {field} = {value!r}, but it must be {allowed}")
+            raise UserError(f"{what}: {field} = {value!r}, but it must be {allowed}")
     if (full["min_k"] or 0) > (full["max_k"] or math.inf):
-        raise UserError(f"configuration {name!r}: min_k = {full['min_k']} is above max_k = {full['max_k']}")
+        raise UserError(f"{what}: min_k = {full['min_k']} is above max_k = {full['max_k']}")
     return full
 
 
@@ -250,110 +286,86 @@ def resolve_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 # Each prompt carries a continuation written for this script, so that quality can be scored on text that no
 # model had a part in. Ids are stable: results are paired by them.
 _PROMPTS = (  # id, category, description, text, reference
-    (
-        "simple_cat", "simple", "the shortest everyday sentence",
-        "The cat sat on the",
-        " mat in front of the fire and washed its paws. Outside the rain fell on the garden, and the wind "
-        "moved the branches of the old apple tree. After a while the cat lay down, closed its eyes and went "
-        "to sleep. When the children came home from school they found it there, warm and quiet, and they "
-        "did not wake it.",
-    ),
-    (
-        "simple_story", "simple", "the opening of a fairy tale",
-        "Once upon a time, there was a",
-        " poor woodcutter who lived with his daughter at the edge of a great forest. Every morning he went "
-        "out to cut wood, and every evening she cooked a soup of roots and herbs. One winter the snow was "
-        "so deep that he could not find the path home. Then a grey fox came out of the trees and showed him "
-        "the way.",
-    ),
-    (
-        "simple_capital", "simple", "a single fact",
-        "The capital of France is",
-        " Paris, a city on the river Seine in the north of the country. It has been the seat of government "
-        "for most of the time since the Middle Ages. More than two million people live in the city itself, "
-        "and many more in the towns around it. Visitors come to see its museums, its churches and the iron "
-        "tower that was built in 1889.",
-    ),
-    (
-        "medium_linked_list", "medium", "a definition from computer science",
-        "In computer science, a linked list is a linear collection of elements in which each element",
-        " points to the next one. Each node holds a value and a reference to its successor, and the last "
-        "node refers to nothing. Because the nodes need not lie beside each other in memory, an element can "
-        "be inserted or removed without moving the others. The price is that there is no direct access: to "
-        "reach the tenth element, the program must follow the list from its head.",
-    ),
-    (
-        "medium_climate", "medium", "a definition from earth science",
-        "Climate change refers to long-term shifts in temperature and weather patterns that",
-        " can be seen over decades or longer. Some of these changes are natural, for example those caused "
-        "by variations in the activity of the sun or by large volcanic eruptions. Since the nineteenth "
-        "century, however, the main cause has been the burning of coal, oil and gas, which releases carbon "
-        "dioxide into the air. The gas holds back heat that would otherwise leave the earth.",
-    ),
-    (
-        "medium_crash", "medium", "a cause from economic history",
-        "The stock market crashed in 1929 because the prices of shares had risen",
-        " far above the value of the companies behind them. Many people had bought shares with borrowed "
-        "money, and hoped to pay back the loan when prices went up. When prices began to fall, the banks "
-        "asked for their money, and owners had to sell at any price. In a few days of October, a large part "
-        "of the savings of the country was lost.",
-    ),
-    (
-        "complex_arithmetic", "complex", "arithmetic, step by step",
-        "A baker sells rolls in boxes of twelve. On Monday she sells seven boxes and five single rolls, and "
-        "on Tuesday twice as many rolls as on Monday. Find the total number of rolls sold, step by step. "
-        "First,",
-        " find the number of rolls sold on Monday. Seven boxes of twelve rolls are 84 rolls, and with the "
-        "five single rolls this makes 89 rolls. Second, find the number sold on Tuesday. Twice 89 is 178. "
-        "Third, add the two numbers: 89 and 178 are 267. The baker therefore sold 267 rolls in total on the "
-        "two days.",
-    ),
-    (
-        "complex_renaissance", "complex", "a comparison from the history of ideas",
-        "Compare the Renaissance with the Enlightenment. Both periods changed the way in which people in "
-        "Europe thought about knowledge, but they differed in their sources. While the Renaissance",
-        " looked back to the art and the writings of Greece and Rome, the Enlightenment looked forward and "
-        "put its trust in reason and experiment. The first gave new life to painting, sculpture and the "
-        "study of old languages. The second gave rise to the modern sciences, to the idea of natural "
-        "rights, and to the demand that a government should answer to the people it rules.",
-    ),
-    (
-        "complex_learning", "complex", "a comparison from machine learning",
-        "Explain the difference between supervised and unsupervised learning. In supervised learning, the "
-        "algorithm is given examples together with the correct answers. In unsupervised learning, on the "
-        "other hand,",
-        " there are no answers, and the algorithm has to find structure in the data by itself. It may group "
-        "similar examples into clusters, or look for a small number of directions that explain most of the "
-        "variation. The first kind is used when the aim is to predict a known quantity, such as a price. "
-        "The second is used to explore data before one knows what to ask.",
-    ),
-    (
-        "domain_decorators", "domain_specific", "programming: Python decorators",
-        "In Python, a decorator is a function that takes another function as its argument and",
-        " returns a new function in its place. The new function usually calls the original one and does "
-        "something before or after the call, for example writing a message to a log or measuring the time. "
-        "The at sign in front of the definition is only a short form: it calls the decorator and binds the "
-        "result to the same name. Several decorators can be applied, and the one nearest to the function is "
-        "applied first.",
-    ),
-    (
-        "domain_mitochondria", "domain_specific", "biology: mitochondria",
-        "Mitochondria are organelles found in the cells of most plants and animals. Their main function is "
-        "to",
-        " release energy from food in a form that the cell can use. Inside the inner membrane, a chain of "
-        "proteins passes electrons from one to the next and pumps protons across the membrane. When the "
-        "protons flow back, their energy is used to make a molecule called ATP. Mitochondria have their own "
-        "small circle of DNA, which in most animals is inherited only from the mother.",
-    ),
-    (
-        "domain_uncertainty", "domain_specific", "physics: the uncertainty principle",
-        "The uncertainty principle of quantum mechanics states that the position and the momentum of a "
-        "particle",
-        " cannot both be known exactly at the same time. The more precisely the position is fixed, the less "
-        "precisely the momentum is determined, and the other way round. This is not a defect of the "
-        "measuring instruments but a property of nature: a wave that is confined to a small region must be "
-        "made of many wavelengths. For large objects the effect is far too small to be noticed.",
-    ),
+    ("simple_cat", "simple", "the shortest everyday sentence",
+     "The cat sat on the",
+     " mat in front of the fire and washed its paws. Outside the rain fell on the garden, and the wind "
+     "moved the branches of the old apple tree. After a while the cat lay down, closed its eyes and "
+     "went to sleep. When the children came home from school they found it there, warm and quiet, and "
+     "they did not wake it."),
+    ("simple_story", "simple", "the opening of a fairy tale",
+     "Once upon a time, there was a",
+     " poor woodcutter who lived with his daughter at the edge of a great forest. Every morning he went "
+     "out to cut wood, and every evening she cooked a soup of roots and herbs. One winter the snow was "
+     "so deep that he could not find the path home. Then a grey fox came out of the trees and showed "
+     "him the way."),
+    ("simple_capital", "simple", "a single fact",
+     "The capital of France is",
+     " Paris, a city on the river Seine in the north of the country. It has been the seat of government "
+     "for most of the time since the Middle Ages. More than two million people live in the city itself, "
+     "and many more in the towns around it. Visitors come to see its museums, its churches and the iron "
+     "tower that was built in 1889."),
+    ("medium_linked_list", "medium", "a definition from computer science",
+     "In computer science, a linked list is a linear collection of elements in which each element",
+     " points to the next one. Each node holds a value and a reference to its successor, and the last "
+     "node refers to nothing. Because the nodes need not lie beside each other in memory, an element "
+     "can be inserted or removed without moving the others. The price is that there is no direct "
+     "access: to reach the tenth element, the program must follow the list from its head."),
+    ("medium_climate", "medium", "a definition from earth science",
+     "Climate change refers to long-term shifts in temperature and weather patterns that",
+     " can be seen over decades or longer. Some of these changes are natural, for example those caused "
+     "by variations in the activity of the sun or by large volcanic eruptions. Since the nineteenth "
+     "century, however, the main cause has been the burning of coal, oil and gas, which releases carbon "
+     "dioxide into the air. The gas holds back heat that would otherwise leave the earth."),
+    ("medium_crash", "medium", "a cause from economic history",
+     "The stock market crashed in 1929 because the prices of shares had risen",
+     " far above the value of the companies behind them. Many people had bought shares with borrowed "
+     "money, and hoped to pay back the loan when prices went up. When prices began to fall, the banks "
+     "asked for their money, and owners had to sell at any price. In a few days of October, a large "
+     "part of the savings of the country was lost."),
+    ("complex_arithmetic", "complex", "arithmetic, step by step",
+     "A baker sells rolls in boxes of twelve. On Monday she sells seven boxes and five single rolls, "
+     "and on Tuesday twice as many rolls as on Monday. Find the total number of rolls sold, step by "
+     "step. First,",
+     " find the number of rolls sold on Monday. Seven boxes of twelve rolls are 84 rolls, and with the "
+     "five single rolls this makes 89 rolls. Second, find the number sold on Tuesday. Twice 89 is 178. "
+     "Third, add the two numbers: 89 and 178 are 267. The baker therefore sold 267 rolls in total on "
+     "the two days."),
+    ("complex_renaissance", "complex", "a comparison from the history of ideas",
+     "Compare the Renaissance with the Enlightenment. Both periods changed the way in which people in "
+     "Europe thought about knowledge, but they differed in their sources. While the Renaissance",
+     " looked back to the art and the writings of Greece and Rome, the Enlightenment looked forward and "
+     "put its trust in reason and experiment. The first gave new life to painting, sculpture and the "
+     "study of old languages. The second gave rise to the modern sciences, to the idea of natural "
+     "rights, and to the demand that a government should answer to the people it rules."),
+    ("complex_learning", "complex", "a comparison from machine learning",
+     "Explain the difference between supervised and unsupervised learning. In supervised learning, the "
+     "algorithm is given examples together with the correct answers. In unsupervised learning, on the "
+     "other hand,",
+     " there are no answers, and the algorithm has to find structure in the data by itself. It may "
+     "group similar examples into clusters, or look for a small number of directions that explain most "
+     "of the variation. The first kind is used when the aim is to predict a known quantity, such as a "
+     "price. The second is used to explore data before one knows what to ask."),
+    ("domain_decorators", "domain_specific", "programming: Python decorators",
+     "In Python, a decorator is a function that takes another function as its argument and",
+     " returns a new function in its place. The new function usually calls the original one and does "
+     "something before or after the call, for example writing a message to a log or measuring the time. "
+     "The at sign in front of the definition is only a short form: it calls the decorator and binds the "
+     "result to the same name. Several decorators can be applied, and the one nearest to the function "
+     "is applied first."),
+    ("domain_mitochondria", "domain_specific", "biology: mitochondria",
+     "Mitochondria are organelles found in the cells of most plants and animals. Their main function is "
+     "to",
+     " release energy from food in a form that the cell can use. Inside the inner membrane, a chain of "
+     "proteins passes electrons from one to the next and pumps protons across the membrane. When the "
+     "protons flow back, their energy is used to make a molecule called ATP. Mitochondria have their "
+     "own small circle of DNA, which in most animals is inherited only from the mother."),
+    ("domain_uncertainty", "domain_specific", "physics: the uncertainty principle",
+     "The uncertainty principle of quantum mechanics states that the position and the momentum of a "
+     "particle",
+     " cannot both be known exactly at the same time. The more precisely the position is fixed, the "
+     "less precisely the momentum is determined, and the other way round. This is not a defect of the "
+     "measuring instruments but a property of nature: a wave that is confined to a small region must be "
+     "made of many wavelengths. For large objects the effect is far too small to be noticed."),
 )  # fmt: skip
 TEST_PROMPTS: list[dict[str, str]] = [
     dict(zip(("id", "category", "description", "text", "reference"), row, strict=True)) for row in _PROMPTS
@@ -363,31 +375,27 @@ TEST_PROMPTS: list[dict[str, str]] = [
 PROMPT_FIELDS = ("id", "text", "category", "description", "reference")
 
 
-def resolve_prompt(prompt: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_prompt(prompt: Prompt) -> dict[str, Any]:
     """A prompt with all its fields; only `text` is needed. Raises UserError where that is missing.
 
     `document` groups the items of one text (an item is its own document otherwise), and `token_ids`, a list
     or array of integers, is scored as it is, the first being context only, and nothing is generated: see
     `text_windows`.
     """
-    text = prompt.get("text")
+    text, name = prompt.get("text"), f"prompt {prompt.get('id', dict(prompt))!r}"
     if not isinstance(text, str) or not (text.strip() or "token_ids" in prompt):
-        raise UserError(
-            f"prompt {prompt.get('id', dict(prompt))!r} has no text: it needs a non-empty string under 'text'"
-        )
+        raise UserError(f"{name} has no text: it needs a non-empty string under 'text'")
     digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
     full = {"id": f"prompt_{digest[:12]}", "category": "none", "description": "", "reference": "", **prompt}
     for field in PROMPT_FIELDS:
-        if not isinstance(full[field], str):
-            raise UserError(f"prompt {full['id']!r}: {', '.join(PROMPT_FIELDS)} must be strings")
-        if re.search("[\ud800-\udfff]", full[field]):
-            raise UserError(f"prompt {full['id']!r}: {field} holds half a character (a surrogate)")
+        if not isinstance(full[field], str) or re.search("[\ud800-\udfff]", full[field]):
+            raise UserError(f"{name}: {field} must be a string, without half a character (a surrogate)")
     if "token_ids" in full:
         with contextlib.suppress(TypeError, ValueError, RuntimeError):  # those are refused below
             full["token_ids"] = torch.as_tensor(full["token_ids"])
         ids = full["token_ids"]
         if not isinstance(ids, Tensor) or ids.ndim != 1 or len(ids) < 2 or ids.is_floating_point():
-            raise UserError(f"prompt {full['id']!r}: token_ids must be a list of at least 2 whole numbers")
+            raise UserError(f"{name}: token_ids must be a list of at least 2 whole numbers")
     return {"document": full["id"], **full}
 
 
@@ -409,38 +417,36 @@ def load_prompts(path: Path) -> list[dict[str, Any]]:
     """
     text, suffix = _read_text(path, "--prompts"), path.suffix.lower()
     _choice("kind of --prompts file", suffix, (".txt", ".jsonl", ".json", ".csv"))
+    lines = [line for line in text.splitlines() if line.strip()]
     try:
-        if suffix == ".txt":
-            rows = [{"text": line} for line in text.splitlines() if line.strip()]
-        elif suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        if suffix == ".csv":
+            rows = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False).to_dict("records")
+            rows = [{key: value for key, value in row.items() if value} for row in rows]
         elif suffix == ".json":
             rows = json.loads(text)
         else:
-            rows = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False).to_dict("records")
-            rows = [{key: value for key, value in row.items() if value} for row in rows]
+            rows = [{"text": line} if suffix == ".txt" else json.loads(line) for line in lines]
     except (ValueError, RecursionError) as error:
         raise UserError(f"--prompts {path}: not valid {suffix[1:]}: {error}") from error
     if not isinstance(rows, list) or not rows:
         raise UserError(f"--prompts {path}: it must hold a list of prompts")
+    prompts = []
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise UserError(
-                f"--prompts {path}: entry {number} is {type(row).__name__}, not an object with 'text'"
-            )
         try:
-            rows[number - 1] = resolve_prompt({k: row[k] for k in PROMPT_FIELDS if row.get(k) is not None})
+            if not isinstance(row, dict):
+                raise UserError(f"it is {type(row).__name__}, not an object with 'text'")
+            prompts.append(resolve_prompt({k: row[k] for k in PROMPT_FIELDS if row.get(k) is not None}))
         except UserError as error:
             raise UserError(f"--prompts {path}, entry {number}: {error}") from error
-    check_ids(rows)
-    return rows
+    check_ids(prompts)
+    return prompts
 
 
-def check_ids(prompts: Sequence[Mapping[str, Any]]) -> None:
+def check_ids(prompts: Sequence[Prompt]) -> None:
     """Results are paired by id: raises UserError for one that occurs twice."""
-    count = collections.Counter(prompt["id"] for prompt in prompts)
-    if repeated := [id for id, times in count.items() if times > 1]:
-        raise UserError(f"prompt ids must differ, but {repeated[0]!r} occurs {count[repeated[0]]} times")
+    (name, times), *_ = collections.Counter(prompt["id"] for prompt in prompts).most_common(1)
+    if times > 1:
+        raise UserError(f"prompt ids must differ, but {name!r} occurs {times} times")
 
 
 DATASET_FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -468,9 +474,8 @@ def load_dataset_prompts(
     except ImportError:
         raise UserError("--dataset needs the datasets library: pip install datasets") from None
 
-    path, failures = Path(dataset), (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
-    name, source = path.name or dataset, (dataset,)
-    files = {}
+    what, path = f"--dataset {dataset}", Path(dataset)
+    name, source, files = path.name or dataset, (dataset,), {}
     if path.is_file():
         source = (DATASET_FILES[_choice("kind of --dataset file", path.suffix.lower(), (*DATASET_FILES,))],)
         files = {"data_files": str(path)}
@@ -478,33 +483,25 @@ def load_dataset_prompts(
         name, source = dataset, tuple(dataset.split(":", 1))
     try:
         splits = datasets.load_dataset(*source, **files, streaming=True)
-        which = "--split" if split else "default --split"
+        which = f"{'' if split else 'default '}--split of {dataset}"
         split = split or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
-        rows = splits[_choice(f"{which} of {dataset}", split, tuple(splits))]
-        rows = rows.map(lambda row, number: {"row": row, "number": number}, with_indices=True,
-                        remove_columns=rows.column_names)  # fmt: skip
+        rows = splits[_choice(which, split, tuple(splits))]
+        old = rows.column_names
+        rows = rows.map(lambda row, n: {"row": row, "number": n}, with_indices=True, remove_columns=old)
         if random_seed is not None:
             rows = rows.shuffle(seed=random_seed, buffer_size=SHUFFLE_BUFFER)
         taken = [(item["number"], item["row"]) for item in rows.take(limit)]
     except UserError:
         raise
-    except failures as error:
-        raise UserError(
-            f"--dataset {dataset} cannot be read: {(str(error).strip() or repr(error)).splitlines()[0]} "
-            "(give a local file or folder of csv, json, jsonl or parquet, or a data set of the hub)"
-        ) from error
-    columns = tuple(taken[0][1]) if taken else ()
-    strings = [
-        column
-        for column in columns
-        if {type(row.get(column)) for _, row in taken} in ({str}, {str, type(None)})
-    ]
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        way_out = "(give a local file or folder of csv, json, jsonl or parquet, or a data set of the hub)"
+        raise UserError(f"{what} cannot be read: {_first_line(error)} {way_out}") from error
+    columns, words = tuple(taken[0][1]) if taken else (), ({str}, {str, type(None)})
+    strings = [c for c in columns if {type(row.get(c)) for _, row in taken} in words]
     text_column = text_column or ("text" if "text" in columns else strings[0] if len(strings) == 1 else None)
     if taken and text_column is None:
-        raise UserError(
-            f'--dataset {dataset} has no column "text" and {len(strings)} columns of strings: choose one '
-            f"with --text-column. Available: {', '.join(columns)}"
-        )
+        why = f'has no column "text" and {len(strings)} columns of strings: choose one with --text-column'
+        raise UserError(f"{what} {why}. Available: {', '.join(columns)}")
     fields = {"text": text_column, "category": category_column, "reference": reference_column}
     for field, column in fields.items():
         if taken and column is not None:
@@ -514,13 +511,12 @@ def load_dataset_prompts(
         if isinstance(row.get(text_column), str) and row[text_column].strip():
             given = {field: str(row[c]) for field, c in fields.items() if row.get(c) is not None}
             prompts.append(resolve_prompt({"id": f"{name}-{number}", "category": name, **given}))
-    if len(prompts) < len(taken):
-        logger.warning(
-            f"--dataset {dataset}: {len(taken) - len(prompts)} of {len(taken)} rows have no text in column "
-            f"{text_column!r} and were left out"
-        )
     if not prompts:
-        raise UserError(f"--dataset {dataset}, split {split}: none of {len(taken)} rows has a text")
+        raise UserError(f"{what}, split {split}: none of {len(taken)} rows has a text")
+    if missing := len(taken) - len(prompts):
+        logger.warning(
+            f"{what}: {missing} of {len(taken)} rows have no text in column {text_column!r}: left out"
+        )
     return prompts
 
 
@@ -536,9 +532,7 @@ def text_windows(paths: Sequence[Path], tokenizer: Any, window: int) -> list[dic
     end-of-text token at the start): the windows of lm-evaluation-harness's rolling log-likelihood. A last
     window shorter than half is left out. Their `text` stays empty: the tokens hold it in less memory.
     """
-    import numpy as np
-
-    files = []
+    files = []  # (file, name)
     for path in paths:
         found = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
         if not found:
@@ -546,14 +540,13 @@ def text_windows(paths: Sequence[Path], tokenizer: Any, window: int) -> list[dic
         files += [(file, str(file.relative_to(path)) if path.is_dir() else file.name) for file in found]
     items = []
     for file, name in files:
-        text = _read_text(file, "--text")
-        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = tokenizer(_read_text(file, "--text"), add_special_tokens=False, verbose=False)["input_ids"]
         tokens = np.array([start_token(tokenizer), *tokens], dtype=np.int32)
         for first in range(1, len(tokens), window):
             part = tokens[first - 1 : first + window]
             if len(part) > max(1, window // 2):
-                item = {"id": f"{name}:{first - 1}", "category": "text", "document": name, "token_ids": part}
-                items.append(resolve_prompt(item | {"text": ""}))
+                item = {"id": f"{name}:{first - 1}", "text": "", "category": "text", "document": name}
+                items.append(resolve_prompt(item | {"token_ids": part}))
     if not items:
         raise UserError(f"--text: no file has {window // 2} tokens, half a window of {window}")
     check_ids(items)
@@ -713,7 +706,7 @@ def count_rejections(scores: Tensor, critical: Tensor) -> Tensor:
     return count
 
 
-def counting_rule(config: Mapping[str, Any], critical: Tensor | None) -> Callable[[Tensor], Tensor]:
+def counting_rule(config: Config, critical: Tensor | None) -> Callable[[Tensor], Tensor]:
     """The rule of a resolved configuration: scores [T, E] -> counts before floor and cap, int64 [T].
 
     critical: the table [E] of a step-up rule, see `critical_scores`; None for the others.
@@ -769,18 +762,15 @@ def benjamini_hochberg_routing(
     ([0, -1, -1], 1)
     """
     if not router_logits.is_floating_point() or router_logits.ndim == 0 or router_logits.shape[-1] == 0:
-        raise UserError(
-            f"router_logits must be floating point [..., E]; got {router_logits.dtype} "
-            f"{tuple(router_logits.shape)}"
-        )
+        got = f"{router_logits.dtype} {tuple(router_logits.shape)}"
+        raise UserError(f"router_logits must be floating point [..., E]; got {got}")
     if torch.isnan(router_logits).any() or torch.isposinf(router_logits).any():
         raise UserError("router_logits must not contain NaN or +inf")
     if torch.isneginf(router_logits).all(dim=-1).any():
         raise UserError("router_logits has a token whose experts are all -inf; at least one must be allowed")
     settings = {"method": "bh", "alpha": alpha, "temperature": temperature, "min_k": min_k, "max_k": max_k}
     resolve_config("benjamini_hochberg_routing", settings)
-    num_experts = router_logits.shape[-1]
-    scores = gate_scores(router_logits, temperature)  # [..., E]
+    num_experts, scores = router_logits.shape[-1], gate_scores(router_logits, temperature)  # [..., E]
     if torch.isnan(scores).any():
         raise UserError(f"router_logits / temperature passes float32: temperature = {temperature} is too low")
     p_values = (null or FlatNull(num_experts)).p_values(scores)  # [..., E]
@@ -790,20 +780,13 @@ def benjamini_hochberg_routing(
     ranked = scores.sort(dim=-1, descending=True, stable=True)
     kept = torch.arange(num_experts, device=scores.device) < num_selected.unsqueeze(-1)  # [..., E], by rank
     kept_weights = torch.softmax(ranked.values.masked_fill(~kept, -math.inf), dim=-1)
-    routing_weights = torch.zeros_like(scores).scatter(-1, ranked.indices, kept_weights)
-    experts_by_rank = ranked.indices.masked_fill(~kept, -1)
-    selected_experts = nn.functional.pad(experts_by_rank, (0, max(0, max_k - num_experts)), value=-1)[
-        ..., :max_k
-    ]
+    weights = torch.zeros_like(scores).scatter(-1, ranked.indices, kept_weights)  # [..., E]
+    padding = (0, max(0, max_k - num_experts))
+    experts = nn.functional.pad(ranked.indices.masked_fill(~kept, -1), padding, value=-1)[..., :max_k]
     if not return_stats:
-        return routing_weights, selected_experts, num_selected
-    thresholds = bh_levels(alpha, num_experts)
-    return (
-        routing_weights,
-        selected_experts,
-        num_selected,
-        {"p_values": p_values, "thresholds": thresholds, "rejections": rejections},
-    )
+        return weights, experts, num_selected
+    found = {"p_values": p_values, "thresholds": bh_levels(alpha, num_experts), "rejections": rejections}
+    return weights, experts, num_selected, found
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -886,25 +869,21 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     and what they make of another K, is found by running eight tokens. No list of architectures or of
     attribute names is needed. Raises UserError, in one line, for a model that cannot be patched.
     """
-    declared: list[Any] = []
+    declared: list[tuple[type, str]] = []  # class of the routers, and a part of their names
     for module in model.modules():
-        entry = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
-        declared += entry if isinstance(entry, (list, tuple)) else [entry]
-    targets = [
-        (getattr(entry, "target_class", entry), getattr(entry, "layer_name", None)) for entry in declared
-    ]
+        entries = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
+        for entry in entries if isinstance(entries, (list, tuple)) else [entries]:
+            kind, part = getattr(entry, "target_class", entry), getattr(entry, "layer_name", None) or ""
+            if isinstance(kind, type):
+                declared.append((kind, f".{part.strip('.')}." if part else ""))
     routers = {
         name: module
         for name, module in model.named_modules()
-        for target, part in targets
-        if isinstance(target, type)
-        and isinstance(module, target)
-        and (not part or f".{part.strip('.')}." in f".{name}.")
+        if any(isinstance(module, kind) and part in f".{name}." for kind, part in declared)
     }
     for name, router in routers.items():
         _refuse_patched(name, router)
-    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in routers}
-    beside = {name: getattr(parent, "experts", None) for name, parent in parents.items()}
+    beside = {n: getattr(model.get_submodule(n.rpartition(".")[0]), "experts", None) for n in routers}
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -917,14 +896,15 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     finally:
         for module in training:  # not module.train(), which would reach the modules inside as well
             module.training = True
+    what = type(model).__name__
     if not layers:
         raise UserError(
-            f"{type(model).__name__} has no router that this script can patch: it needs a mixture-of-experts "
-            "model of transformers >= 5.17 that declares one, for example OLMoE (see --list-architectures)"
+            f"{what} has no router that this script can patch: it needs a mixture-of-experts model of "
+            "transformers >= 5.17 that declares one, for example OLMoE (see --list-architectures)"
         )
-    for what in ("num_experts", "own_k"):
-        if len(numbers := {getattr(layer, what) for layer in layers}) > 1:
-            raise UserError(f"{type(model).__name__} has layers that differ in {what}: {sorted(numbers)}")
+    for field in ("num_experts", "own_k"):
+        if len(numbers := {getattr(layer, field) for layer in layers}) > 1:
+            raise UserError(f"{what} has layers that differ in {field}: {sorted(numbers)}")
     return layers
 
 
@@ -933,9 +913,8 @@ def input_device(model: nn.Module) -> torch.device:
     device = next(model.parameters()).device
     if device.type == "meta":
         hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-        device = next(
-            hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None
-        )
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        device = next(place for place in places if place is not None)
     return torch.device(device)
 
 
@@ -947,15 +926,14 @@ def _observed_calls(model: nn.Module, modules: Sequence[Any]) -> dict[nn.Module,
         calls.setdefault(module, (args, kwargs))
 
     with contextlib.ExitStack() as stack:
-        for module in modules:
-            if isinstance(module, nn.Module):
-                stack.enter_context(module.register_forward_pre_hook(keep, with_kwargs=True))
+        for module in (module for module in modules if isinstance(module, nn.Module)):
+            stack.enter_context(module.register_forward_pre_hook(keep, with_kwargs=True))
         if modules:
             ids = torch.arange(8, device=input_device(model))[None]
             try:
                 model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
             except Exception as error:
-                why = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+                why = f"{type(error).__name__}: {_first_line(error)}"
                 raise UserError(f"{type(model).__name__} cannot read eight tokens ({why})") from error
     return calls
 
@@ -982,40 +960,35 @@ def _inspect(name: str, router: nn.Module, experts: Any, call: tuple, experts_ca
         output = router(*args, **kwargs)
     parts = output if isinstance(output, tuple) else (output,)
     shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+    wrong = refuse(f"it returns {shapes}, not logits [T, E], weights [T, K], indices [T, K] with K < E")
     if len(parts) != 3 or not all(isinstance(part, Tensor) and part.ndim == 2 for part in parts):
-        raise refuse(f"it returns {shapes}, not logits [T, E], weights [T, K], indices [T, K]")
+        raise wrong
     logits, weights, indices = parts  # [T, E], [T, K], [T, K]
     num_experts, own_k = logits.shape[1], indices.shape[1]
     if indices.is_floating_point() or weights.shape != indices.shape or own_k >= num_experts:
-        raise refuse(f"it returns {shapes}, not logits [T, E], weights [T, K], indices [T, K] with K < E")
+        raise wrong
     given = [getattr(part, "shape", None) for part in experts_call[0][1:3]] if experts_call else []
     if given != [indices.shape] * 2:
         raise refuse("no `experts` beside it is called with (hidden, indices, weights)")
     try:  # one row for each pair of token and expert: how dropped experts are skipped
         experts(experts_call[0][0], indices[:, :1], weights[:, :1], *experts_call[0][3:], **experts_call[1])
     except Exception as error:
-        why = str(error).split("\n", 1)[0]
-        raise refuse(f"its experts cannot run one expert for a token ({why})") from error
+        raise refuse(f"its experts cannot run one expert for a token ({_first_line(error)})") from error
 
     choice = topk.position(indices)
-    ranked = topk.calls[choice][2] if choice is not None else None
+    scores, ranked = (None, None) if choice is None else topk.calls[choice][::2]
     if ranked is None and not (logits.gather(1, indices).diff(dim=1) <= 0).all():
         raise refuse("it returns its candidates in an order that cannot be told")
     knob, others = _find_knob(router, call, own_k)
     if knob is None and own_k == 1:
         raise refuse("it picks one expert: there is nothing to drop, and it cannot be asked for more")
-    scores = None if choice is None else topk.calls[choice][0]
     renormalizes, error = None, 0.0
     if knob is not None:
-        own = (weights, indices, scores)
-        renormalizes, error = _weights_at_two_k(
-            num_experts, *sorted([own, others], key=lambda c: c[1].shape[1])
-        )
+        few, many = sorted([(weights, indices, scores), others], key=lambda c: c[1].shape[1])
+        renormalizes, error = _weights_at_two_k(num_experts, few, many)
     if not error < 0.05:  # 16-bit rounding
-        other = others[1].shape[1]
-        raise refuse(
-            f"its weights at K = {other} do not follow from those at K = {own_k}, nor by scaling them"
-        )
+        at = f"K = {others[1].shape[1]} do not follow from those at K = {own_k}"
+        raise refuse(f"its weights at {at}, nor by scaling them")
     first = logits.float()
     probabilities = bool((first >= 0).all()) and torch.allclose(first.sum(1), first.new_ones(()), atol=0.01)
     found = (knob, ranked is not False, choice, renormalizes, probabilities, logits.device)
@@ -1075,12 +1048,7 @@ def _weights_at_two_k(num_experts: int, few: Candidates, many: Candidates) -> tu
 
 
 def _adaptive_router(
-    layer: MoELayer,
-    config: Mapping[str, Any],
-    critical: Tensor | None,
-    width: int,
-    observe: Callable,
-    seed: int,
+    layer: MoELayer, config: Config, critical: Tensor | None, width: int, observe: Callable, seed: int
 ) -> Callable:
     """A `forward` for the router: its own candidates, those beyond the rule's count with weight zero.
 
@@ -1088,10 +1056,8 @@ def _adaptive_router(
     counts [T] before floor and cap. seed: to shuffle.
     """
     forward, rule = layer.router.forward, counting_rule(config, critical)
-    temperature = config["temperature"] or 1.0
-    min_k, max_k = _bounds(config, layer.max_k)
-    ranks = torch.arange(width, device=layer.device)
-    target = config["renormalize"]
+    temperature, bounds = config["temperature"] or 1.0, _bounds(config, layer.max_k)
+    ranks, target = torch.arange(width, device=layer.device), config["renormalize"]
     if target == "model":
         target = "candidates" if layer.renormalizes else "none"
     kept_sum = {  # what the kept are scaled to, from what all candidates have and their ranks, both [T, K]
@@ -1103,21 +1069,18 @@ def _adaptive_router(
     }[target]
     by_scores = target == "candidates" and layer.renormalizes == "scores"
     # The scores that chose are looked at only where they are needed: watching costs time for each token.
-    watched, ranked, choice = by_scores or not layer.ranked, layer.ranked, layer.choice
+    watched = by_scores or not layer.ranked
 
     @functools.wraps(forward)
     def adaptive_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        if watched:
-            with _TopK() as topk:
-                first, weights, indices = forward(*args, **kwargs)
-            scores = topk.calls[choice][0]  # [T, K]
-        else:
+        with _TopK() if watched else contextlib.nullcontext() as topk:
             first, weights, indices = forward(*args, **kwargs)  # [T, E], [T, K], [T, K]
+        scores = topk.calls[layer.choice][0] if watched else None  # [T, K]
         # A candidate's rank [K], or [T, K] where they come in any order.
-        rank = ranks if ranked else scores.argsort(dim=-1, descending=True, stable=True).argsort()
+        rank = ranks if layer.ranked else scores.argsort(dim=-1, descending=True, stable=True).argsort()
         wanted = rule(gate_scores(layer.logits(first), temperature))  # [T]
         observe(wanted)
-        count = wanted.clamp(min_k, max_k).unsqueeze(-1)  # [T, 1]
+        count = wanted.clamp(*bounds).unsqueeze(-1)  # [T, 1]
         if config["shuffle"]:
             shuffled = torch.randperm(len(count), generator=torch.Generator().manual_seed(seed))
             count = count[shuffled.to(count.device)]
@@ -1133,7 +1096,7 @@ def _adaptive_router(
     return adaptive_forward
 
 
-def _bounds(config: Mapping[str, Any], widest: int) -> tuple[int, int]:
+def _bounds(config: Config, widest: int) -> tuple[int, int]:
     """Floor and cap of the number of experts, no more than a layer can give."""
     k = config["k"]
     return (min(k or config["min_k"], widest), min(k or config["max_k"], widest))
@@ -1163,23 +1126,20 @@ REFUSED_ARCHITECTURES = {
 
 def list_architectures() -> list[dict[str, str]]:
     """The causal language models of the installed transformers that declare a router, and what is known."""
-    import transformers
-    from transformers.models.auto import configuration_auto, modeling_auto
-
-    root, types = Path(modeling_auto.__file__).parents[1], collections.defaultdict(list)
-    for model_type, names in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        module = configuration_auto.model_type_to_module_name(model_type)
-        path = root / module / f"modeling_{module}.py"
+    auto, types = transformers.models.auto, collections.defaultdict(list)
+    for model_type, names in auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        module = auto.configuration_auto.model_type_to_module_name(model_type)
+        path = Path(auto.__file__).parents[1] / module / f"modeling_{module}.py"
         if path.exists() and '"router_logits"' in path.read_text(encoding="utf-8"):
             types[names if isinstance(names, str) else names[0]].append(model_type)
+    same = transformers.__version__.startswith(VERIFIED_WITH)
+    verified = "verified" if same else f"verified with transformers {VERIFIED_WITH}"
     rows = []
     for name, models in sorted(types.items(), key=lambda item: item[1]):
         why = next((REFUSED_ARCHITECTURES[m] for m in models if m in REFUSED_ARCHITECTURES), "")
-        known = "refused" if why else "not verified"
-        if set(models) & set(VERIFIED_ARCHITECTURES.split()):
-            same = transformers.__version__.startswith(VERIFIED_WITH)
-            known = "verified" if same else f"verified with transformers {VERIFIED_WITH}"
-        rows.append({"model type": ", ".join(models), "class": name, "status": known, "why": why})
+        known = verified if set(models) & set(VERIFIED_ARCHITECTURES.split()) else "not verified"
+        status = "refused" if why else known
+        rows.append({"model type": ", ".join(models), "class": name, "status": status, "why": why})
     return rows
 
 
@@ -1201,23 +1161,19 @@ def _skipping_experts(experts: nn.Module) -> Callable:
             return forward(hidden, indices, weights, *args, **kwargs)
         if len(kept) == 1:  # one token, as in decoding: the same as a smaller K
             return forward(hidden, indices[:, slot], weights[:, slot], *args, **kwargs)
-        pairs = (
-            hidden[token],
-            indices[token, slot, None],
-            weights[token, slot, None],
-        )  # [P, H], [P, 1], [P, 1]
+        pairs = indices[token, slot, None], weights[token, slot, None]  # [P, 1], [P, 1]
         # A sum over slots, not index_add_, whose order on a GPU changes from run to run.
         output = hidden.new_zeros(*weights.shape, hidden.shape[-1])  # [T, K, H]
-        output[token, slot] = forward(*pairs, *args, **kwargs).to(output.dtype)
+        output[token, slot] = forward(hidden[token], *pairs, *args, **kwargs).to(output.dtype)
         return output.sum(dim=1)
 
     return skipping_forward
 
 
+SHARES = ("floor_frac", "cap_frac", "zero_rejection_frac")  # of the decisions, one a token and layer
 ROUTING_COLUMNS = (
     *("avg_experts_per_token", "std_experts_per_token", "min_experts", "max_experts"),
-    *("expert_utilization_cv", "expert_utilization_max_min_ratio"),
-    *("floor_frac", "cap_frac", "zero_rejection_frac", "gate_mass_frac"),
+    *("expert_utilization_cv", "expert_utilization_max_min_ratio", *SHARES, "gate_mass_frac"),
 )
 MASS_UNIT = 2**32  # gate mass is summed in whole numbers: exact, and the same in any order
 
@@ -1231,7 +1187,7 @@ class RoutingStatistics:
     """
 
     sums: Tensor
-    config: Mapping[str, Any]  # resolved
+    config: Config  # resolved
 
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
         return RoutingStatistics(self.sums + other.sums, self.config)
@@ -1291,9 +1247,8 @@ class RoutingStatistics:
         return base64.b85encode(zlib.compress(self.sums.numpy().astype("<i8").tobytes())).decode()
 
     @classmethod
-    def unpack(cls, text: str, num_layers: int, config: Mapping[str, Any]) -> RoutingStatistics:
+    def unpack(cls, text: str, num_layers: int, config: Config) -> RoutingStatistics:
         """What `pack` wrote."""
-        import numpy as np
 
         sums = np.frombuffer(zlib.decompress(base64.b85decode(text)), "<i8").reshape(num_layers, -1)
         return cls(torch.from_numpy(sums.copy()), config)
@@ -1322,17 +1277,15 @@ class RoutingRecorder:
 
     MAX_CALLS, MAX_TOKENS = 256, 8192  # what is kept at most before it is summed
 
-    def __init__(self, layers: Sequence[MoELayer], config: Mapping[str, Any]):
-        self.config = config
-        self._layers = layers
+    def __init__(self, layers: Sequence[MoELayer], config: Config):
+        self.config, self._layers = config, layers
         self._width = max(layer.num_experts for layer in layers)
-        self._calls: list[_Call] = []
-        self._tokens = 0
         self.start()
 
     def start(self, rows: int | None = None) -> None:
         """Begin anew. rows: the batch size, to count each row of the batch by itself."""
-        self._calls, self._tokens, self._rows = [], 0, rows
+        self._calls: list[_Call] = []
+        self._tokens, self._rows = 0, rows
         size = (rows or 1) * (2 * self._width + 3)
         self._sums = [torch.zeros(size, dtype=torch.int64, device=layer.device) for layer in self._layers]
 
@@ -1340,8 +1293,7 @@ class RoutingRecorder:
         """A forward pre-hook for the model: a new call begins."""
         if len(self._calls) >= self.MAX_CALLS or self._tokens >= self.MAX_TOKENS:
             self._flush()
-        ids = args[0] if args else kwargs.get("input_ids")
-        mask = kwargs.get("attention_mask")
+        ids, mask = args[0] if args else kwargs.get("input_ids"), kwargs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self._calls.append(_Call(mask, None if ids is None else tuple(ids.shape[:2]), {}, {}))
         self._tokens += 0 if ids is None else ids.numel()
@@ -1372,41 +1324,40 @@ class RoutingRecorder:
     def _flush(self) -> None:
         """Add what was kept to the sums."""
         calls, self._calls, self._tokens = self._calls, [], 0
-        for index, layer in enumerate(self._layers):
+        width, size = self._width, 2 * self._width + 3
+        for index, (layer, sums) in enumerate(zip(self._layers, self._sums, strict=True)):
             seen = [call for call in calls if index in call.outputs]
             if not seen:
                 continue
             parts = (torch.cat(part) for part in zip(*(call.outputs[index] for call in seen), strict=True))
             logits, weights, indices = parts  # [N, E], [N, K], [N, K]
-            rows, real = (torch.cat(part) for part in zip(*map(self._places, seen), strict=True))  # [N]
-            rows, real = rows.to(layer.device), real.to(layer.device)
-            width, size = self._width, 2 * self._width + 3
+            places = (torch.cat(part) for part in zip(*map(self._places, seen), strict=True))
+            rows, real = (part.to(layer.device) for part in places)  # [N], bool [N]
             kept = (weights != 0) & real[:, None]
-            mass = (
-                layer.logits(logits).float().softmax(-1).gather(-1, indices.clamp(max=logits.shape[-1] - 1))
-            )
-            mass = (mass.double() * kept).sum(-1).mul(MASS_UNIT).round().long()
-            start, sums, real = rows * size, self._sums[index], real.long()
+            gates = layer.logits(logits).float().softmax(-1)
+            mass = gates.gather(-1, indices.clamp(max=logits.shape[-1] - 1)).double()
+            start, real = rows * size, real.long()
             sums.index_add_(0, start + kept.sum(-1), real)
             use = (start[:, None] + width + 1 + indices).clamp(max=len(sums) - 1)
             sums.index_add_(0, use.flatten(), kept.long().flatten())
             if all(index in call.wanted for call in seen):
                 none = torch.cat([call.wanted[index] for call in seen]) == 0
                 sums.index_add_(0, start + size - 2, none * real)
-            sums.index_add_(0, start + size - 1, mass)
+            sums.index_add_(0, start + size - 1, (mass * kept).sum(-1).mul(MASS_UNIT).round().long())
 
     def _places(self, call: _Call) -> tuple[Tensor, Tensor]:
         """For each token of a call, [T]: its row of the batch (0 if rows are not told apart), and whether it
         is no padding."""
         logits = next(iter(call.outputs.values()))[0]
         rows = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        real = torch.ones_like(rows, dtype=torch.bool)
         if call.shape is None or math.prod(call.shape) != len(logits):
-            return rows, torch.ones_like(rows, dtype=torch.bool)
+            return rows, real
         if self._rows:
             rows = torch.arange(len(logits), device=logits.device) // call.shape[1]
-        if call.mask is None:
-            return rows, torch.ones_like(rows, dtype=torch.bool)
-        return rows, call.mask[:, -call.shape[1] :].reshape(-1).to(logits.device) != 0
+        if call.mask is not None:
+            real = call.mask[:, -call.shape[1] :].reshape(-1).to(logits.device) != 0
+        return rows, real
 
     def statistics(self) -> list[RoutingStatistics]:
         """What was seen since the start: one for each row of the batch, or one."""
@@ -1429,7 +1380,7 @@ class RoutingRecorder:
 @contextlib.contextmanager
 def patched_routing(
     model: nn.Module,
-    config: Mapping[str, Any],
+    config: Config,
     calibration: Calibration | None = None,
     layers: Sequence[MoELayer] | None = None,
 ) -> Iterator[RoutingRecorder]:
@@ -1471,13 +1422,13 @@ def patched_routing(
         yield recorder
 
 
-def _correction(config: Mapping[str, Any], num_experts: int) -> float:
+def _correction(config: Config, num_experts: int) -> float:
     """What divides alpha: Benjamini-Yekutieli is BH at alpha / (1 + 1/2 + ... + 1/E) (2001, theorem 1.3)."""
     return sum(1 / k for k in range(1, num_experts + 1)) if config["method"] == "by" else 1.0
 
 
 def critical_scores(
-    config: Mapping[str, Any], num_experts: int, layer_index: int, calibration: Calibration | None
+    config: Config, num_experts: int, layer_index: int, calibration: Calibration | None
 ) -> Tensor | None:
     """The table c_1 >= ... >= c_E of one layer for a resolved step-up rule, float32 [E]; None for others."""
     if config["method"] not in STEP_UP:
@@ -1491,8 +1442,7 @@ def critical_scores(
             'p_values "empirical" needs calibration=calibrate(model, tokenizer); "flat" needs none'
         )
     null = calibration.null(layer_index, config["temperature"])
-    smallest = null.smallest_alpha(num_experts)
-    if alpha < smallest:
+    if alpha < (smallest := null.smallest_alpha(num_experts)):
         raise UserError(
             f"alpha = {alpha:.2g} needs n0 + 1 >= E / alpha = {num_experts / alpha:,.0f} null scores a "
             f"layer; the calibration has n0 = {null.n0:,}, enough for alpha >= {smallest:.2g}. Use a "
@@ -1510,8 +1460,8 @@ class Calibration:
 
     def __init__(self, logits: Tensor, own: Tensor):
         self.logits, self.own = logits, own
-        self._nulls: dict[tuple, EmpiricalNull] = {}
-        self._tables: dict[tuple, Tensor] = {}
+        # Built once: tables of critical scores above all, which every patch asks for.
+        self.null, self.critical_scores = map(functools.cache, (self._null, self._critical_scores))
 
     def scores(self, layer_index: int, temperature: float) -> tuple[Tensor, Tensor]:
         """Scores [N, E] of one layer, and bool [N, E]: which pairs lie outside the model's own Top-K."""
@@ -1519,57 +1469,46 @@ class Calibration:
         everywhere = torch.ones_like(scores, dtype=torch.bool)
         return scores, everywhere.scatter(1, self.own[layer_index].long(), False)
 
-    def null(self, layer_index: int, temperature: float) -> EmpiricalNull:
+    def _null(self, layer_index: int, temperature: float) -> EmpiricalNull:
         """The null of one layer: the scores of its irrelevant pairs."""
-        key = (layer_index, temperature)
-        if key not in self._nulls:
-            scores, outside = self.scores(layer_index, temperature)
-            self._nulls[key] = EmpiricalNull(scores[outside])
-        return self._nulls[key]
+        scores, outside = self.scores(layer_index, temperature)
+        return EmpiricalNull(scores[outside])
 
-    def critical_scores(self, layer_index: int, temperature: float, alpha: float) -> Tensor:
-        """The table of critical scores [E] of one layer, built once."""
-        key = (layer_index, temperature, alpha)
-        if key not in self._tables:
-            levels = bh_levels(alpha, self.logits.shape[-1])
-            self._tables[key] = self.null(layer_index, temperature).critical_scores(levels)
-        return self._tables[key]
+    def _critical_scores(self, layer_index: int, temperature: float, alpha: float) -> Tensor:
+        """The table of critical scores [E] of one layer."""
+        levels = bh_levels(alpha, self.logits.shape[-1])
+        return self.null(layer_index, temperature).critical_scores(levels)
 
     def save(self, path: Path, about: Mapping[str, Any]) -> None:
         """Write as safetensors, whole or not at all, together with what it was made from."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         about = {"about": json.dumps(about)}
         with replacing(path) as part:
             try:
-                save_file({"logits": self.logits, "own": self.own}, part, metadata=about)
-            except SafetensorError as error:  # such as a full disk
+                safetensors.torch.save_file({"logits": self.logits, "own": self.own}, part, metadata=about)
+            except safetensors.SafetensorError as error:  # such as a full disk
                 raise OSError(errno.EIO, str(error)) from error
 
     @classmethod
     def load(cls, path: Path, about: Mapping[str, Any]) -> Calibration | None:
         """The calibration saved at `path` if it was made from exactly `about`, else None."""
-        from safetensors import SafetensorError, safe_open
-
         if not path.exists():
             return None
         try:
-            with safe_open(path, "pt") as file:
+            with safetensors.safe_open(path, "pt") as file:
                 if json.loads((file.metadata() or {}).get("about", "null")) == about:
                     return cls(file.get_tensor("logits"), file.get_tensor("own"))
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, safetensors.SafetensorError, ValueError) as error:
             logger.warning(f"{path} is not readable ({error}); calibrating again")
         return None
 
 
 def _generation_config(tokenizer: Any, new_tokens: int, **options: Any) -> Any:
     """Exactly `new_tokens` tokens: no early end of text, so that clocks compare equal work."""
-    from transformers import GenerationConfig
-
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    return GenerationConfig(**lengths, pad_token_id=eos if pad is None else pad, eos_token_id=eos, **options)
+    return transformers.GenerationConfig(
+        **lengths, pad_token_id=eos if pad is None else pad, eos_token_id=eos, **options
+    )
 
 
 def sample_calibration_text(model: nn.Module, tokenizer: Any, seed: int) -> Tensor:
@@ -1604,14 +1543,14 @@ def record_routers(model: nn.Module, batches: Sequence[Tensor]) -> Calibration:
     The routing of a first position is an outlier in every layer.
     """
     layers = find_moe_layers(model)
-    seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
+    seen: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in layers]  # logits [N, E], own [N, K]
     length = 0
 
     def recorder(index: int) -> Callable:
         def record(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
             first, _, indices = (part.unflatten(0, (-1, length))[:, 1:].flatten(0, 1) for part in output)
-            logits = layers[index].logits(first).float()
-            seen[index].append((logits.cpu(), indices.to("cpu", torch.int16)))
+            seen[index][0].append(layers[index].logits(first).float().cpu())
+            seen[index][1].append(indices.to("cpu", torch.int16))
 
         return record
 
@@ -1621,7 +1560,7 @@ def record_routers(model: nn.Module, batches: Sequence[Tensor]) -> Calibration:
         for batch in batches:
             length, batch = batch.shape[1], batch.to(input_device(model))
             model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
-    logits, own = (torch.stack([torch.cat([batch[i] for batch in layer]) for layer in seen]) for i in (0, 1))
+    logits, own = (torch.stack([torch.cat(parts) for parts in kind]) for kind in zip(*seen, strict=True))
     return Calibration(logits, own)
 
 
@@ -1636,17 +1575,13 @@ def calibrate(
     return record_routers(model, tokens.split(4))
 
 
-def match_experts(
-    name: str, config: Mapping[str, Any], target: float, calibration: Calibration
-) -> dict[str, Any]:
+def match_experts(name: str, config: Config, target: float, calibration: Calibration) -> dict[str, Any]:
     """The configuration with its knob (alpha, p, ratio or threshold) set so that it keeps `target` experts.
 
     The mean is over tokens and layers of the calibration text, as routed by the unpatched model; on other
     text, and under its own routing, the configuration will keep a few more or fewer. Raises UserError naming
     the range the rule can reach.
     """
-    from scipy.optimize import bisect
-
     config, num_experts = resolve_config(name, config), calibration.logits.shape[-1]
     knob, bounds = METHODS[config["method"]][0], _bounds(config, num_experts)
     if config["method"] == "topk":
@@ -1660,25 +1595,21 @@ def match_experts(
             total += counting_rule(changed, critical)(layer_scores).clamp(*bounds).double().mean().item()
         return total / len(scores)
 
-    lowest = 1e-6
+    lowest, what = 1e-6, f"--match-experts {target:g}: {name}"
     if config["p_values"] == "empirical":
         lowest = 1.001 * calibration.null(0, config["temperature"]).smallest_alpha(num_experts)
         lowest *= _correction(config, num_experts)
     ends = math.log(lowest), 0.0
-    reach = sorted(mean_experts(end) for end in ends)
-    if not reach[0] <= target <= reach[1]:
-        raise UserError(
-            f"--match-experts {target:g}: {name} can keep {reach[0]:.2f} to {reach[1]:.2f} experts on the "
-            f"calibration text by its {knob}"
-        )
-    log_value = bisect(lambda value: mean_experts(value) - target, *ends, xtol=1e-3)
+    least, most = sorted(mean_experts(end) for end in ends)
+    if not least <= target <= most:
+        reach = f"{least:.2f} to {most:.2f} experts on the calibration text by its {knob}"
+        raise UserError(f"{what} can keep {reach}")
+    log_value = optimize.bisect(lambda value: mean_experts(value) - target, *ends, xtol=1e-3)
     found, achieved = math.exp(log_value), mean_experts(log_value)
+    kept = f"{achieved:.2f} experts on the calibration text"
     if abs(achieved - target) > 0.05:
-        raise UserError(
-            f"--match-experts {target:g}: {name} jumps over it at {knob} = {found:.4g}, where it keeps "
-            f"{achieved:.2f} experts on the calibration text"
-        )
-    logger.info(f"{name} keeps {achieved:.2f} experts on the calibration text at {knob} = {found:.4g}")
+        raise UserError(f"{what} jumps over it at {knob} = {found:.4g}, where it keeps {kept}")
+    logger.info(f"{name} keeps {kept} at {knob} = {found:.4g}")
     return config | {knob: float(f"{found:.4g}")}
 
 
@@ -1694,13 +1625,11 @@ def diagnose_nulls(calibration: Calibration, heldout: Calibration) -> dict[str, 
     (rejected pairs that are null / rejected, 0 where nothing is, mean over tokens and layers) and the share
     of decisions without rejection.
     """
-    from scipy import stats
-
     num_layers, num_tokens, num_experts = heldout.logits.shape
     levels = torch.logspace(-4, 0, 41, dtype=torch.float64)
     report: dict[str, Any] = {"n_tokens": num_tokens, "levels": levels.tolist(), "nulls": {}}
     for name in ("empirical", "flat"):
-        shares, distances, rows = [], [], {alpha: [] for alpha in DIAGNOSED_ALPHAS}
+        shares, distances, found = [], [], {alpha: [] for alpha in DIAGNOSED_ALPHAS}
         for index in range(num_layers):
             scores, outside = heldout.scores(index, 1.0)  # [N, E], [N, E]
             null = calibration.null(index, 1.0) if name == "empirical" else FlatNull(num_experts)
@@ -1710,27 +1639,17 @@ def diagnose_nulls(calibration: Calibration, heldout: Calibration) -> dict[str, 
             distances.append(stats.kstest(null_p.numpy(), "uniform", method="asymp").statistic)
             order = p_values.argsort(dim=-1, stable=True)
             false_by_rank = outside.gather(1, order).long().cumsum(-1)  # null pairs among the k best
+            false_by_rank = nn.functional.pad(false_by_rank, (1, 0))  # [N, E + 1], for k = 0 to E
             for alpha in DIAGNOSED_ALPHAS:
                 rejected = bh_rejections(p_values, alpha)  # [N]
-                false = torch.where(
-                    rejected > 0, false_by_rank.gather(1, rejected.clamp(min=1)[:, None] - 1)[:, 0], 0
-                )
-                rows[alpha].append(
-                    (rejected.double(), false / rejected.clamp(min=1), (rejected == 0).double())
-                )
-        keys = ("mean_rejections", "realised_fdp", "zero_rejection_frac")
-        report["nulls"][name] = {
-            "layers": shares,
-            "ks": distances,
-            "alphas": [
-                {"alpha": alpha}
-                | {
-                    key: torch.cat(part).mean()
-                    for key, part in zip(keys, zip(*values, strict=True), strict=True)
-                }
-                for alpha, values in rows.items()
-            ],
-        }
+                false = false_by_rank.gather(1, rejected[:, None])[:, 0] / rejected.clamp(min=1)
+                found[alpha].append(torch.stack([rejected.double(), false, (rejected == 0).double()]))
+        rows = []
+        for alpha, parts in found.items():
+            rejections, fdp, none = torch.cat(parts, dim=1).mean(1).tolist()
+            means = {"mean_rejections": rejections, "realised_fdp": fdp, "zero_rejection_frac": none}
+            rows.append({"alpha": alpha, **means})
+        report["nulls"][name] = {"layers": shares, "ks": distances, "alphas": rows}
     return strict_json(report)
 
 
@@ -1752,11 +1671,14 @@ def strict_json(value: Any) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; it takes the place of `path` in one step, so that nobody ever sees half a file."""
+    """A path to write to; it takes the place of `path` in one step, so that nobody ever sees half a file, and
+    a power cut leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
         yield part
+        with open(part, "r+b") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:  # a full disk does not say where
         raise OSError(error.errno, error.strerror or str(error), str(error.filename or path)) from error
@@ -1770,6 +1692,12 @@ def write_whole(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
+    """Replace a JSON file in one step."""
+    write_whole(path, json.dumps(strict_json(content), indent=indent, allow_nan=False) + "\n")
+
+
+WAY_OUT = "choose another --output, or --no-resume to set what is there aside"
 Key = tuple[str, str, int]  # configuration, prompt id, sample: what names an experiment
 
 
@@ -1825,15 +1753,12 @@ class Checkpoint:
             part.write_bytes(self._file.readall())
         self._file.close()  # until here it is the only copy
         self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
-        logger.warning(
-            f"the checkpoint was removed while in use; all finished experiments are in {self.path}"
-        )
+        logger.warning(f"the checkpoint was removed while in use; what is finished is now in {self.path}")
 
     def _open(self) -> None:
         damaged, whole = 0, False
         with open(self.path, "rb") as file:
-            head = [file.readline() for _ in range(3)]
-            self._check_head(head)
+            self._check_head([file.readline() for _ in range(3)])
             place = file.tell()
             for line in file:
                 row = None
@@ -1844,21 +1769,20 @@ class Checkpoint:
                 else:
                     self.places[self.key(row)] = place, row["status"]
                 place += len(line)
-            if damaged or not whole:  # rewritten from the rows that are whole
-                rows = [self._line(file, where) for where, _ in self.places.values()]
-        if damaged or not whole:
-            aside = ""
-            # A torn last line is what a killed process leaves; anything more is worth keeping for a look.
-            if damaged > 1 or (damaged and whole):
-                aside = f"; the damaged file is kept as {shutil.copy(self.path, self._unused('damaged'))}"
-            self._write(b",".join(b"\n" + row for row in rows))
-            logger.warning(
-                f"{self.path} was torn or damaged; {len(rows)} finished experiments were saved from it{aside}"
-            )
-            self.places.clear()
-            return self._open()
-        self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - stays open for appending
-        self._end = self._file.seek(-len(self.END), os.SEEK_END)
+            if whole and not damaged:
+                self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - stays open for appending
+                self._end = self._file.seek(-len(self.END), os.SEEK_END)
+                return
+            rows = [self._line(file, where) for where, _ in self.places.values()]
+        aside = ""
+        # A torn last line is what a killed process leaves; anything more is worth keeping for a look.
+        if damaged > 1 or whole:
+            aside = f"; the damaged file is kept as {shutil.copy(self.path, self._unused('damaged'))}"
+        self._write(b",".join(b"\n" + row for row in rows))
+        what = f"{self.path} was torn or damaged"
+        logger.warning(f"{what}; {len(rows)} finished experiments were saved from it{aside}")
+        self.places.clear()
+        self._open()
 
     def _check_head(self, head: list[bytes]) -> None:
         """Refuse what is not a checkpoint of this run."""
@@ -1868,27 +1792,20 @@ class Checkpoint:
             if schema == self.SCHEMA and head[2].rstrip() != b'"results": [':
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(
-                f"{self.path} is not a checkpoint of this script, or its head is damaged; "
-                "choose another --output, or --no-resume to set the file aside"
-            ) from None
+            why = "is not a checkpoint of this script, or its head is damaged"
+            raise UserError(f"{self.path} {why}; {WAY_OUT}") from None
         if schema != self.SCHEMA:
-            raise UserError(
-                f"{self.path} has checkpoint schema {schema}, this script writes {self.SCHEMA}; use the "
-                "script that wrote it, choose another --output, or --no-resume to set the file aside"
-            )
+            why = f"has checkpoint schema {schema}, this script writes {self.SCHEMA}"
+            raise UserError(f"{self.path} {why}; use the script that wrote it, {WAY_OUT}")
         if what := "; ".join(
             f"{key} is {stored.get(key)!r} there, {self.settings.get(key)!r} here"
             for key in {**stored, **self.settings}
             if stored.get(key) != self.settings.get(key)
         ):
-            raise UserError(
-                f"{self.path.parent.parent} holds results of another run: {what}. "
-                "Choose another --output, or --no-resume to set those results aside"
-            )
+            raise UserError(f"{self.path.parent.parent} holds results of another run: {what}; {WAY_OUT}")
 
     @staticmethod
-    def key(row: Mapping[str, Any]) -> Key:
+    def key(row: Row) -> Key:
         return row["config_name"], row["prompt_id"], row["sample"]
 
     @staticmethod
@@ -1896,7 +1813,7 @@ class Checkpoint:
         file.seek(place)
         return file.readline().rstrip(b",]}\n") + b"}"
 
-    def append(self, row: Mapping[str, Any]) -> None:
+    def append(self, row: Row) -> None:
         """Add one finished experiment. OSError when the disk is full; the file is then as it was before."""
         text = json.dumps(strict_json(row), allow_nan=False)
         line = f'{text[:-1]}, "crc32": {zlib.crc32(text.encode())}}}'.encode()
@@ -1974,8 +1891,7 @@ IDENTITY_COLUMNS = (
 QUALITY_COLUMNS = (
     *("reference_nll", "reference_tokens", "reference_bytes", "reference_perplexity", "bits_per_byte"),
     *("kl_to_baseline", "top1_agreement", "tokens_until_divergence", "repeat_reference_nll"),
-    *("reference_avg_experts", "reference_floor_frac", "reference_cap_frac", "reference_zero_rejection_frac"),
-    "static_nll",
+    *("reference_avg_experts", *(f"reference_{share}" for share in SHARES), "static_nll"),
 )
 TASK_COLUMNS = ("task_metric", "task_score")
 TEXT_COLUMNS = ("generated_text", "full_text")
@@ -2001,7 +1917,7 @@ _FORMULA = re.compile(r"(?='*[=+\-@\t\r])")
 _EXACT_FLOATS = {} if int(pd.__version__.split(".")[0]) >= 3 else {"float_precision": "round_trip"}
 
 
-def write_results(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+def write_results(rows: Iterable[Row], path: Path) -> None:
     """Write result rows as CSV, whole or not at all, one after the other: memory does not grow with them."""
 
     def cell(value: Any) -> Any:
@@ -2030,15 +1946,14 @@ def read_results(path: Path) -> pd.DataFrame:
         header = set(pd.read_csv(path, nrows=0).columns)
         words = header & STRING_COLUMNS
         # A generated text may well be "NA" or "null": only number columns have missing values.
-        numbers = dict.fromkeys(header - words, [""])
-        exact = {**_EXACT_FLOATS, "keep_default_na": False, "na_values": numbers}
+        missing = {"keep_default_na": False, "na_values": dict.fromkeys(header - words, [""])}
         # In parts, which takes a quarter of the memory.
-        parts = pd.read_csv(path, dtype=dict.fromkeys(words, str), chunksize=1000, **exact)
+        parts = pd.read_csv(path, dtype=dict.fromkeys(words, str), chunksize=1000, **_EXACT_FLOATS, **missing)
         frames = [part.assign(**{column: part[column].map(plain) for column in words}) for part in parts]
     except ValueError as error:  # undecodable bytes, no columns, or a number column with words in it
         raise UserError(f"{path} is not a results CSV: {error}") from error
-    if missing := set(RESULT_COLUMNS) - header:
-        raise UserError(f"{path} is not a results CSV of this script: it lacks {', '.join(sorted(missing))}")
+    if lacking := sorted(set(RESULT_COLUMNS) - header):
+        raise UserError(f"{path} is not a results CSV of this script: it lacks {', '.join(lacking)}")
     return pd.concat(frames, ignore_index=True)
 
 
@@ -2078,22 +1993,19 @@ def load_model(
 
     device_map "auto" spreads a model over all GPUs, the rest over memory and disk, instead of `device`.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     if trust_remote_code:
         logger.warning(f"--trust-remote-code: Python code that comes with {model_name} will be executed")
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     placed = {"dtype": dtype, "device_map": device_map or str(device), "use_safetensors": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name, **source)
-        model = AutoModelForCausalLM.from_pretrained(model_name, **placed, **source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, **source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(model_name, **placed, **source)
         if not tokenizer("text")["input_ids"]:  # what comes of a folder without the tokenizer's files
             raise ValueError("its tokenizer knows no words")
     except Exception as error:  # whatever a damaged folder can raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"--model {model_name} cannot be loaded: {reason} (give a folder with config.json, tokenizer and "
-            "safetensors, or the name of a hub model; offline, use models/olmoe-mini)"
+            f"--model {model_name} cannot be loaded: {_first_line(error)} (give a folder with config.json, "
+            "tokenizer and safetensors, or the name of a hub model; offline, use models/olmoe-mini)"
         ) from error
     return model, tokenizer
 
@@ -2112,27 +2024,20 @@ def model_fingerprint(model: nn.Module) -> str:
 @functools.cache
 def script_origin() -> dict[str, str]:
     """Which version of this script runs: the hash of the file, and the git commit it lies in, if any."""
-    import subprocess
-
-    path = Path(__file__).resolve()
+    path, options = Path(__file__).resolve(), {"capture_output": True, "text": True, "timeout": 10}
     command = ["git", "-C", str(path.parent), "rev-parse", "HEAD"]
     try:
-        commit = subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        commit = subprocess.run(command, **options, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         commit = ""
-    return {"script_hash": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "git_commit": commit}
+    return {"script_hash": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "git_commit": commit.strip()}
 
 
 def _visible(text: str) -> str:
     """`text` on one line, with control and direction characters shown as escapes: nothing hides in it."""
     hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
     return "".join(
-        character.encode("unicode_escape").decode()
-        if unicodedata.category(character) in hidden
-        else character
-        for character in text
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in hidden else c for c in text
     )
 
 
@@ -2169,13 +2074,11 @@ def log_to(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder against other runs. UserError names the process that holds it; a dead one holds none."""
-    from filelock import FileLock, Timeout
-
     folder.mkdir(parents=True, exist_ok=True)
-    lock, holder = FileLock(folder / ".lock"), folder / "holder.txt"
+    lock, holder = filelock.FileLock(folder / ".lock"), folder / "holder.txt"
     try:
         lock.acquire(timeout=0)
-    except Timeout:
+    except filelock.Timeout:
         who = _visible(holder.read_text(encoding="utf-8")) if holder.exists() else "an unknown process"
         raise UserError(
             f"{folder.parent} is in use by {who}; wait for it, or choose another --output"
@@ -2196,9 +2099,7 @@ class _Processes:
         self._state = None
         self.rank, self.world = 0, 1
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            from accelerate import PartialState
-
-            self._state = PartialState(cpu=use_cpu, timeout=timedelta(days=30))
+            self._state = accelerate.PartialState(cpu=use_cpu, timeout=timedelta(days=30))
             self.rank, self.world = self._state.process_index, self._state.num_processes
 
     def wait(self) -> None:
@@ -2275,8 +2176,7 @@ class _OwnScores:
     probabilities: Tensor  # p [B, S - first, V]
     negentropy: Tensor  # sum of p log p [B, S - first]
     best: Tensor  # most probable token [B, S - first, 1]
-    nlls: list[float]  # [B]
-    routing: list[RoutingStatistics]  # [B]
+    rows: list[dict[str, Any]]  # what `_score` finds for each text [B]
 
 
 class LayerTables:
@@ -2285,70 +2185,54 @@ class LayerTables:
     MAX_ITEMS = 2000  # whose use of experts is kept one by one, for the permutation test
     PERMUTATIONS = 199
 
-    def __init__(self, configs: Mapping[str, Mapping[str, Any]], layers: Sequence[str], categories: set[str]):
-        self.configs, self.layers = configs, list(layers)
-        self.sums: dict[tuple[str, str], RoutingStatistics] = {}
-        self.several = len(categories) > 1
+    def __init__(self, configs: Configs, layers: Sequence[str], categories: set[str]):
+        self.configs, self.layers, self.several = configs, list(layers), len(categories) > 1
+        self.sums: dict[str, dict[str, RoutingStatistics]] = {name: {} for name in configs}  # by category
         self.items: dict[str, dict[str, tuple[str, Tensor]]] = {name: {} for name in configs}
 
-    def add(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    def add(self, row: Row) -> Row:
         """Count a row of the checkpoint, and pass it on."""
-        if not row.get("routing"):
-            return row
-        name, category = row["config_name"], row["prompt_category"]
-        found = RoutingStatistics.unpack(row["routing"], len(self.layers), self.configs[name])
-        self.sums[name, category] = (
-            self.sums[name, category] + found if (name, category) in self.sums else found
-        )
-        items, document = self.items[name], row["document"]
-        if self.several and (document in items or len(items) < self.MAX_ITEMS):
-            use = found.use.float()
-            items[document] = (category, items[document][1] + use if document in items else use)
+        if row.get("routing"):
+            name, category, document = row["config_name"], row["prompt_category"], row["document"]
+            found = RoutingStatistics.unpack(row["routing"], len(self.layers), self.configs[name])
+            sums, items, use = self.sums[name], self.items[name], found.use.float()
+            sums[category] = sums[category] + found if category in sums else found
+            if self.several and (document in items or len(items) < self.MAX_ITEMS):
+                items[document] = category, (items[document][1] + use if document in items else use)
         return row
 
     def _divergence(self, name: str) -> pd.DataFrame:
         """Do categories use different experts? For each layer the Jensen-Shannon divergence of their use, in
         bits (0: the same experts), and its p-value when categories are permuted over documents."""
-        import numpy as np
-
-        items = list(self.items[name].values())
+        columns, items = ("category_divergence_bits", "category_p_value"), list(self.items[name].values())
         labels = pd.factorize(np.array([category for category, _ in items]))[0]
         if not len(items) or np.bincount(labels).min() < 2 or labels.max() < 1:
-            return pd.DataFrame(
-                {"category_divergence_bits": math.nan, "category_p_value": math.nan}, range(0)
-            )
+            return pd.DataFrame(columns=columns, dtype=float)
         use = torch.stack([use for _, use in items]).numpy()  # [documents, L, E]
 
         def divergence(order: Any) -> Any:  # -> [L]
             member = np.eye(labels.max() + 1)[labels[order]]  # [documents, categories]
             shares = np.einsum("dc,dle->cle", member, use)
             shares /= shares.sum(2, keepdims=True)
-
-            def entropy(p: Any) -> Any:
-                return -(p * np.log2(p, out=np.zeros_like(p), where=p > 0)).sum(-1)
-
+            # stats.entropy would do, but takes ten times as long
+            entropy = lambda p: -(p * np.log2(p, out=np.zeros_like(p), where=p > 0)).sum(-1)  # noqa: E731
             return entropy(shares.mean(0)) - entropy(shares).mean(0)
 
         generator, observed = np.random.default_rng(0), divergence(slice(None))
         permuted = [divergence(generator.permutation(len(labels))) for _ in range(self.PERMUTATIONS)]
-        reached = (np.stack(permuted) >= observed).sum(0)
-        p_values = (1 + reached) / (1 + self.PERMUTATIONS)
-        return pd.DataFrame({"category_divergence_bits": observed, "category_p_value": p_values})
+        p_values = (1 + (np.stack(permuted) >= observed).sum(0)) / (1 + self.PERMUTATIONS)
+        return pd.DataFrame(dict(zip(columns, (observed, p_values), strict=True)))
 
     def write(self, folder: Path) -> None:
         """layer_statistics.csv (configuration x layer) and expert_usage.csv (by category and expert)."""
         layers, usage = [], []
-        for name in self.configs:
-            parts = {category: found for (which, category), found in self.sums.items() if which == name}
-            if not parts:
+        for name, by_category in self.sums.items():
+            if not by_category:
                 continue
-            table = functools.reduce(RoutingStatistics.__add__, parts.values()).by_layer()
-            table = pd.concat([table, self._divergence(name)], axis=1)
-            table.insert(0, "config_name", name)
-            table.insert(1, "layer", range(len(table)))
-            table.insert(2, "router", self.layers)
-            layers.append(table)
-            for category, found in parts.items():
+            table = functools.reduce(RoutingStatistics.__add__, by_category.values()).by_layer()
+            about = pd.DataFrame({"config_name": name, "layer": range(len(table)), "router": self.layers})
+            layers.append(pd.concat([about, table, self._divergence(name)], axis=1))
+            for category, found in by_category.items():
                 use = pd.DataFrame(found.use.numpy()).rename_axis("layer").reset_index()
                 use = use.melt("layer", var_name="expert", value_name="count")
                 use["share"] = use["count"] / use.groupby("layer")["count"].transform("sum")
@@ -2373,21 +2257,9 @@ def load_tasks(
     path = None if include_path is None else str(include_path)
     if path is not None and not Path(path).is_dir():
         raise UserError(f"--include-path {path}: there is no such folder")
-    loaded = None
-    if path is not None:  # the index of the harness's own 14,000 tasks takes a while: only where needed
-        with contextlib.suppress(UserError):
-            loaded = _find_tasks(TaskManager(include_path=path, include_defaults=False), names)
-    loaded = loaded or _find_tasks(TaskManager(include_path=path), names)
-    for task in (task for found in loaded.values() for task in found["tasks"].values()):
-        own = task.get_config("num_fewshot")
-        if own is None or (num_fewshot is not None and own != 0):
-            task.set_config("num_fewshot", num_fewshot or 0)
-    return loaded
-
-
-def _find_tasks(manager: Any, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    import difflib
-
+    # The index of the harness's own 14,000 tasks takes a while: only where it is needed.
+    own = None if path is None else TaskManager(include_path=path, include_defaults=False)
+    manager = own if own and set(names) <= set(own.all_tasks) else TaskManager(include_path=path)
     known, loaded = manager.all_tasks, {}
     parts: dict[str, str] = {}  # task -> the name it was asked for by
     for name in names:
@@ -2399,28 +2271,27 @@ def _find_tasks(manager: Any, names: Sequence[str]) -> dict[str, Mapping[str, An
         try:
             loaded[name] = manager.load([name])
         except Exception as error:  # whatever a task's own code or data can raise
-            reason = (str(error).strip() or "no reason given").splitlines()[0]
-            raise UserError(
-                f"--tasks {name} cannot be loaded: {type(error).__name__}: {reason} (most tasks fetch their "
-                "data from the hub once; without network use tasks with local data, see --include-path)"
-            ) from error
-        for part in loaded[name]["tasks"]:
+            way_out = "most tasks fetch their data from the hub once; without network use --include-path"
+            why = f"{type(error).__name__}: {_first_line(error)} ({way_out})"
+            raise UserError(f"--tasks {name} cannot be loaded: {why}") from error
+        for part, task in loaded[name]["tasks"].items():
             if parts.setdefault(part, name) != name:
                 raise UserError(f"--tasks: {part} is in both {parts[part]} and {name}; name one of them")
+            fewshot = task.get_config("num_fewshot")
+            if fewshot is None or (num_fewshot is not None and fewshot != 0):
+                task.set_config("num_fewshot", num_fewshot or 0)
     return loaded
 
 
 @contextlib.contextmanager
 def _harness_seeds(device: torch.device) -> Iterator[None]:
     """The global random generators seeded as lm-evaluation-harness does, and put back."""
-    import random
-
-    import numpy as np
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - what the harness uses
-    level = logging.getLogger("lm_eval").level
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded already
+    log = logging.getLogger("lm_eval")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of a model that is loaded already
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             random.seed(DEFAULT_RANDOM_SEED)
@@ -2428,7 +2299,7 @@ def _harness_seeds(device: torch.device) -> Iterator[None]:
             torch.manual_seed(DEFAULT_OTHER_SEED)
             yield
     finally:
-        logging.getLogger("lm_eval").setLevel(level)
+        log.setLevel(level)
         random.setstate(python)
         np.random.set_state(legacy)  # noqa: NPY002
 
@@ -2441,23 +2312,17 @@ def harness_model(model: nn.Module, tokenizer: Any, batch_size: int) -> Any:
     Larger batches mix documents and pad without an attention mask: nothing is recorded.
     """
     from lm_eval.models.huggingface import HFLM
-    from tqdm.auto import tqdm
 
     class DocumentWise(HFLM):
         recorder: RoutingRecorder | None = None
         seen: dict[tuple[str, int], RoutingStatistics] = {}
 
-        def _each(self, answer: Callable, requests: list, name: str) -> list:
+        def _each(self, answer: Callable, requests: list) -> list:
             if self.batch_size > 1 or self.recorder is None:
                 return answer(requests)
-            answers = []
-            documents = [
-                (key, list(group))
-                for key, group in itertools.groupby(
-                    requests, lambda request: (request.task_name, request.doc_id)
-                )
-            ]
-            for key, group in tqdm(documents, desc=name, unit="document", leave=False):
+            groups = itertools.groupby(requests, lambda request: (request.task_name, request.doc_id))
+            documents, answers = [(key, list(group)) for key, group in groups], []
+            for key, group in tqdm.tqdm(documents, desc=answer.__name__, unit="document", leave=False):
                 self.recorder.start()
                 answers += answer(group, disable_tqdm=True)
                 found = self.recorder.total()
@@ -2465,19 +2330,18 @@ def harness_model(model: nn.Module, tokenizer: Any, batch_size: int) -> Any:
             return answers
 
         def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
-            return self._each(super().loglikelihood, requests, "loglikelihood")
+            return self._each(super().loglikelihood, requests)
 
         def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list:
-            return self._each(super().loglikelihood_rolling, requests, "loglikelihood_rolling")
+            return self._each(super().loglikelihood_rolling, requests)
 
         def generate_until(self, requests: list, disable_tqdm: bool = False) -> list:
-            return self._each(super().generate_until, requests, "generate_until")
+            return self._each(super().generate_until, requests)
 
         def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> list:
             # Its own bar, one for every window of a text, would fill the screen.
-            return super()._loglikelihood_tokens(
-                *args, **kwargs | {"disable_tqdm": self.recorder is not None}
-            )
+            quiet = {"disable_tqdm": self.recorder is not None}
+            return super()._loglikelihood_tokens(*args, **kwargs | quiet)
 
     # A copy, because the harness gives a tokenizer a padding token where it has none.
     with _harness_seeds(model.device):
@@ -2493,24 +2357,18 @@ def document_scores(
     its documents come as (log-likelihood, number of bytes or words), and their score is bits per byte or
     word. The name is empty and the values None where a task has neither, a correlation for example.
     """
-    first = samples[0]
-    for metric in first["metrics"]:
-        values, reported = (
-            [sample.get(metric) for sample in samples],
-            results.get(f"{metric},{first['filter']}"),
-        )
-        if (
-            isinstance(reported, (int, float))
-            and all(isinstance(value, (bool, int, float)) for value in values)
-            and math.isclose(sum(values) / len(values), reported, rel_tol=1e-9, abs_tol=1e-12)
-        ):
-            return metric, [float(value) for value in values]
+    metrics, suffix = samples[0]["metrics"], samples[0]["filter"]
+    for metric in metrics:
+        values, reported = [sample.get(metric) for sample in samples], results.get(f"{metric},{suffix}")
+        if all(isinstance(value, (bool, int, float)) for value in [reported, *values]):
+            mean = sum(values) / len(values)
+            if math.isclose(mean, reported, rel_tol=1e-9, abs_tol=1e-12):
+                return metric, [float(value) for value in values]
     for metric, unit in (("bits_per_byte", "byte"), ("byte_perplexity", "byte"), ("word_perplexity", "word")):
-        if metric in first["metrics"]:
+        if metric in metrics:
             pairs = (sample[metric] for sample in samples)
-            return f"bits_per_{unit}", [
-                -total / (size * math.log(2)) if size else None for total, size in pairs
-            ]
+            bits = [-total / (size * math.log(2)) if size else None for total, size in pairs]
+            return f"bits_per_{unit}", bits
     return "", [None] * len(samples)
 
 
@@ -2518,7 +2376,7 @@ TASK_RESULTS = "task_results.json"
 SHOWN_TEXT = 200  # characters of a document's prompt that its row shows: the last ones
 
 
-def _documents(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def _documents(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
     """A row for each document, from rows that hold a whole task each; a failed task stays one row."""
     for row in rows:
         shared = {key: value for key, value in row.items() if key not in ("documents", "task_results")}
@@ -2569,40 +2427,38 @@ class BHExperimentRunner:
         batch_size: int | str = "auto",
         command: str = "",
     ):
+        check_least("checkpoint_interval", checkpoint_interval)
+        if batch_size != "auto":
+            check_least("batch_size", batch_size)
         if (model is None) != (tokenizer is None):
             raise UserError("a ready model needs its tokenizer: pass both model= and tokenizer=, or neither")
-        if not _is_count(checkpoint_interval):
-            raise UserError(f"checkpoint_interval = {checkpoint_interval!r}, but it must be at least 1")
-        if batch_size != "auto" and not _is_count(batch_size):
-            raise UserError(f'batch_size = {batch_size!r}, but it must be "auto" or at least 1')
         if calibration_text is not None and not Path(calibration_text).is_file():
             raise UserError(f"--calibration-text {calibration_text}: there is no such file")
         if not use_fp16 and dtype not in ("auto", "float32"):
             raise UserError(f"--no-fp16 means --dtype float32, but dtype is {dtype}: give one of them")
+        place = choose_device(device) if model is None else input_device(model)
+        self.processes = _Processes(place.type == "cpu")
         if model is None:
-            chosen = choose_device(device)
-            self.processes = _Processes(chosen.type == "cpu")
-            if chosen.type == "cuda" and self.processes.world > 1:
-                chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            if device_map and self.processes.world > 1:
+            if self.processes.world > 1 and device_map:
                 raise UserError(
                     "--device-map spreads one process over all GPUs: start it without accelerate launch"
                 )
-            precision = choose_dtype(chosen, dtype if use_fp16 else "float32")
+            if self.processes.world > 1 and place.type == "cuda":
+                place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            precision = choose_dtype(place, dtype if use_fp16 else "float32")
             model, tokenizer = load_model(
-                model_name, chosen, precision, device_map, revision, trust_remote_code
+                model_name, place, precision, device_map, revision, trust_remote_code
             )
-        else:
-            self.processes = _Processes(input_device(model).type == "cpu")
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model, self.tokenizer, self.layers = model.eval(), tokenizer, find_moe_layers(model)
         self.model_name, self.output_dir, self.seed = model_name, Path(output_dir), seed
         self.revision = getattr(model.config, "_commit_hash", None) or revision or ""
         self.sampling = None if sampling is None else {"temperature": 1.0, "top_p": 1.0, **sampling}
         self.checkpoint_interval, self.command = checkpoint_interval, command
         self.calibration_text = None if calibration_text is None else Path(calibration_text)
-        self.layers = find_moe_layers(model)
-        self.device = input_device(model)
-        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        self.device, self.dtype = (
+            input_device(model),
+            str(next(model.parameters()).dtype).removeprefix("torch."),
+        )
         text_config = getattr(model.config, "get_text_config", lambda: model.config)()
         self.context = getattr(text_config, "max_position_embeddings", None) or math.inf
         self.batch_size, self._fitting = batch_size, sys.maxsize  # asked for; what the memory was enough for
@@ -2612,9 +2468,9 @@ class BHExperimentRunner:
         # Static Top-k that the baseline's rows are scored at as well
         self._curve = range(1, self.layers[0].own_k)
         self._repeated: set[str] | None = None  # scored items that show the noise floor; all where None
-        # The model's own log-probabilities and text, of the one batch or prompt that is at work.
-        self._baseline_of, self._baseline = None, None
-        self._own_text_of, self._own_text = None, None
+        # Of the one batch or prompt that is at work: its key, and what the model's own routing makes of it.
+        self._own_scored: tuple[Any, Any] = (None, None)
+        self._own_text: tuple[Any, Any] = (None, None)
 
     def __repr__(self) -> str:
         first = self.layers[0]
@@ -2638,7 +2494,7 @@ class BHExperimentRunner:
         output, _ = self._generate(inputs, max_new_tokens, self.seed)
         return self.tokenizer.decode(output[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    def _apply_routing_config(self, config: Mapping[str, Any]) -> RoutingRecorder:
+    def _apply_routing_config(self, config: Config) -> RoutingRecorder:
         """Route by `config` until the next call or `_restore_original_routing`; returns the live recorder."""
         self._restore_original_routing()
         return self._routing.enter_context(self._routed(self._resolve("routing", config)))
@@ -2652,25 +2508,24 @@ class BHExperimentRunner:
         """Put the model back exactly as it was; harmless when nothing is patched."""
         self._routing.close()
 
-    def _routed(self, config: Mapping[str, Any]) -> contextlib.AbstractContextManager[RoutingRecorder]:
+    def _routed(self, config: Config) -> contextlib.AbstractContextManager[RoutingRecorder]:
         calibration = self.calibration if config["p_values"] == "empirical" else None
         return patched_routing(self.model, config, calibration, self.layers)
 
-    def _resolve(self, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    def _resolve(self, name: str, config: Config) -> dict[str, Any]:
         """`resolve_config`, with the model's own K in the built-in baseline, whose 8 is OLMoE's."""
         config, widest = resolve_config(name, config), self.layers[0].max_k
         if name == BASELINE and config == resolve_config(BASELINE, ROUTING_CONFIGS[BASELINE]):
             config["k"] = self.layers[0].own_k
-        if max(config["k"] or 1, config["min_k"] or 1) > widest:
-            field = "k" if config["k"] else "min_k"
-            raise UserError(
-                f"configuration {name!r}: {field} = {config[field]}, but a layer can run {widest} experts"
-            )
+        for field in ("k", "min_k"):
+            if (config[field] or 1) > widest:
+                why = f"{field} = {config[field]}, but a layer can run {widest} experts"
+                raise UserError(f"configuration {name!r}: {why}")
         if config["max_k"]:
             config["max_k"] = min(config["max_k"], widest)
         return config
 
-    def _configs(self, given: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
+    def _configs(self, given: Configs | None) -> dict[str, dict[str, Any]]:
         configs = ROUTING_CONFIGS if given is None else given
         return {name: self._resolve(name, config) for name, config in configs.items()}
 
@@ -2688,37 +2543,32 @@ class BHExperimentRunner:
         """The calibration of this model: from the output folder if it was made from the same, or made now."""
         about = {**self.settings, "sequences": CALIBRATION_SEQUENCES, "length": CALIBRATION_LENGTH}
         del about["sampling"]
-        path = self.output_dir / "calibration.safetensors"
+        path, start = self.output_dir / "calibration.safetensors", time.perf_counter()
         with self.processes.first_alone():
-            calibration = Calibration.load(path, about)
-            if calibration is None:
-                start = time.perf_counter()
-                calibration = calibrate(self.model, self.tokenizer, self.seed, self.calibration_text)
-                calibration.save(path, about)
-                null, source = (
-                    calibration.null(0, 1.0),
-                    self.calibration_text or "text sampled from the model",
-                )
-                logger.info(
-                    f"calibrated on {calibration.logits.shape[1]} tokens of {source} in "
-                    f"{time.perf_counter() - start:.1f} s: n0 = {null.n0:,} null scores a layer, "
-                    f"enough for alpha >= {null.smallest_alpha(self.layers[0].num_experts):.2g}"
-                )
+            if calibration := Calibration.load(path, about):
+                return calibration
+            calibration = calibrate(self.model, self.tokenizer, self.seed, self.calibration_text)
+            calibration.save(path, about)
+        null, source = calibration.null(0, 1.0), self.calibration_text or "text sampled from the model"
+        logger.info(
+            f"calibrated on {calibration.logits.shape[1]} tokens of {source} in "
+            f"{time.perf_counter() - start:.1f} s: n0 = {null.n0:,} null scores a layer, enough for alpha >= "
+            f"{null.smallest_alpha(self.layers[0].num_experts):.2g}"
+        )
         return calibration
 
-    def diagnose(self, prompts: Sequence[Mapping[str, Any]], max_tokens: int = 8192) -> dict[str, Any]:
+    def diagnose(self, prompts: Sequence[Prompt], max_tokens: int = 8192) -> dict[str, Any]:
         """`diagnose_nulls` on scored texts, up to `max_tokens`; also written to null_diagnostics.json."""
         texts, total = [], 0
         for prompt in prompts:
             with contextlib.suppress(UserError):  # one that does not fit: its rows will say so
-                batch = self._scored_batch([prompt]) if total < max_tokens else None
-                if batch is not None:
+                if total < max_tokens and (batch := self._scored_batch([prompt])):
                     texts.append(batch.ids)
                     total += batch.ids.numel()
         if not texts:
             return {}
         report = diagnose_nulls(self.calibration, record_routers(self.model, texts))
-        write_whole(self.output_dir / "null_diagnostics.json", json.dumps(report, allow_nan=False) + "\n")
+        write_json(self.output_dir / "null_diagnostics.json", report, indent=None)
         return report
 
     # Experiments
@@ -2755,23 +2605,19 @@ class BHExperimentRunner:
             "peak_memory_gb": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None,
         }
 
-    def _encode(self, prompt: Mapping[str, Any], new_tokens: int) -> dict[str, Tensor]:
+    def _encode(self, prompt: Prompt, new_tokens: int) -> dict[str, Tensor]:
         """Token ids and attention mask [1, S]; UserError where they and the new tokens exceed the context."""
         inputs = self.tokenizer(prompt["text"], return_tensors="pt", verbose=False).to(self.device)
-        length = inputs["input_ids"].shape[1]
-        if not 0 < length <= self.context - new_tokens:
+        length, most = inputs["input_ids"].shape[1], self.context - new_tokens
+        if not 0 < length <= most:
             raise UserError(
                 f"prompt {prompt['id']!r} has {length} tokens; with {new_tokens} new ones it must have 1 to "
-                f"{self.context - new_tokens} for this model's context of {self.context}"
+                f"{most} for this model's context of {self.context}"
             )
         return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
 
-    def _row(
-        self, name: str, config: Mapping[str, Any], prompt: Mapping[str, Any], tokens: int, sample: int
-    ) -> dict[str, Any]:
+    def _row(self, name: str, config: Config, prompt: Prompt, tokens: int, sample: int) -> dict[str, Any]:
         """The part of a result row that is known before the experiment."""
-        import transformers
-
         on_cpu = self.device.type == "cpu"
         return dict.fromkeys(RESULT_COLUMNS) | {
             "config_name": name,
@@ -2780,8 +2626,7 @@ class BHExperimentRunner:
             "prompt_text": self._text(prompt),
             "document": prompt["document"],
             "status": "ok",
-            "error": "",
-            "static_nll": "",
+            **dict.fromkeys(("error", "static_nll", "routing"), ""),
             **{field: config[field] for field in CONFIG_FIELDS},
             "model_name": self.model_name,
             "model_revision": self.revision,
@@ -2798,35 +2643,30 @@ class BHExperimentRunner:
             "command": self.command,
         }
 
-    def _text(self, prompt: Mapping[str, Any]) -> str:
+    def _text(self, prompt: Prompt) -> str:
         """The text of an item; that of a window is kept as tokens, which take less memory."""
         return prompt["text"] or self.tokenizer.decode(prompt["token_ids"][1:])
 
-    def _scored_batch(self, prompts: Sequence[Mapping[str, Any]]) -> _ScoredBatch | None:
+    def _scored_batch(self, prompts: Sequence[Prompt]) -> _ScoredBatch | None:
         """What is teacher-forced for these prompts; None for a prompt that has nothing to be scored."""
-        texts: list[Sequence[int]] = []
-        contexts, num_bytes = [], []
+        texts, contexts, num_bytes = [], [], []
         for prompt in prompts:
             if "token_ids" in prompt:
-                ids, context, text = prompt["token_ids"].tolist(), 1, self._text(prompt)
-            elif prompt["reference"]:
-                text = prompt["reference"]
+                ids, context, text = prompt["token_ids"], 1, self._text(prompt)
+            elif text := prompt["reference"]:
                 ids = self.tokenizer(prompt["text"], verbose=False)["input_ids"]
                 context = len(ids)
                 ids = ids + self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             else:
                 return None
             if len(ids) - 1 > self.context:
-                raise UserError(
-                    f"prompt {prompt['id']!r}: {len(ids)} tokens to score exceed this model's context of "
-                    f"{self.context}"
-                )
-            texts.append(ids)
+                what = f"prompt {prompt['id']!r}: {len(ids)} tokens to score"
+                raise UserError(f"{what} exceed this model's context of {self.context}")
+            texts.append(torch.as_tensor(ids, dtype=torch.int64))
             contexts.append(context)
             num_bytes.append(len(text.encode()))
-        rows = [torch.tensor(ids) for ids in texts]
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in texts], batch_first=True)
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
         return _ScoredBatch(
             *(part.to(self.device) for part in (ids, mask, torch.tensor(contexts))), num_bytes
         )
@@ -2851,103 +2691,95 @@ class BHExperimentRunner:
     @torch.inference_mode()
     def _own_scores(self, batch: _ScoredBatch) -> _OwnScores:
         """Those of the model's own routing, computed and recorded once for all configurations of a batch."""
-        if self._baseline_of != batch.key:
-            self._baseline = None  # never two of them in memory
+        if self._own_scored[0] != batch.key:
+            self._own_scored = None, None  # never two of them in memory
             with self._routed(self._own) as recorder:
-                scores, routing = self._recorded(batch, recorder)
-            p, nlls = scores.exp(), self._nll(batch, scores)
-            negentropy, best = torch.linalg.vecdot(p, scores), scores.argmax(-1, keepdim=True)
-            self._baseline = _OwnScores(p, negentropy, best, nlls, routing)
-            self._baseline_of = batch.key
-        return self._baseline
+                rows, scores = self._score(batch, recorder, None)
+            p, best = scores.exp(), scores.argmax(-1, keepdim=True)
+            self._own_scored = batch.key, _OwnScores(p, torch.linalg.vecdot(p, scores), best, rows)
+        return self._own_scored[1]
 
-    def _recorded(
-        self, batch: _ScoredBatch, recorder: RoutingRecorder
-    ) -> tuple[Tensor, list[RoutingStatistics]]:
-        """`_log_probabilities` as the model is routed now, and what its routers did, for each row."""
-        recorder.start(rows=len(batch.ids))
-        return self._log_probabilities(batch), recorder.statistics()
-
-    def _static_curve(self, batch: _ScoredBatch) -> list[str]:
-        """For each row, as JSON: k -> NLL under static Top-k, for each k that the suite does not run."""
-        curve = {}
+    def _static_curve(self, batch: _ScoredBatch, config: Config) -> list[str]:
+        """For each text [B] under the model's own routing, as JSON: k -> NLL under static Top-k, for each k
+        that the suite does not run."""
+        curve, rows = {}, range(len(batch.ids))
+        if not self._curve or not self._is_own(config):
+            return ["" for _ in rows]
         for k in self._curve:
             with self._routed(resolve_config(f"topk_{k}", {"method": "topk", "k": k})):
                 curve[k] = self._nll(batch, self._log_probabilities(batch))
-        return [json.dumps({k: values[row] for k, values in curve.items()}) for row in range(len(batch.ids))]
+        return [json.dumps({k: values[row] for k, values in curve.items()}) for row in rows]
 
     @torch.inference_mode()
-    def _score(self, batch: _ScoredBatch, own: _OwnScores, recorder: RoutingRecorder) -> list[dict[str, Any]]:
-        """The QUALITY_COLUMNS of each row that come from teacher forcing, and its routing statistics."""
-        scores, routing = self._recorded(batch, recorder)
-        # KL(own || this) in one pass: exactly 0 for equal scores; rounding may take it below.
-        divergence = own.negentropy - torch.linalg.vecdot(own.probabilities, scores)  # [B, S - first]
-        kl = self._means(batch, divergence.clamp(min=0))
-        best = scores.gather(2, own.best)[..., 0] == scores.amax(-1)  # five times faster than its argmax
-        return self._quality(batch, self._nll(batch, scores), kl, self._means(batch, best), routing)
+    def _score(
+        self, batch: _ScoredBatch, recorder: RoutingRecorder, own: _OwnScores | None
+    ) -> tuple[list[dict[str, Any]], Tensor]:
+        """Teacher forcing as the model is routed now: for each text [B] the QUALITY_COLUMNS and `routing`,
+        what the routers did; and the log-probabilities behind them. own: what to compare with, if not itself.
+        """
+        recorder.start(rows=len(batch.ids))
+        scores = self._log_probabilities(batch)
+        recorded, nlls = recorder.statistics(), self._nll(batch, scores)
+        _finite(torch.tensor(nlls))
+        kl, agreement = ([number] * len(nlls) for number in (0.0, 1.0))
+        if own is not None:
+            # KL(own || this) in one pass: exactly 0 for equal scores; rounding may take it below.
+            divergence = own.negentropy - torch.linalg.vecdot(own.probabilities, scores)  # [B, S - first]
+            kl = self._means(batch, divergence.clamp(min=0))
+            best = scores.gather(2, own.best)[..., 0] == scores.amax(-1)  # five times faster than its argmax
+            agreement = self._means(batch, best)
+        rows = []
+        for index, tokens in enumerate(batch.scored.sum(1).tolist()):
+            nll, size, routing = nlls[index], batch.num_bytes[index], recorded[index].row()
+            row = {"reference_nll": nll, "reference_tokens": tokens, "reference_bytes": size}
+            row["reference_perplexity"] = math.exp(nll) if nll < 700 else None
+            row["bits_per_byte"] = nll * tokens / (math.log(2) * size)
+            row |= {
+                "kl_to_baseline": kl[index],
+                "top1_agreement": agreement[index],
+                "routing": recorded[index],
+            }
+            row["reference_avg_experts"] = routing["avg_experts_per_token"]
+            rows.append(row | {f"reference_{share}": routing[share] for share in SHARES})
+        return rows, scores
 
     def _quality(
         self,
         batch: _ScoredBatch,
-        nlls: Sequence[float],
-        kl: Sequence[float],
-        agreement: Sequence[float],
-        recorded: Sequence[RoutingStatistics],
+        config: Config,
+        recorder: RoutingRecorder,
+        own: _OwnScores,
+        repeat: bool = True,
     ) -> list[dict[str, Any]]:
-        """The same from what was found for each row [B]."""
-        _finite(torch.tensor(nlls))
-        shares = ("floor_frac", "cap_frac", "zero_rejection_frac")
-        rows = []
-        for index, tokens in enumerate(batch.scored.sum(1).tolist()):
-            nll, routing = nlls[index], recorded[index].row()
-            rows.append(
-                {
-                    "reference_nll": nll,
-                    "reference_tokens": tokens,
-                    "reference_bytes": batch.num_bytes[index],
-                    "reference_perplexity": math.exp(nll) if nll < 700 else None,
-                    "bits_per_byte": nll * tokens / (math.log(2) * batch.num_bytes[index]),
-                    "kl_to_baseline": kl[index],
-                    "top1_agreement": agreement[index],
-                    "reference_avg_experts": routing["avg_experts_per_token"],
-                    **{f"reference_{share}": routing[share] for share in shares},
-                    "routing": recorded[index],
-                }
-            )
-        return rows
+        """What `_score` finds for each text [B] under `config`; the model's own routing, scored before, is
+        scored again for the noise floor."""
+        if not self._is_own(config):
+            return self._score(batch, recorder, own)[0]
+        again = self._nll(batch, self._log_probabilities(batch)) if repeat else [None] * len(own.rows)
+        return [row | {"repeat_reference_nll": nll} for row, nll in zip(own.rows, again, strict=True)]
 
-    def _is_own(self, config: Mapping[str, Any]) -> bool:
+    def _is_own(self, config: Config) -> bool:
         """Whether a resolved configuration is the model's own routing."""
         return all(config[field] == self._own[field] for field in CONFIG_FIELDS)
 
     def _score_only(
-        self, name: str, config: Mapping[str, Any], prompts: Sequence[Mapping[str, Any]], tokens: int
+        self, name: str, config: Config, prompts: Sequence[Prompt], tokens: int
     ) -> list[dict[str, Any]]:
         """Result rows of items with `token_ids`, scored together."""
         batch = self._scored_batch(prompts)
-        own, more = self._own_scores(batch), [{} for _ in prompts]
-        if self._is_own(config):
-            alike = [[number] * len(prompts) for number in (0.0, 1.0)]  # KL and agreement with itself
-            quality = self._quality(batch, own.nlls, *alike, own.routing)
-            if self._curve:
-                more = [{"static_nll": curve} for curve in self._static_curve(batch)]
-            if self._repeated is None or prompts[0]["id"] in self._repeated:
-                for extra, nll in zip(more, self._nll(batch, self._log_probabilities(batch)), strict=True):
-                    extra["repeat_reference_nll"] = nll
-        else:
-            with self._routed(config) as recorder:
-                quality = self._score(batch, own, recorder)
-        return [
-            self._row(name, config, prompt, tokens, 0)
-            | found
-            | found["routing"].row()
-            | extra
-            | {"batch_size": len(prompts)}
-            for prompt, found, extra in zip(prompts, quality, more, strict=True)
-        ]
+        own, curve = self._own_scores(batch), self._static_curve(batch, config)
+        repeat = self._repeated is None or prompts[0]["id"] in self._repeated
+        with self._routed(config) as recorder:
+            quality = self._quality(batch, config, recorder, own, repeat)
+        rows = []
+        for prompt, found, static in zip(prompts, quality, curve, strict=True):
+            row = self._row(name, config, prompt, tokens, 0) | found | found["routing"].row()
+            more = {"static_nll": static, "batch_size": len(prompts), "routing": found["routing"].pack()}
+            rows.append(row | more)
+        return rows
 
     def _generate_and_score(
-        self, name: str, config: Mapping[str, Any], prompt: Mapping[str, Any], tokens: int, sample: int
+        self, name: str, config: Config, prompt: Prompt, tokens: int, sample: int
     ) -> dict[str, Any]:
         """The result row of a prompt: one patch, in which it is continued and its reference scored."""
         row, is_own = self._row(name, config, prompt, tokens, sample), self._is_own(config)
@@ -2955,39 +2787,39 @@ class BHExperimentRunner:
         if sample > 0:  # the reference is the same for every sample: scored once
             batch = None
         if batch is not None:
-            own = self._own_scores(batch)
-            if is_own:
-                row["repeat_reference_nll"] = own.nlls[0]
-                row["static_nll"] = self._static_curve(batch)[0] if self._curve else ""
+            own, row["static_nll"] = self._own_scores(batch), self._static_curve(batch, config)[0]
         digest = hashlib.sha256(f"{self.seed} {sample} {prompt['id']}".encode()).digest()
         seed, length = int.from_bytes(digest[:7], "big"), inputs["input_ids"].shape[1]
         with self._routed(config) as recorder:
             output, clock = self._generate(inputs, tokens, seed)
             routing = recorder.total()
-            quality = self._score(batch, own, recorder)[0] if batch is not None else {}
+            quality = {} if batch is None else self._quality(batch, config, recorder, own)[0]
         new, key = output[length:], (prompt["text"], tokens, seed)
-        if is_own or self._own_text_of != key:  # run again by itself: what the others are compared with
+        if is_own or self._own_text[0] != key:  # run again by itself: what the others are compared with
             again, second = self._generate(inputs, tokens, seed)
-            self._own_text_of, self._own_text = key, again[length:]
+            self._own_text = key, again[length:]
             row["repeat_inference_time_sec"] = second["inference_time_sec"] if is_own else None
         text = self.tokenizer.decode(new, skip_special_tokens=True)
-        return row | {
-            "generated_text": text,
-            "full_text": prompt["text"] + text,
-            "num_input_tokens": length,
-            "num_output_tokens": len(new),
-            "tokens_until_divergence": (new == self._own_text).long().cumprod(0).sum().item(),
-            **routing.row(),
-            **quality,
-            **clock,
-            "routing": routing,
-        }
+        return (
+            row
+            | quality
+            | routing.row()
+            | clock
+            | {
+                "generated_text": text,
+                "full_text": prompt["text"] + text,
+                "num_input_tokens": length,
+                "num_output_tokens": len(new),
+                "tokens_until_divergence": (new == self._own_text[1]).long().cumprod(0).sum().item(),
+                "routing": routing.pack(),
+            }
+        )
 
     def run_single_experiment(
         self,
         config_name: str,
-        config: Mapping[str, Any],
-        prompt_data: Mapping[str, Any],
+        config: Config,
+        prompt_data: Prompt,
         max_new_tokens: int = DEFAULT_MAX_TOKENS,
         sample: int = 0,
     ) -> dict[str, Any]:
@@ -3005,12 +2837,7 @@ class BHExperimentRunner:
         return {column: row[column] for column in RESULT_COLUMNS}
 
     def _run(
-        self,
-        name: str,
-        config: Mapping[str, Any],
-        prompts: Sequence[Mapping[str, Any]],
-        tokens: int,
-        sample: int,
+        self, name: str, config: Config, prompts: Sequence[Prompt], tokens: int, sample: int
     ) -> list[dict[str, Any]]:
         """Rows of one prompt, or of items that are scored together; each also has `routing`."""
         if "token_ids" in prompts[0]:
@@ -3018,30 +2845,22 @@ class BHExperimentRunner:
         return [self._generate_and_score(name, config, prompts[0], tokens, sample)]
 
     def _run_safely(
-        self,
-        name: str,
-        config: Mapping[str, Any],
-        prompts: Sequence[Mapping[str, Any]],
-        tokens: int,
-        sample: int,
+        self, name: str, config: Config, prompts: Sequence[Prompt], tokens: int, sample: int
     ) -> list[dict[str, Any]]:
         """`_run`, whose failure is a row; a batch that fails is halved: a row fails by its own fault only."""
-        from accelerate.utils.memory import should_reduce_batch_size
-
         # Counts shuffled over a batch would depend on the batch.
-        size = 1 if config["shuffle"] else min(len(prompts), self._fitting)
-        rows: list[dict[str, Any]] = []
+        size, rows = 1 if config["shuffle"] else min(len(prompts), self._fitting), []
         while len(rows) < len(prompts):
             part = prompts[len(rows) : len(rows) + size]
             try:
                 rows += self._run(name, config, part, tokens, sample)
             except Exception as error:  # one failed experiment must not end the suite
-                self._baseline_of = self._baseline = None
+                self._own_scored = None, None
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()  # after an out-of-memory error, start clean
                 if len(part) > 1:
                     size = len(part) // 2
-                    if should_reduce_batch_size(error):
+                    if accelerate.utils.memory.should_reduce_batch_size(error):
                         self._fitting = size
                     logger.info(f"a batch of {len(part)} failed ({type(error).__name__}), trying {size}")
                     continue
@@ -3055,9 +2874,7 @@ class BHExperimentRunner:
         logger.debug("where it failed", exc_info=True)
         return row | {"status": "error", "error": message}
 
-    def _units(
-        self, prompts: Sequence[Mapping[str, Any]], num_samples: int
-    ) -> list[tuple[list[Mapping[str, Any]], int]]:
+    def _units(self, prompts: Sequence[Prompt], num_samples: int) -> list[tuple[list[Prompt], int]]:
         """What is run in one go under each configuration: (prompts, sample).
 
         Items to be scored go together by length. The units follow from the prompts alone, not from what is
@@ -3066,17 +2883,16 @@ class BHExperimentRunner:
         windows = sorted((p for p in prompts if "token_ids" in p), key=lambda p: -len(p["token_ids"]))
         units = [([prompt], n) for prompt in prompts if "token_ids" not in prompt for n in range(num_samples)]
         while windows:
-            size = self.batch_size
-            if size == "auto":
-                size = max(1, AUTO_BATCH_TOKENS // len(windows[0]["token_ids"]))
+            fitting = max(1, AUTO_BATCH_TOKENS // len(windows[0]["token_ids"]))
+            size = fitting if self.batch_size == "auto" else self.batch_size
             units.append((windows[:size], 0))
             windows = windows[size:]
         return units
 
     def run_full_experiment_suite(
         self,
-        routing_configs: Mapping[str, Mapping[str, Any]] | None = None,
-        test_prompts: Sequence[Mapping[str, Any]] | None = None,
+        routing_configs: Configs | None = None,
+        test_prompts: Sequence[Prompt] | None = None,
         max_new_tokens: int = DEFAULT_MAX_TOKENS,
         resume: bool = True,
         *,
@@ -3097,11 +2913,10 @@ class BHExperimentRunner:
             resolve_prompt(prompt) for prompt in (TEST_PROMPTS if test_prompts is None else test_prompts)
         ]
         configs = self._configs(routing_configs)
+        check_least("max_new_tokens", max_new_tokens)
+        check_least("num_samples", num_samples)
         if not configs or not prompts:
             raise UserError("a suite needs at least one configuration and one prompt")
-        for what, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
-            if not _is_count(value):
-                raise UserError(f"{what} = {value!r}, but it must be at least 1")
         if num_samples > 1 and self.sampling is None:
             raise UserError(
                 f"num_samples = {num_samples}, but greedy texts are all alike: sample with --do-sample"
@@ -3109,9 +2924,7 @@ class BHExperimentRunner:
         check_ids(prompts)
         self._curve = [k for k in range(1, self.layers[0].own_k) if f"topk_{k}" not in configs]
         units = self._units(prompts, num_samples)
-        self._repeated = {
-            prompt["id"] for prompt in units[0][0]
-        }  # one batch shows it, at no cost to speak of
+        self._repeated = {prompt["id"] for prompt in units[0][0]}  # one batch shows it, at little cost
         settings = {**self.settings, "max_new_tokens": max_new_tokens}
         with self._opened(settings, resume, configs, prompts) as checkpoint:
             plan = [
@@ -3133,23 +2946,20 @@ class BHExperimentRunner:
                 return pd.DataFrame(rows, columns=RESULT_COLUMNS)
             return self._finish(checkpoint.rows(plan), configs, {prompt["category"] for prompt in prompts})
 
-    def _finish(
-        self, rows: Iterable[Mapping[str, Any]], configs: Mapping[str, Any], categories: set[str]
-    ) -> pd.DataFrame:
+    def _finish(self, rows: Iterable[Row], configs: Configs, categories: set[str]) -> pd.DataFrame:
         """Write results and layer tables to the output folder; returns the results as they were written."""
         tables = LayerTables(configs, [layer.name for layer in self.layers], categories)
         path = self.output_dir / "bh_routing_results.csv"
         write_results(map(tables.add, rows), path)
         tables.write(self.output_dir)
         frame = read_results(path)
-        failed = int((frame["status"] != "ok").sum())
-        logger.info(f"{len(frame)} experiments, {failed} failed: {path}")
+        logger.info(f"{len(frame)} experiments, {int((frame['status'] != 'ok').sum())} failed: {path}")
         return frame
 
     def run_tasks(
         self,
         tasks: Sequence[str],
-        routing_configs: Mapping[str, Mapping[str, Any]] | None = None,
+        routing_configs: Configs | None = None,
         num_fewshot: int | None = None,
         limit: float | None = None,
         include_path: str | Path | None = None,
@@ -3170,31 +2980,26 @@ class BHExperimentRunner:
             import lm_eval
         except ImportError:
             raise UserError("--tasks needs lm-evaluation-harness: pip install lm_eval") from None
-        names = list(dict.fromkeys(tasks))
-        with _harness_seeds(self.device):
-            loaded = load_tasks(names, include_path, num_fewshot)
-        configs = self._configs(routing_configs)
+        names, configs = list(dict.fromkeys(tasks)), self._configs(routing_configs)
         if not configs or not names:
             raise UserError("a run needs at least one configuration and one task")
+        with _harness_seeds(self.device):
+            loaded = load_tasks(names, include_path, num_fewshot)
         items = {name: resolve_prompt({"id": name, "text": name, "category": name}) for name in names}
-        how = {"num_fewshot": num_fewshot, "limit": limit}
         own = [] if include_path is None else sorted(Path(include_path).rglob("*.y*ml"))
         files = hashlib.sha256(b"".join(path.read_bytes() for path in own)).hexdigest()[:16]
-        settings = {**self.settings, "lm_eval": lm_eval.__version__, "task_files": files, **how}
+        how = {"lm_eval": lm_eval.__version__, "num_fewshot": num_fewshot, "limit": limit}
+        settings = {**self.settings, **how, "task_files": files}
         with self._opened(settings, resume, configs, list(items.values())) as checkpoint:
             plan = [(config, name, 0) for name in names for config in configs]
             done = checkpoint.done(retry_failed)
             pending = [key for key in plan if key not in done]
             logger.info(f"{self!r}: {len(plan)} tasks x configurations, {len(plan) - len(pending)} finished")
             if pending:
-                for config in configs.values():  # calibrates, and finds a mistake before anything runs
-                    with self._routed(config):
-                        pass
-                lm = harness_model(
-                    self.model, self.tokenizer, 1 if self.batch_size == "auto" else self.batch_size
-                )
-            for key in pending[self.processes.rank :: self.processes.world]:
-                config, name, _ = key
+                self._calibrate_for(configs)
+                size = 1 if self.batch_size == "auto" else self.batch_size
+                lm = harness_model(self.model, self.tokenizer, size)
+            for config, name, _ in pending[self.processes.rank :: self.processes.world]:
                 logger.info(f"{name} under {config}")
                 row = self._run_task(config, configs[config], items[name], loaded[name], lm, limit)
                 checkpoint.append(row)
@@ -3207,19 +3012,12 @@ class BHExperimentRunner:
             harness: dict[str, dict[str, Any]] = {name: {} for name in configs}
             for row in checkpoint.rows(plan):
                 harness[row["config_name"]][row["prompt_id"]] = row["task_results"]
-            report = {"lm_eval": lm_eval.__version__, **how, "configurations": strict_json(harness)}
-            write_whole(self.output_dir / TASK_RESULTS, json.dumps(report, indent=2, allow_nan=False) + "\n")
+            write_json(self.output_dir / TASK_RESULTS, {**how, "configurations": harness})
             rows = list(_documents(checkpoint.rows(plan)))
             return self._finish(rows, configs, {row["prompt_category"] for row in rows})
 
     def _run_task(
-        self,
-        name: str,
-        config: Mapping[str, Any],
-        item: Mapping[str, Any],
-        tasks: Mapping[str, Any],
-        lm: Any,
-        limit: float | None,
+        self, name: str, config: Config, item: Prompt, tasks: Mapping[str, Any], lm: Any, limit: float | None
     ) -> dict[str, Any]:
         """One task under one configuration: a row with the part of a result row that all its documents share,
         the rest for each under `documents`, and `task_results`. A failure is a row with status "error"."""
@@ -3246,11 +3044,11 @@ class BHExperimentRunner:
                 logger.warning(f"{part} has no metric of single documents: it is reported, but not tested")
             for sample, score in zip(samples, scores, strict=True):
                 asked, answer = str(sample["arguments"][0][0]), sample["filtered_resps"][0]
-                routing = lm.seen.get((part, sample["doc_id"]))
+                place, routing = f"{part}:{sample['doc_id']}", lm.seen.get((part, sample["doc_id"]))
                 document = {
-                    "prompt_id": f"{part}:{sample['doc_id']}",
+                    "prompt_id": place,
                     "prompt_category": part,
-                    "document": f"{part}:{sample['doc_id']}",
+                    "document": place,
                     "prompt_text": asked if len(asked) <= SHOWN_TEXT else f"... {asked[-SHOWN_TEXT:]}",
                     "generated_text": answer if isinstance(answer, str) else None,
                     "task_metric": metric,
@@ -3263,38 +3061,37 @@ class BHExperimentRunner:
 
     @contextlib.contextmanager
     def _opened(
-        self,
-        settings: Mapping[str, Any],
-        resume: bool,
-        configs: Mapping[str, Mapping[str, Any]],
-        prompts: Sequence[Mapping[str, Any]],
+        self, settings: Mapping[str, Any], resume: bool, configs: Configs, prompts: Sequence[Prompt]
     ) -> Iterator[Checkpoint]:
         """The log, the lock and the checkpoint of a run. Each process has its own file; what an earlier run
         of any number of processes left is gathered in the first one's beforehand."""
         self._restore_original_routing()
         folder, rank = self.output_dir / "checkpoints", self.processes.rank
-        main, own = folder / "latest_checkpoint.json", folder / f"process_{rank}.json"
-        by_id = {prompt["id"]: prompt for prompt in prompts}
+        main, by_id = folder / "latest_checkpoint.json", {prompt["id"]: prompt for prompt in prompts}
         with contextlib.ExitStack() as stack:
             if rank == 0:
                 stack.enter_context(log_to(self.output_dir / "experiment_log.txt"))
                 stack.enter_context(locked(folder))
-                checkpoint = Checkpoint(main, settings, self.checkpoint_interval, resume)
-                stack.callback(checkpoint.close)
-                for left in sorted(folder.glob("process_*.json")):
-                    checkpoint.take_over(left)
+                checkpoint = stack.enter_context(
+                    contextlib.closing(Checkpoint(main, settings, self.checkpoint_interval, resume))
+                )
+                self._take_over(checkpoint)
                 for row in checkpoint.rows(list(checkpoint.places)):
                     if row["config_name"] in configs and row["prompt_id"] in by_id:
                         self._check_same(row, configs[row["config_name"]], by_id[row["prompt_id"]])
             self.processes.wait()
             if rank > 0:
-                checkpoint = Checkpoint(own, settings, self.checkpoint_interval)
-                stack.callback(checkpoint.close)
+                own = Checkpoint(folder / f"process_{rank}.json", settings, self.checkpoint_interval)
+                checkpoint = stack.enter_context(contextlib.closing(own))
                 with contextlib.closing(Checkpoint(main, settings)) as gathered:
                     checkpoint.elsewhere = gathered.places
             self.processes.wait()
             self.checkpoint = checkpoint
             yield checkpoint
+
+    def _take_over(self, checkpoint: Checkpoint) -> None:
+        for other in sorted(checkpoint.path.parent.glob("process_*.json")):
+            checkpoint.take_over(other)
 
     def _gather(self, checkpoint: Checkpoint) -> list[dict[str, Any]]:
         """When all processes are done, the first one takes over what the others found; they get their own."""
@@ -3304,74 +3101,63 @@ class BHExperimentRunner:
             checkpoint.close()  # the first one will delete the file
         self.processes.wait()
         if self.processes.rank == 0:
-            for other in sorted(checkpoint.path.parent.glob("process_*.json")):
-                checkpoint.take_over(other)
+            self._take_over(checkpoint)
         return own
 
-    def _check_same(
-        self, row: Mapping[str, Any], config: Mapping[str, Any], prompt: Mapping[str, Any]
-    ) -> None:
+    def _check_same(self, row: Row, config: Config, prompt: Prompt) -> None:
         """A finished row must be of the same configuration and prompt as what now goes by its names."""
         wanted = {"prompt_text": self._text(prompt)} | {field: config[field] for field in CONFIG_FIELDS}
         for column, value in wanted.items():
             if row.get(column) != value:
                 raise UserError(
                     f"{self.output_dir} holds {row['config_name']} x {prompt['id']} with {column} = "
-                    f"{row.get(column)!r}, now it is {value!r}. Choose another --output, or --no-resume "
-                    "to set those results aside"
+                    f"{row.get(column)!r}, now it is {value!r}; {WAY_OUT}"
                 )
 
-    def _warm_up(self, configs: Mapping[str, Any], unit: tuple[list, int], max_new_tokens: int) -> None:
-        """Calibrate, and touch every code path once, so that no experiment pays for it.
-
-        A mistake in what was asked for ends the run here; any other failure will show in the rows it spoils.
-        """
+    def _calibrate_for(self, configs: Configs) -> None:
+        """Calibrate if a configuration needs it; a mistake in what was asked for ends the run here."""
         for config in configs.values():
             with self._routed(config):
                 pass
+
+    def _warm_up(self, configs: Configs, unit: tuple[list, int], max_new_tokens: int) -> None:
+        """Touch every code path once, so that no experiment pays for it. A failure will show in the rows it
+        spoils."""
+        self._calibrate_for(configs)
         for name, config in configs.items():
             with contextlib.suppress(Exception):
                 self._run(name, config, unit[0][:1], min(max_new_tokens, 4), 0)
 
     def _run_units(
         self,
-        units: Sequence[tuple[list[Mapping[str, Any]], int]],
-        configs: Mapping[str, Mapping[str, Any]],
+        units: Sequence[tuple[list[Prompt], int]],
+        configs: Configs,
         max_new_tokens: int,
         done: set[Key],
         checkpoint: Checkpoint,
         fail_fast: bool,
     ) -> None:
         """Run this process's share of what is not done, under a progress bar; each row is saved at once."""
-        from tqdm.auto import tqdm
-
         share = units[self.processes.rank :: self.processes.world]
-
-        def keys_of(name: str, prompts: Sequence[Mapping[str, Any]], sample: int) -> list[Key]:
-            return [(name, prompt["id"], sample) for prompt in prompts]
-
-        open_units = [
-            unit
-            for unit in ((name, prompts, sample) for prompts, sample in share for name in configs)
-            if not done.issuperset(keys_of(*unit))
+        jobs = [
+            (name, prompts, sample)
+            for prompts, sample in share
+            for name in configs
+            if any((name, prompt["id"], sample) not in done for prompt in prompts)
         ]
-        total = sum(len(prompts) for _, prompts, _ in open_units)
-        with tqdm(
-            total=total, unit="experiment", disable=None if self.processes.rank == 0 else True
-        ) as progress:
-            for name, prompts, sample in open_units:
+        total = sum(len(prompts) for _, prompts, _ in jobs)
+        quiet = None if self.processes.rank == 0 else True  # None: shown on a terminal only
+        with tqdm.tqdm(total=total, unit="experiment", disable=quiet) as progress:
+            for name, prompts, sample in jobs:
                 progress.set_description(name)
-                keys = keys_of(name, prompts, sample)
-                rows = self._run_safely(name, configs[name], prompts, max_new_tokens, sample)
-                for key, row in zip(keys, rows, strict=True):
-                    if key in done:
+                for row in self._run_safely(name, configs[name], prompts, max_new_tokens, sample):
+                    if Checkpoint.key(row) in done:
                         continue
-                    statistics = row.pop("routing", None)
-                    checkpoint.append(row | {"routing": statistics.pack() if statistics else ""})
+                    checkpoint.append(row)
                     if fail_fast and row["status"] != "ok":
                         logger.error("stopped at the first failed experiment, as --fail-fast asks")
                         return
-                progress.update(len(keys))
+                progress.update(len(prompts))
 
     def _save_checkpoint(self) -> None:
         """Force everything finished so far to the disk."""
@@ -3425,9 +3211,6 @@ def _tests_of_zero(x: Any, scale: float, what: str) -> dict[str, Any]:
     nothing to say its entries are None and `reason` says why, decided before it is called. Differences below
     1e-12 `scale` are rounding. what: the noun for n in the reason.
     """
-    import numpy as np
-    from scipy import stats
-
     found = dict.fromkeys(("t_statistic", "p_value", "wilcoxon_p_value", "cohens_d", "reason"))
     if len(x) < 2:
         return found | {"reason": f"{len(x)} {what}, at least 2 are needed"}
@@ -3438,9 +3221,8 @@ def _tests_of_zero(x: Any, scale: float, what: str) -> dict[str, Any]:
     found["wilcoxon_p_value"] = float(stats.wilcoxon(changed).pvalue)
     if x.std(ddof=1) <= 1e-12 * scale:
         return found | {"reason": "all differ by the same amount"}
-    test = stats.ttest_1samp(x, 0)
-    found |= {"t_statistic": float(test.statistic), "p_value": float(test.pvalue)}
-    return found | {"cohens_d": float(x.mean() / x.std(ddof=1))}
+    test, d = stats.ttest_1samp(x, 0), float(x.mean() / x.std(ddof=1))
+    return found | {"t_statistic": float(test.statistic), "p_value": float(test.pvalue), "cohens_d": d}
 
 
 def paired_comparison(baseline: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
@@ -3448,37 +3230,28 @@ def paired_comparison(baseline: Sequence[float], other: Sequence[float]) -> dict
 
     The tests of `_tests_of_zero` on the differences, with Student's 95 % interval of their mean.
     """
-    import numpy as np
-    from scipy import stats
-
     pairs = np.array([list(baseline), list(other)], dtype=float)  # [2, n]
     base, values = pairs[:, ~np.isnan(pairs).any(0)]
     x, n = values - base, len(base)
-    found = _tests_of_zero(x, np.abs([*base, *values, 0]).max(), "complete pairs")
-    half = stats.t.ppf(0.975, n - 1) * stats.sem(x) if found["p_value"] is not None else None
-    return {
-        "n_pairs": n,
-        "mean_baseline": float(base.mean()) if n else None,
-        "mean": float(values.mean()) if n else None,
-        "mean_difference": float(x.mean()) if n else None,
-        "median_ratio": float(np.median(values / base)) if n and (base > 0).all() else None,
-        **found,
-        "ci95_low": None if half is None else float(x.mean() - half),
-        "ci95_high": None if half is None else float(x.mean() + half),
-    }
+    means = ("mean_baseline", "mean", "mean_difference")
+    found = dict.fromkeys(("n_pairs", *means, "median_ratio", "ci95_low", "ci95_high"))
+    found |= _tests_of_zero(x, np.abs([*base, *values, 0]).max(), "complete pairs") | {"n_pairs": n}
+    if n:
+        found |= {key: float(part.mean()) for key, part in zip(means, (base, values, x), strict=True)}
+        found["median_ratio"] = float(np.median(values / base)) if (base > 0).all() else None
+    if found["p_value"] is not None:
+        half = float(stats.t.ppf(0.975, n - 1) * stats.sem(x))
+        found |= {"ci95_low": found["mean_difference"] - half, "ci95_high": found["mean_difference"] + half}
+    return found
 
 
 def adjust_p_values(tests: Sequence[dict[str, Any]]) -> None:
     """Add BH-adjusted p-values over the family `tests`, t and Wilcoxon apart, and `significant` for t."""
-    from scipy import stats
-
     for key in ("p_value", "wilcoxon_p_value"):
-        known = [test for test in tests if test[key] is not None]
-        adjusted = stats.false_discovery_control([test[key] for test in known]) if known else []
+        known = [test[key] for test in tests if test[key] is not None]
+        adjusted = iter(stats.false_discovery_control(known) if known else ())
         for test in tests:
-            test[f"{key}_adjusted"] = None
-        for test, value in zip(known, adjusted, strict=True):
-            test[f"{key}_adjusted"] = value
+            test[f"{key}_adjusted"] = None if test[key] is None else next(adjusted)
     for test in tests:
         value = test["p_value_adjusted"]
         test["significant"] = None if value is None else bool(value < SIGNIFICANCE_LEVEL)
@@ -3486,13 +3259,16 @@ def adjust_p_values(tests: Sequence[dict[str, Any]]) -> None:
 
 def _describe(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Metric -> mean, std, median, min, max, n; what is undefined becomes None in the JSON."""
-    kinds = ("mean", "std", "median", "min", "max")
     return {
-        m: {k: getattr(rows[m].dropna(), k)() for k in kinds} | {"n": int(rows[m].count())} for m in METRICS
+        metric: {
+            kind: getattr(rows[metric].dropna(), kind)() for kind in ("mean", "std", "median", "min", "max")
+        }
+        | {"n": int(rows[metric].count())}
+        for metric in METRICS
     }
 
 
-def _order(values: pd.Series) -> list[str]:
+def _order(values: Iterable[str]) -> list[str]:
     """Distinct values in order of appearance: configurations and categories keep the order of the run."""
     return list(dict.fromkeys(values))
 
@@ -3514,18 +3290,14 @@ def check_hypotheses(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
             tests = analysis["statistical_tests"].get(name, {})
             experts, clock = tests.get("avg_experts_per_token", {}), tests.get("inference_time_sec", {})
             ratio, effect = clock.get("median_ratio"), experts.get("cohens_d")
-            measured = {
+            value = {
                 "slowdown_percent": None if ratio is None else 100 * (ratio - 1),
                 "experts_p_value": experts.get("p_value"),
                 "experts_abs_d": None if effect is None else abs(effect),
-            } | {
-                metric: values["mean"]
-                for metric, values in analysis["summary_by_config"].get(name, {}).items()
-            }
-            value = measured.get(quantity)
+            }.get(quantity, analysis["summary_by_config"].get(name, {}).get(quantity, {}).get("mean"))
             held = None if value is None else bool(low <= value <= high)
-            expected = {"configuration": name, "quantity": quantity, "low": low, "high": high}
-            rows.append({**expected, "measured": value, "held": held})
+            row = {"configuration": name, "quantity": quantity, "low": low, "high": high}
+            rows.append(row | {"measured": value, "held": held})
     return rows
 
 
@@ -3561,11 +3333,6 @@ def difference_summary(
     sqrt(n). With a margin, two one-sided t-tests (TOST; Schuirmann 1987): equivalent when both reject, p <
     0.05.
     """
-    import inspect
-
-    import numpy as np
-    from scipy import stats
-
     x = np.asarray(units, dtype=float)
     n, keys = len(x), ("ci95_low", "ci95_high", "smallest_detectable", "equivalence_p_value", "equivalent")
     result = {"n_units": n, "mean": float(x.mean()) if n else None, **dict.fromkeys(keys)}
@@ -3575,19 +3342,11 @@ def difference_summary(
     mean, error, df = x.mean(), stats.sem(x), n - 1
     # scipy 1.15 renamed the argument; the same generator gives the same interval under both names.
     name = "rng" if "rng" in inspect.signature(stats.bootstrap).parameters else "random_state"
-    interval = stats.bootstrap(
-        (x,),
-        np.mean,
-        n_resamples=min(n_resamples, max(RESAMPLED_VALUES // n, 1_999)),
-        batch=max(1, 2_000_000 // n),  # bounds memory
-        method="BCa",
-        **{name: np.random.default_rng(seed)},
-    ).confidence_interval
-    result |= {
-        "ci95_low": float(interval.low),
-        "ci95_high": float(interval.high),
-        "smallest_detectable": float(stats.t.ppf([0.975, 0.80], df).sum() * error),
-    }
+    options = {"n_resamples": min(n_resamples, max(RESAMPLED_VALUES // n, 1_999)), "method": "BCa"}
+    options |= {"batch": max(1, 2_000_000 // n), name: np.random.default_rng(seed)}  # a batch bounds memory
+    interval = stats.bootstrap((x,), np.mean, **options).confidence_interval
+    result |= {"ci95_low": float(interval.low), "ci95_high": float(interval.high)}
+    result["smallest_detectable"] = float(stats.t.ppf([0.975, 0.80], df).sum() * error)
     if margin is not None:
         p = float(max(stats.t.sf((mean + margin) / error, df), stats.t.cdf((mean - margin) / error, df)))
         result |= {"equivalence_p_value": p, "equivalent": p < SIGNIFICANCE_LEVEL}
@@ -3617,24 +3376,19 @@ def _token_mean(rows: pd.DataFrame, column: str) -> float | None:
 
 def _static_names(frame: pd.DataFrame) -> dict[int, str]:
     """k -> configuration, for the plain Top-K configurations that make the static curve."""
-    rows = frame[(frame["method"] == "topk") & (frame["renormalize"] == "model")].drop_duplicates(
-        "config_name"
-    )
-    return {int(k): name for k, name in zip(rows["k"], rows["config_name"], strict=True)}
+    plain = frame[(frame["method"] == "topk") & (frame["renormalize"] == "model")]
+    return {
+        int(k): name for name, k in plain.drop_duplicates("config_name").set_index("config_name")["k"].items()
+    }
 
 
 def with_static_curve(frame: pd.DataFrame) -> pd.DataFrame:
     """`frame` and a row for each static score that the baseline's rows carry in `static_nll`."""
-    rows = []
+    rows, empty = [], {"static_nll": "", "kl_to_baseline": None, "top1_agreement": None}
     for row in frame[frame["static_nll"].fillna("") != ""].to_dict("records"):
         for k, nll in json.loads(row["static_nll"]).items():
-            changed = {
-                "config_name": f"topk_{k}",
-                "k": float(k),
-                "reference_nll": nll,
-                "reference_avg_experts": float(k),
-            }
-            rows.append(row | changed | {"static_nll": "", "kl_to_baseline": None, "top1_agreement": None})
+            point = {"k": float(k), "reference_nll": nll, "reference_avg_experts": float(k)}
+            rows.append(row | empty | point | {"config_name": f"topk_{k}"})
     added = pd.DataFrame(rows, columns=frame.columns).astype(frame.dtypes)
     return pd.concat([frame, added], ignore_index=True) if rows else frame
 
@@ -3661,10 +3415,8 @@ def static_at(
         return None, f"{mean_experts:.2f} experts, but static Top-K was measured at {span}"
     (x_low, low), (x_high, high) = below[-1], above[0]
     if high - low > 1:
-        return (
-            None,
-            f"{mean_experts:.2f} experts, but between topk_{low} and topk_{high} nothing was measured",
-        )
+        gap = f"between topk_{low} and topk_{high} nothing was measured"
+        return None, f"{mean_experts:.2f} experts, but {gap}"
     share = 0.0 if low == high else (mean_experts - x_low) / (x_high - x_low)
     nll = (1 - share) * curve[low]["reference_nll"] + share * curve[high]["reference_nll"]
     return nll.dropna(), (low, high, share)
@@ -3716,7 +3468,7 @@ def quality_verdicts(
         own = own.loc[common]
         nlls, tokens = own["reference_nll"], own["reference_tokens"]
         to_baseline = summary(nlls - by_config[baseline]["reference_nll"][common] if len(common) else nlls)
-        test = dict.fromkeys(difference_summary(nlls[:0]))
+        test = dict.fromkeys(to_baseline)
         if tested:
             low, high = (curve[k].loc[common] for k in mixture[:2])
             step = _token_mean(high, "reference_avg_experts") - _token_mean(low, "reference_avg_experts")
@@ -3732,8 +3484,7 @@ def quality_verdicts(
             **{key: test[key] for key in names},
             "static_mixture": mixture,
             "delta_to_baseline": to_baseline["mean"],
-            "delta_to_baseline_ci95_low": to_baseline["ci95_low"],
-            "delta_to_baseline_ci95_high": to_baseline["ci95_high"],
+            **{f"delta_to_baseline_{key}": to_baseline[key] for key in ("ci95_low", "ci95_high")},
             "equivalence_p_value": to_baseline["equivalence_p_value"],
             "equivalent_to_baseline": to_baseline["equivalent"],
             "n_items": len(common),
@@ -3748,18 +3499,17 @@ def quality_verdicts(
     adjust_p_values(list(verdict.values()))
     for name, row in verdict.items():
         found = row.pop("significant") and excludes_zero(row)
-        row["verdict"] = ("better" if row["delta_nll"] < 0 else "worse") if found else "undecided"
-        if name in static.values():
-            row["verdict"] = None
+        word = ("better" if row["delta_nll"] < 0 else "worse") if found else "undecided"
+        row["verdict"] = None if name in static.values() else word
     return verdict
 
 
-def is_static(row: Mapping[str, Any]) -> bool:
+def is_static(row: Row) -> bool:
     """Whether a row of `quality_verdicts` is plain Top-K: part of the static curve, not compared with it."""
     return row["verdict"] is None
 
 
-def excludes_zero(row: Mapping[str, Any]) -> bool:
+def excludes_zero(row: Row) -> bool:
     """The condition for every claim about quality: there is an interval and zero is not in it."""
     return row["ci95_low"] is not None and not row["ci95_low"] <= 0 <= row["ci95_high"]
 
@@ -3769,19 +3519,17 @@ def shuffle_effects(frame: pd.DataFrame) -> dict[str, Any]:
 
     Both keep the same numbers of experts; what differs is which token gets them.
     """
-    by_config = scored_items(frame)
+    by_config, effects = scored_items(frame), {}
     first = frame.drop_duplicates("config_name").set_index("config_name")
     settings = first[list(CONFIG_FIELDS)].drop(columns="shuffle").astype(str).apply(tuple, axis=1)
     shuffled = first["shuffle"].astype(str) == "True"
-    effects = {}
     for name in first.index[shuffled]:
         for twin in first.index[~shuffled & (settings == settings[name])]:
-            if name not in by_config or twin not in by_config:
-                continue
-            own = by_config[name]
-            difference = (own["reference_nll"] - by_config[twin]["reference_nll"]).dropna()
-            documents = own["document"].loc[difference.index]
-            effects[name] = {"unshuffled": twin} | difference_summary(item_units(difference, documents))
+            if name in by_config and twin in by_config:
+                own = by_config[name]
+                difference = (own["reference_nll"] - by_config[twin]["reference_nll"]).dropna()
+                units = item_units(difference, own["document"].loc[difference.index])
+                effects[name] = {"unshuffled": twin} | difference_summary(units)
     return effects
 
 
@@ -3794,28 +3542,23 @@ def compare_tasks(frame: pd.DataFrame, baseline: str, output_dir: Path) -> list[
     group of tasks has what the harness reports only. Empty where no task was run.
     """
     rows = frame[frame["task_metric"].fillna("") != ""]
-    if rows.empty:
-        return []
-    try:
-        report = json.loads((output_dir / TASK_RESULTS).read_text(encoding="utf-8"))["configurations"]
-    except (OSError, ValueError, KeyError):
-        report = {}
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for (task, name), own in rows.groupby(["prompt_category", "config_name"], sort=False):
-        base = rows[(rows["prompt_category"] == task) & (rows["config_name"] == baseline)]
-        scores = [part.set_index("prompt_id")["task_score"] for part in (base, own)]
-        pairs = scores[0].align(scores[1], join="inner")
-        experts = own["avg_experts_per_token"].mean()
-        found[task, name] = {"metric": own["task_metric"].iloc[0], "experts": experts} | (
-            {"n_documents": len(own), "mean": own["task_score"].mean()}
-            if name == baseline
-            else paired_comparison(*pairs)
-        )
+    scores = {
+        key: own.set_index("prompt_id")
+        for key, own in rows.groupby(["prompt_category", "config_name"], sort=False)
+    }
+    for (task, name), own in scores.items():
+        entry = {"metric": own["task_metric"].iloc[0], "experts": own["avg_experts_per_token"].mean()}
+        if name == baseline:
+            entry |= {"n_documents": len(own), "mean": own["task_score"].mean()}
+        else:
+            base = scores.get((task, baseline), own[:0])["task_score"]
+            entry |= paired_comparison(*base.align(own["task_score"], join="inner"))
+        found[task, name] = entry
     adjust_p_values([entry for entry in found.values() if "p_value" in entry])
-    for name, tasks in report.items():
-        for task, values in (
-            (task, v) for unit in tasks.values() for task, v in unit.get("results", {}).items()
-        ):
+    report = _read_json(output_dir / TASK_RESULTS) if found else None
+    for name, units in (report or {}).get("configurations", {}).items():
+        for task, values in itertools.chain(*(unit.get("results", {}).items() for unit in units.values())):
             metrics = {
                 key: {"value": value, "stderr": values.get(key.replace(",", "_stderr,", 1))}
                 for key, value in values.items()
@@ -3823,19 +3566,18 @@ def compare_tasks(frame: pd.DataFrame, baseline: str, output_dir: Path) -> list[
             }
             if metrics:
                 found.setdefault((task, name), {})["harness"] = metrics
-    order = list(dict.fromkeys(task for task, _ in found))
-    return [
-        {"task": task, "configuration": name, **found[task, name]}
-        for task, name in sorted(found, key=lambda key: order.index(key[0]))
-    ]
+    order = _order(task for task, _ in found)
+    keys = sorted(found, key=lambda key: order.index(key[0]))
+    return [{"task": task, "configuration": name, **found[task, name]} for task, name in keys]
 
 
-def _read_diagnostics(output_dir: Path) -> dict[str, Any] | None:
-    """What `BHExperimentRunner.diagnose` left in the folder, None where there is nothing that can be read."""
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """What a run left in its folder beside the results; None where there is nothing that can be read."""
     try:
-        return json.loads((output_dir / "null_diagnostics.json").read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def read_layer_table(output_dir: Path, name: str) -> pd.DataFrame | None:
@@ -3854,8 +3596,6 @@ def summarize_layers(table: pd.DataFrame | None) -> dict[str, Any]:
 
     category_p_values: one permutation test a layer, BH-adjusted over the layers of the configuration.
     """
-    from scipy import stats
-
     found = {}
     for name, rows in [] if table is None else table.groupby("config_name", sort=False):
         experts, p_values = rows["avg_experts_per_token"], rows["category_p_value"].dropna()
@@ -3864,8 +3604,7 @@ def summarize_layers(table: pd.DataFrame | None) -> dict[str, Any]:
             "fewest_in_layer": int(rows["layer"][experts.idxmin()]),
             "most_experts": experts.max(),
             "most_in_layer": int(rows["layer"][experts.idxmax()]),
-            "gate_mass_frac": rows["gate_mass_frac"].mean(),
-            "use_entropy_bits": rows["use_entropy_bits"].mean(),
+            **{key: rows[key].mean() for key in ("gate_mass_frac", "use_entropy_bits")},
             "category_divergence_bits": rows["category_divergence_bits"].mean() if len(p_values) else None,
             "category_p_values": list(stats.false_discovery_control(p_values)) if len(p_values) else None,
         }
@@ -3883,21 +3622,19 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
     shuffle_effects, noise_floor (the baseline's second run against its first), tasks (`compare_tasks`),
     null_diagnostics, layers (`summarize_layers`) and hypotheses. Raises UserError when no row is left.
     """
-    done = df[df["status"] == "ok"]
+    done, folder = df[df["status"] == "ok"], Path(output_dir)
     if done.empty:
         raise UserError(f"nothing to analyse: none of {len(df)} experiments finished")
     for name in _order(df["config_name"]):
         check_name(name)
-    baseline = choose_baseline(done)
-    by_config = {name: done[done["config_name"] == name] for name in _order(done["config_name"])}
+    baseline, by_config = choose_baseline(done), dict(iter(done.groupby("config_name", sort=False)))
     # Several samples of a prompt are one unit: their mean.
-    paired = [*METRICS, *(f"repeat_{column}" for column in REPEATED)]
-    by_prompt = {
-        name: rows.groupby("prompt_id", sort=False)[paired].mean() for name, rows in by_config.items()
-    }
+    columns = [*METRICS, *(f"repeat_{column}" for column in REPEATED)]
+    units = {name: rows.groupby("prompt_id", sort=False)[columns].mean() for name, rows in by_config.items()}
+    base = units[baseline]
     tests = {
-        name: {m: paired_comparison(*by_prompt[baseline][m].align(rows[m], join="inner")) for m in METRICS}
-        for name, rows in by_prompt.items()
+        name: {m: paired_comparison(*base[m].align(rows[m], join="inner")) for m in METRICS}
+        for name, rows in units.items()
         if name != baseline
     }
     adjust_p_values([test for by_metric in tests.values() for test in by_metric.values()])
@@ -3908,27 +3645,22 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
         "n_prompts": done["prompt_id"].nunique(),
         "summary_by_config": {name: _describe(rows) for name, rows in by_config.items()},
         "summary_by_category": {
-            category: {
-                name: _describe(rows[rows["prompt_category"] == category]) for name, rows in by_config.items()
-            }
-            for category in _order(done["prompt_category"])
+            word: {name: _describe(rows[rows["prompt_category"] == word]) for name, rows in by_config.items()}
+            for word in _order(done["prompt_category"])
         },
         "statistical_tests": tests,
         "verdict": quality_verdicts(df, baseline),
         "shuffle_effects": shuffle_effects(df),
         "quality_margin": QUALITY_MARGIN,
         "noise_floor": {
-            column: paired_comparison(by_prompt[baseline][column], by_prompt[baseline][f"repeat_{column}"])
-            for column in REPEATED
+            column: paired_comparison(base[column], base[f"repeat_{column}"]) for column in REPEATED
         },
-        "tasks": compare_tasks(done, baseline, Path(output_dir)),
-        "null_diagnostics": _read_diagnostics(Path(output_dir)),
-        "layers": summarize_layers(read_layer_table(Path(output_dir), "layer_statistics")),
+        "tasks": compare_tasks(done, baseline, folder),
+        "null_diagnostics": _read_json(folder / "null_diagnostics.json"),
+        "layers": summarize_layers(read_layer_table(folder, "layer_statistics")),
     }
     analysis = strict_json(analysis | {"hypotheses": check_hypotheses(analysis)})
-    write_whole(
-        Path(output_dir) / "analysis_summary.json", json.dumps(analysis, indent=2, allow_nan=False) + "\n"
-    )
+    write_json(folder / "analysis_summary.json", analysis)
     return analysis
 
 
@@ -3939,107 +3671,80 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
 # Each plot_* draws into given axes and returns them; saving is done in one place, `create_visualizations`.
 
 
+LEGEND_BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}
+
+
 def _axes(ax: Any) -> Any:
-    import matplotlib.pyplot as plt
 
     return ax if ax is not None else plt.subplots(figsize=(7, 4.2), layout="constrained")[1]
 
 
+def _two_axes(axes: Any) -> Any:
+    return axes if axes is not None else plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")[1]
+
+
 def _palette(names: Sequence[str]) -> dict[str, Any]:
-    import seaborn as sns
 
     return dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
 
 
-def _plot_bars(frame: pd.DataFrame, column: str, ax: Any, use_median: bool = False) -> Any:
+def plot_bars(frame: pd.DataFrame, ax: Any = None, *, column: str, label: str, median: bool = False) -> Any:
     """One bar per configuration with its prompts as dots, so that a mean never hides its spread."""
-    import seaborn as sns
-
     ax, order = _axes(ax), _order(frame["config_name"])
-    estimator, interval = ("median", ("pi", 50)) if use_median else ("mean", ("ci", 95))
     common = {"data": frame, "x": "config_name", "y": column, "order": order, "ax": ax}
     style = {"alpha": 0.75, "capsize": 0.15, "err_kws": {"linewidth": 1.2, "color": "0.2"}, "legend": False}
-    spread = {"estimator": estimator, "errorbar": interval, "seed": 0}
+    spread = (
+        {"estimator": "median", "errorbar": ("pi", 50)} if median else {"errorbar": ("ci", 95), "seed": 0}
+    )
     sns.barplot(**common, hue="config_name", palette=_palette(order), **spread, **style)
     sns.stripplot(**common, color="0.25", size=3, alpha=0.4, jitter=False)
-    note = "median and quartiles" if use_median else "mean and 95 % interval"
+    note = "median and quartiles" if median else "mean and 95 % interval"
     title = f"{METRICS[column][0]}: {note} over {frame['prompt_id'].nunique()} prompts"
-    ax.set(xlabel="", title=title[0].upper() + title[1:])
+    ax.set(xlabel="", ylabel=label, ylim=(0, None), title=title[0].upper() + title[1:])
     ax.tick_params(axis="x", rotation=20 if len(order) > 6 else 0)
-    return ax
-
-
-def plot_avg_experts(frame: pd.DataFrame, ax: Any = None) -> Any:
-    """Mean experts per token and layer, by configuration."""
-    ax = _plot_bars(frame, "avg_experts_per_token", ax)
-    ax.set(ylabel="experts per token and layer", ylim=(0, None))
-    return ax
-
-
-def plot_inference_time(frame: pd.DataFrame, ax: Any = None) -> Any:
-    """Median time of a whole generation, by configuration."""
-    ax = _plot_bars(frame, "inference_time_sec", ax, use_median=True)
-    ax.set(ylabel="seconds per prompt", ylim=(0, None))
-    return ax
-
-
-def plot_utilization_cv(frame: pd.DataFrame, ax: Any = None) -> Any:
-    """Imbalance of expert use, by configuration; 0 is perfect balance."""
-    ax = _plot_bars(frame, "expert_utilization_cv", ax)
-    ax.set(ylabel="CV of use over experts, mean of layers", ylim=(0, None))
     return ax
 
 
 def plot_experts_by_category(frame: pd.DataFrame, ax: Any = None) -> Any:
     """Distribution over prompts of mean experts, by prompt category and configuration."""
-    import seaborn as sns
-
-    ax = _axes(ax)
-    order = _order(frame["config_name"])
+    ax, order = _axes(ax), _order(frame["config_name"])
     common = {"x": "prompt_category", "y": "avg_experts_per_token", "hue": "config_name", "hue_order": order}
     sns.boxplot(frame, **common, palette=_palette(order), ax=ax, linewidth=0.9, fliersize=2.5, gap=0.15)
     ax.set(xlabel="", ylabel="experts per token and layer", title="Experts by prompt category")
-    sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
+    sns.move_legend(ax, **LEGEND_BESIDE, title=None)
     return ax
 
 
 def plot_experts_vs_latency(frame: pd.DataFrame, ax: Any = None) -> Any:
     """Mean experts against decode time per token: one dot a prompt, one cross a configuration's medians."""
-    import seaborn as sns
-
-    ax = _axes(ax)
-    order = _order(frame["config_name"])
+    ax, order = _axes(ax), _order(frame["config_name"])
     data = frame.assign(latency=frame["decode_sec_per_token"] * 1000)
+    medians = data.groupby("config_name", sort=False)[["avg_experts_per_token", "latency"]].median()
     common = {"x": "avg_experts_per_token", "y": "latency", "hue": "config_name", "hue_order": order}
     common |= {"palette": _palette(order), "ax": ax}
+    cross = {"s": 160, "marker": "X", "edgecolor": "white", "legend": False, "zorder": 4}
     sns.scatterplot(data, **common, s=22, alpha=0.7)
-    medians = data.groupby("config_name", sort=False)[["avg_experts_per_token", "latency"]].median()
-    sns.scatterplot(
-        medians.reset_index(), **common, s=160, marker="X", edgecolor="white", legend=False, zorder=4
-    )
+    sns.scatterplot(medians.reset_index(), **common, **cross)
     ax.set(xlabel="experts per token and layer", ylabel="decode time, ms per token", ylim=(0, None))
     ax.set_title("Experts against latency (cross: medians of a configuration)")
-    sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
+    sns.move_legend(ax, **LEGEND_BESIDE, title=None)
     return ax
 
 
-FAMILY_COLUMNS = ("method", "p_values", "max_k", "temperature", "renormalize", "shuffle")
+FAMILY_FIELDS = ("method", "p_values", "max_k", "temperature", "renormalize", "shuffle")
 VERDICT_COLORS = {"better": "#0173b2", "worse": "#d55e00", "undecided": "0.5"}
 
 
 def _families(frame: pd.DataFrame, names: list[str]) -> dict[str, list[str]]:
     """Label -> configurations that differ in their knob only; a label names what differs between families."""
     rows = frame.drop_duplicates("config_name").set_index("config_name").loc[names]
-    columns = [
-        c for c in FAMILY_COLUMNS if c in rows and (c == "method" or rows[c].nunique(dropna=False) > 1)
-    ]
+    fields = [f for f in FAMILY_FIELDS if f in rows and (f == "method" or rows[f].nunique(dropna=False) > 1)]
     families: dict[str, list[str]] = {}
-    for name, row in rows[columns].iterrows():
+    for name, row in rows[fields].iterrows():
         row = row[row.notna() & ~row.astype(str).isin(["", "False"])]
-        words = (
-            f"{c} {v:g}" if isinstance(v, (int, float)) else str(v)
-            for c, v in row.drop("shuffle", errors="ignore").items()
-        )
+        words = [
+            f"{f} {v:g}" if isinstance(v, (int, float)) else str(v) for f, v in row.items() if f != "shuffle"
+        ]
         families.setdefault(", ".join([*words, *["shuffled"] * ("shuffle" in row)]), []).append(name)
     return families
 
@@ -4063,46 +3768,35 @@ def plot_quality_vs_experts(frame: pd.DataFrame, ax: Any = None, verdicts: Any =
     Differences are paired by item, so band and bars (95 %) hold what the comparison leaves uncertain, not
     how hard the items are. Between two static points the curve is their mixture.
     """
-    import numpy as np
-    import seaborn as sns
-
-    found = verdicts or quality_verdicts(frame, choose_baseline(frame))
-    ax, mean = _axes(ax), "delta_to_baseline"
-    names = [name for name, row in found.items() if is_static(row)]
+    baseline, (ax, mean) = choose_baseline(frame), (_axes(ax), "delta_to_baseline")
+    found = verdicts or quality_verdicts(frame, baseline)
     rows = pd.DataFrame.from_dict(found, orient="index").dropna(subset=mean)
-    ends = [rows[f"{mean}_ci95_{side}"].astype(float).fillna(rows[mean]) for side in ("low", "high")]
-    rows = rows.assign(low=ends[0], high=ends[1])  # no width where no item differs: the baseline itself
-    static = rows[rows.index.isin(names)].sort_values("mean_experts")
+    low, high = (rows[f"{mean}_ci95_{side}"].astype(float).fillna(rows[mean]) for side in ("low", "high"))
+    rows = rows.assign(low=low, high=high)  # no width where no item differs: the baseline itself
+    is_curve = rows.index.map(lambda name: is_static(found[name])).astype(bool)
+    static = rows[is_curve].sort_values("mean_experts")
     gray, style = {"color": "0.2", "linewidth": 1.4}, {"linewidth": 1.2, "elinewidth": 0.8, "markersize": 5}
     if len(static):
         x = np.union1d(np.linspace(*static["mean_experts"].iloc[[0, -1]], 400), static["mean_experts"])
-        low, middle, high = (
-            np.interp(x, static["mean_experts"], static[key]) for key in ("low", mean, "high")
-        )
-        ax.fill_between(x, low, high, color="0.2", alpha=0.15, linewidth=0)
-        ax.plot(x, middle, **gray)
+        band = {key: np.interp(x, static["mean_experts"], static[key]) for key in ("low", mean, "high")}
+        ax.fill_between(x, band["low"], band["high"], color="0.2", alpha=0.15, linewidth=0)
+        ax.plot(x, band[mean], **gray)
         ax.plot(static["mean_experts"], static[mean], "o", color="0.2", markersize=5)
         ax.plot([], [], "o-", **gray, markersize=5, label="static Top-K")
     colors, markers = sns.color_palette("colorblind", 10), "sD^v<>phd*"
-    for i, (label, members) in enumerate(_families(frame, [n for n in rows.index if n not in names]).items()):
+    for i, (label, members) in enumerate(_families(frame, list(rows.index[~is_curve])).items()):
         ladder = rows.loc[members].sort_values("mean_experts")
         bars = np.maximum([ladder[mean] - ladder["low"], ladder["high"] - ladder[mean]], 0)
-        mark = {
-            "color": colors[i % 10],
-            "marker": markers[i % 10],
-            "markeredgecolor": "white",
-            "label": label,
-        }
-        ax.errorbar(ladder["mean_experts"], ladder[mean], yerr=bars, markeredgewidth=0.5, **mark, **style)
+        mark = {"color": colors[i % 10], "marker": markers[i % 10], "markeredgecolor": "white"}
+        mark |= {"markeredgewidth": 0.5, "label": label}
+        ax.errorbar(ladder["mean_experts"], ladder[mean], yerr=bars, **mark, **style)
     if len(ax.figure.axes) == 1:  # the figure is this plot's own
         ax.figure.set_figwidth(8.5)  # room for the legend
     if len(rows):
-        _nats_scale(ax, "y", [*rows["low"], *rows["high"]])
-        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
+        _nats_scale(ax, "y", [*low, *high])
+        ax.legend(**LEGEND_BESIDE, fontsize="small")
     ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    ax.set(
-        xlabel="experts per token and layer", ylabel=f"NLL minus {choose_baseline(frame)}'s, nats per token"
-    )
+    ax.set(xlabel="experts per token and layer", ylabel=f"NLL minus {baseline}'s, nats per token")
     ax.set_title("Quality against compute (lower is better)" if len(rows) else "No configuration was scored")
     return ax
 
@@ -4144,75 +3838,57 @@ def plot_null_calibration(diagnostics: Mapping[str, Any], axes: Any = None) -> A
     diagonal a p-value is exact, above it too small. Right: realised false-discovery proportion of BH against
     alpha.
     """
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    left, right = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")[1] if axes is None else axes
-    levels = diagnostics["levels"]
-    for color, (name, null) in zip(
-        sns.color_palette("colorblind"), diagnostics["nulls"].items(), strict=False
-    ):
+    left, right = _two_axes(axes)
+    levels, colors = diagnostics["levels"], iter(sns.color_palette("colorblind"))
+    for name, null in diagnostics["nulls"].items():
+        color, curve = next(colors), pd.DataFrame(null["alphas"])
         for index, shares in enumerate(null["layers"]):
             left.plot(levels, shares, color=color, linewidth=0.9, alpha=0.7, label=None if index else name)
-        curve = pd.DataFrame(null["alphas"])
         right.plot(curve["alpha"], curve["realised_fdp"], "o-", color=color, markersize=4, label=name)
-    left.plot([levels[0], 1], [levels[0], 1], color="0.2", linestyle=":", label="exact")
-    right.plot([0.001, 0.5], [0.001, 0.5], color="0.2", linestyle=":", label="alpha")
-    for ax in (left, right):
+    for ax, first, last, label in ((left, levels[0], 1, "exact"), (right, 0.001, 0.5, "alpha")):
+        ax.plot([first, last], [first, last], color="0.2", linestyle=":", label=label)
         ax.set(xscale="log", yscale="log")
         ax.legend(frameon=False)
-    right.set(ylim=(3e-4, 1))
     left.set(xlabel="p-value level", ylabel="share of null pairs at or below", ylim=(levels[0] / 2, 1.5))
     left.set_title("Uniformity on held-out text, by layer")
-    right.set(
-        xlabel="alpha", ylabel="realised proportion", title="False discoveries of BH, before floor and cap"
-    )
+    right.set(xlabel="alpha", ylabel="realised proportion", ylim=(3e-4, 1))
+    right.set_title("False discoveries of BH, before floor and cap")
     return left, right
 
 
 def plot_layer_profile(table: pd.DataFrame, axes: Any = None) -> Any:
     """Layer by layer: mean experts, and the share of the gate mass that the experts which ran have."""
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    axes = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")[1] if axes is None else axes
-    order = _order(table["config_name"])
-    for ax, column, label in (
-        (axes[0], "avg_experts_per_token", "experts per token"),
-        (axes[1], "gate_mass_frac", "share of gate mass that ran"),
+    axes, order = _two_axes(axes), _order(table["config_name"])
+    common = {"x": "layer", "hue": "config_name", "hue_order": order, "palette": _palette(order)}
+    for ax, column, label, title in (
+        (axes[0], "avg_experts_per_token", "experts per token", "Experts by layer"),
+        (axes[1], "gate_mass_frac", "share of gate mass that ran", "Gate mass by layer"),
     ):
-        style = {"palette": _palette(order), "marker": "o", "markersize": 5, "linewidth": 1.2}
-        sns.lineplot(table, x="layer", y=column, hue="config_name", hue_order=order, ax=ax, **style)
-        ax.set(xlabel="MoE layer", ylabel=label, ylim=(0, None))
+        sns.lineplot(table, y=column, ax=ax, **common, marker="o", markersize=5, linewidth=1.2)
+        ax.set(xlabel="MoE layer", ylabel=label, ylim=(0, None), title=title)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend_.remove()
-    axes[0].set_title("Experts by layer")
-    axes[1].set_title("Gate mass by layer")
-    handles = axes[0].get_legend_handles_labels()
-    axes[1].legend(*handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
+    axes[0].legend_.remove()
+    sns.move_legend(axes[1], **LEGEND_BESIDE, title=None, fontsize="small")
     return axes
 
 
 def plot_task_scores(frame: pd.DataFrame, axes: Any = None) -> Any:
     """Mean score of each task by configuration, one panel for each kind of score."""
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
     frame = frame[frame["task_score"].notna()]
     metrics, order = _order(frame["task_metric"]), _order(frame["config_name"])
     if axes is None:
         style = {"squeeze": False, "layout": "constrained", "figsize": (2 + 3.2 * len(metrics), 4.2)}
         axes = plt.subplots(1, len(metrics), **style)[1][0]
+    common = {"x": "prompt_category", "y": "task_score", "hue": "config_name", "hue_order": order}
+    style = {"palette": _palette(order), "alpha": 0.75, "errorbar": ("ci", 95), "seed": 0, "capsize": 0.1}
+    style["err_kws"] = {"linewidth": 1.0, "color": "0.2"}
     for ax, metric in zip(axes, metrics, strict=True):
-        common = {"x": "prompt_category", "y": "task_score", "hue": "config_name", "hue_order": order}
-        style = {"palette": _palette(order), "alpha": 0.75, "capsize": 0.1, "seed": 0}
-        style["err_kws"] = {"linewidth": 1.0, "color": "0.2"}
-        sns.barplot(frame[frame["task_metric"] == metric], **common, **style, errorbar=("ci", 95), ax=ax)
+        sns.barplot(frame[frame["task_metric"] == metric], **common, **style, ax=ax)
         ax.set(xlabel="", ylabel=f"{metric}, mean and 95 % interval")
         ax.tick_params(axis="x", rotation=20)
         if ax is not axes[-1]:
             ax.legend_.remove()
-    sns.move_legend(axes[-1], "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
+    sns.move_legend(axes[-1], **LEGEND_BESIDE, title=None)
     return axes
 
 
@@ -4221,21 +3897,18 @@ HEATMAP_CONFIGS = 5  # the baseline and the next ones; more would be too small t
 
 def plot_expert_usage_heatmap(usage: pd.DataFrame, figure: Any = None) -> Any:
     """How often each expert of each layer ran, relative to even use, for the first configurations."""
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    order = _order(usage["config_name"])
-    order = [*(n for n in order if n == BASELINE), *(n for n in order if n != BASELINE)][:HEATMAP_CONFIGS]
+    names = sorted(_order(usage["config_name"]), key=lambda name: name != BASELINE)[:HEATMAP_CONFIGS]
     counts = usage.groupby(["config_name", "layer", "expert"], sort=False)["count"].sum().unstack()
-    layers = counts.index.get_level_values("layer").nunique()
-    figure = figure or plt.figure(layout="constrained")
-    figure.set_size_inches(9, 1 + len(order) * (0.55 + 0.16 * layers))
-    axes = figure.subplots(len(order), 1, sharex=True, squeeze=False)[:, 0]
     relative = counts.div(counts.mean(axis=1), axis=0)
-    limit = max(2.0, float(relative.loc[order].stack().quantile(0.99)))
-    for ax, name in zip(axes, order, strict=True):
-        image = ax.imshow(relative.loc[name], aspect="auto", cmap=sns.color_palette("rocket_r", as_cmap=True),
-                          vmin=0, vmax=limit, interpolation="nearest")  # fmt: skip
+    figure = figure or plt.figure(layout="constrained")
+    figure.set_size_inches(
+        9, 1 + len(names) * (0.55 + 0.16 * counts.index.get_level_values("layer").nunique())
+    )
+    axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    limit = max(2.0, float(relative.loc[names].stack().quantile(0.99)))
+    style = {"cmap": sns.color_palette("rocket_r", as_cmap=True), "vmin": 0, "vmax": limit}
+    for ax, name in zip(axes, names, strict=True):
+        image = ax.imshow(relative.loc[name], aspect="auto", interpolation="nearest", **style)
         ax.set_title(name, loc="left", fontsize="medium")
         ax.set_ylabel("layer")
         ax.grid(visible=False)
@@ -4248,9 +3921,18 @@ def plot_expert_usage_heatmap(usage: pd.DataFrame, figure: Any = None) -> Any:
 # File name -> how it is drawn, what it shows, and what it is drawn from: a column of the results (the plot is
 # empty without it), or one of the other tables in the folder.
 PLOTS: dict[str, tuple[Callable, str, str]] = {
-    "avg_experts_comparison": (plot_avg_experts, "Experts per token and layer", "avg_experts_per_token"),
-    "inference_time_comparison": (plot_inference_time, "Inference time", "inference_time_sec"),
-    "expert_utilization_cv": (plot_utilization_cv, "Balance of expert use", "expert_utilization_cv"),
+    "avg_experts_comparison": (
+        functools.partial(plot_bars, column="avg_experts_per_token", label="experts per token and layer"),
+        *("Experts per token and layer", "avg_experts_per_token"),
+    ),
+    "inference_time_comparison": (
+        functools.partial(plot_bars, column="inference_time_sec", label="seconds per prompt", median=True),
+        *("Inference time", "inference_time_sec"),
+    ),
+    "expert_utilization_cv": (
+        functools.partial(plot_bars, column="expert_utilization_cv", label="CV of use, mean of layers"),
+        *("Balance of expert use", "expert_utilization_cv"),
+    ),
     "experts_by_category": (plot_experts_by_category, "Experts by category", "avg_experts_per_token"),
     "experts_vs_latency": (plot_experts_vs_latency, "Experts against latency", "decode_sec_per_token"),
     "quality_vs_experts": (plot_quality_vs_experts, "Quality against compute", "reference_nll"),
@@ -4269,37 +3951,32 @@ def create_visualizations(
 
     analysis: what `analyze_results` returned, to save doing its statistics again.
     """
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    done, output_dir = df[df["status"] == "ok"], Path(output_dir)
+    done, output_dir, paths = df[df["status"] == "ok"], Path(output_dir), []
     if done.empty:
         raise UserError(f"nothing to draw: none of {len(df)} experiments finished")
-    (output_dir / "plots").mkdir(parents=True, exist_ok=True)
-    tables = {name: read_layer_table(output_dir, name) for name in ("layer_statistics", "expert_usage")}
-    tables["null_diagnostics"] = _read_diagnostics(output_dir)
-    verdicts = analysis["verdict"] if analysis else None
-    paths = []
     for column in ("prompt_category", "task_metric"):  # somebody's words: their dollar signs are no formula
         done = done.assign(**{column: done[column].astype(str).str.replace("$", r"\$", regex=False)})
+    tables = {name: read_layer_table(output_dir, name) for name in ("layer_statistics", "expert_usage")}
+    tables["null_diagnostics"] = _read_json(output_dir / "null_diagnostics.json")
     with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
         for name, (draw, _, needed) in PLOTS.items():
             path = output_dir / "plots" / f"{name}.png"
             path.unlink(missing_ok=True)  # no plot of an earlier run beside the report of this one
             if needed in tables:
-                arguments: tuple = (tables[needed],)
-                missing = tables[needed] is None
+                missing, arguments = tables[needed] is None, (tables[needed],)
             else:
-                arguments = (df, None, verdicts) if needed == "reference_nll" else (done,)
                 missing = needed not in done or not done[needed].notna().any()
+                arguments = (
+                    (df, None, analysis and analysis["verdict"]) if needed == "reference_nll" else (done,)
+                )
             if missing:
                 continue
             try:
                 draw(*arguments)
-                figure = plt.gcf()
-                sns.despine(figure, left=True)
-                # No creation date or version in the file: the same results give the same bytes.
-                figure.savefig(path, dpi=300, metadata={"Software": None})
+                sns.despine(plt.gcf(), left=True)
+                with replacing(path) as part:
+                    # No creation date or version in the file: the same results give the same bytes.
+                    plt.savefig(part, format="png", dpi=300, metadata={"Software": None})
                 paths.append(path)
             finally:
                 plt.close()
@@ -4311,14 +3988,6 @@ def create_visualizations(
 # ---------------------------------------------------------------------------------------------------------
 
 
-def _number(value: Any, digits: int = 2) -> str:
-    return "–" if value is None or pd.isna(value) else f"{value:.{digits}f}"
-
-
-def _p(value: float | None) -> str:
-    return "–" if value is None else "< 0.0001" if value < 0.0001 else f"{value:.4f}"
-
-
 def _cell(value: Any) -> str:
     """Text of a run in Markdown: no character of it can end a cell, a row or a table, or act as HTML."""
     text = _visible(" ".join(str(value).split()))
@@ -4326,10 +3995,31 @@ def _cell(value: Any) -> str:
     return "".join("\\" + mark if mark in "\\`*_{}[]|#!" else mark for mark in text)
 
 
-def _table(rows: Sequence[Mapping[str, str]]) -> str:
-    """A Markdown table of rows that map column titles to cells; first column left, others right."""
-    titles = list(rows[0])
-    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *(list(row.values()) for row in rows)]
+def _show(row: Mapping[str, Any], key: str, form: str = "") -> str:
+    """An entry of `row` as a cell: "–" where there is none.
+
+    form: a format of Python's for numbers; "a to b" for the interval of KEY_low and KEY_high; "p" for a
+    p-value, "code" for a name; empty for the text of a run, yes or no, and numbers as they come.
+    """
+    if " to " in form:
+        ends = [_show(row, f"{key}_{end}", form.split(" to ")[0]) for end in ("low", "high")]
+        return " to ".join(ends) if "–" not in ends else "–"
+    value = row.get(key)
+    if value is None or value == "" or pd.isna(value):
+        return "–"
+    if form == "p":
+        return "< 0.0001" if value < 0.0001 else f"{value:.4f}"
+    if isinstance(value, (bool, np.bool_)):
+        return "yes" if value else "no"
+    if not form:
+        return f"{value:g}" if isinstance(value, float) else _cell(value)
+    return f"`{value}`" if form == "code" else format(value, form)
+
+
+def _table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
+    """A Markdown table of title -> (key, form) as `_show` takes them; first column left, others right."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
+    lines += [[_show(row, *column) for column in columns.values()] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
@@ -4337,12 +4027,8 @@ def _bullets(lines: Sequence[str]) -> str:
     return "".join(f"- {line}\n" for line in lines)
 
 
-def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.4f}"
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return "–" if low is None else f"{low:+.4f} to {high:+.4f}"
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _verdict_sentence(analysis: Mapping[str, Any]) -> str:
@@ -4357,48 +4043,40 @@ def _verdict_sentence(analysis: Mapping[str, Any]) -> str:
     best = min(found or compared, key=lambda name: compared[name]["delta_nll"])
     row = compared[best]
     kind = "largest gain" if found else "lowest estimate, which is no evidence of a gain,"
-    items = f"{row['n_items']} items"
-    if row["n_units"] != row["n_items"]:
-        items += f" of {row['n_units']} documents"
+    documents = f" of {row['n_units']} documents" if row["n_units"] != row["n_items"] else ""
     return (
         f"**Against static Top-K that spends the same number of experts, {counts['better']} of "
         f"{len(compared)} configurations predict the text better, {counts['worse']} worse, "
         f"{counts['undecided']} undecided; the {kind} is `{best}`'s, {row['delta_nll']:+.4f} nats per "
-        f"token (95 % interval {_interval(row['ci95_low'], row['ci95_high'])}, adjusted p "
-        f"{_p(row['p_value_adjusted'])}, {items}) at {row['mean_experts']:.2f} experts.**"
+        f"token (95 % interval {_show(row, 'ci95', '+.4f to +.4f')}, adjusted p "
+        f"{_show(row, 'p_value_adjusted', 'p')}, {row['n_items']} items{documents}) at "
+        f"{row['mean_experts']:.2f} experts.**"
     )
 
 
-def _quality_row(name: str, row: Mapping[str, Any]) -> dict[str, str]:
-    equivalent = {True: "yes", False: "no", None: "–"}[row["equivalent_to_baseline"]]
-    return {
-        "configuration": f"`{name}`",
-        "experts": _number(row["mean_experts"]),
-        "NLL at equal compute": _signed(row["delta_nll"]),
-        "95 % interval": _interval(row["ci95_low"], row["ci95_high"]),
-        "p adjusted": _p(row["p_value_adjusted"]),
-        "detectable": _number(row["smallest_detectable"], 4),
-        "verdict": row["verdict"] or "static",
-        "NLL to baseline": _signed(row["delta_to_baseline"]),
-        "95 % interval to baseline": _interval(
-            row["delta_to_baseline_ci95_low"], row["delta_to_baseline_ci95_high"]
-        ),
-        "equivalent": equivalent,
-        "perplexity": _number(row["perplexity"]),
-        "KL": _number(row["kl_to_baseline"], 4),
-        "top-1 agreement": _number(row["top1_agreement"], 3),
-        "items": str(row["n_items"]) + (f" ({row['n_left_out']} left out)" if row["n_left_out"] else ""),
-    }
+QUALITY_TABLE = {
+    "configuration": ("name", "code"), "experts": ("mean_experts", ".2f"),
+    "NLL at equal compute": ("delta_nll", "+.4f"), "95 % interval": ("ci95", "+.4f to +.4f"),
+    "p adjusted": ("p_value_adjusted", "p"), "detectable": ("smallest_detectable", ".4f"),
+    "verdict": ("verdict", ""), "NLL to baseline": ("delta_to_baseline", "+.4f"),
+    "95 % interval to baseline": ("delta_to_baseline_ci95", "+.4f to +.4f"),
+    "equivalent": ("equivalent_to_baseline", ""), "perplexity": ("perplexity", ".2f"),
+    "KL": ("kl_to_baseline", ".4f"), "top-1 agreement": ("top1_agreement", ".3f"), "items": ("items", ""),
+}  # fmt: skip
+NULL_TABLE = {
+    "null": ("null", ""), "alpha": ("alpha", "g"), "rejections, mean": ("mean_rejections", ".2f"),
+    "realised false-discovery proportion": ("realised_fdp", ".4f"),
+    "no rejection": ("zero_rejection_frac", ".1%"),
+}  # fmt: skip
 
 
 def _noise_sentences(analysis: Mapping[str, Any]) -> list[str]:
     """What the baseline differs from itself by: the least that any other difference must exceed."""
-    lines, floor = [], analysis["noise_floor"]
-    clock, nll = floor["inference_time_sec"], floor["reference_nll"]
+    lines, (clock, nll) = [], (analysis["noise_floor"][column] for column in REPEATED)
     if clock["n_pairs"]:
         line = f"Time: `{analysis['baseline']}` run twice, {clock['median_ratio']:.3f} times itself (median)"
         if clock["ci95_low"] is not None:
-            line += f", mean difference {_interval(clock['ci95_low'], clock['ci95_high'])} s (95 %)"
+            line += f", mean difference {_show(clock, 'ci95', '+.4f to +.4f')} s (95 %)"
         lines.append(line + ".")
     if nll["n_pairs"]:
         lines.append(f"NLL: scored twice, mean difference {nll['mean_difference']:+.6f} nats per token.")
@@ -4408,30 +4086,15 @@ def _noise_sentences(analysis: Mapping[str, Any]) -> list[str]:
 def _shuffle_sentences(analysis: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, effect in analysis["shuffle_effects"].items():
-        if effect["mean"] is None:
-            continue
-        word = "worse" if effect["mean"] > 0 else "better"
-        word = word if excludes_zero(effect) else "not clearly different"
-        lines.append(
-            f"`{name}`, the counts of `{effect['unshuffled']}` given to other tokens: {word}, "
-            f"{_signed(effect['mean'])} nats per token "
-            f"({_interval(effect['ci95_low'], effect['ci95_high'])})."
-        )
+        if effect["mean"] is not None:
+            word = "worse" if effect["mean"] > 0 else "better"
+            word = word if excludes_zero(effect) else "not clearly different"
+            interval = _show(effect, "ci95", "+.4f to +.4f")
+            lines.append(
+                f"`{name}`, the counts of `{effect['unshuffled']}` given to other tokens: {word}, "
+                f"{_show(effect, 'mean', '+.4f')} nats per token ({interval})."
+            )
     return lines
-
-
-def _null_rows(diagnostics: Mapping[str, Any]) -> list[dict[str, str]]:
-    return [
-        {
-            "null": name,
-            "alpha": f"{row['alpha']:g}",
-            "rejections, mean": _number(row["mean_rejections"]),
-            "realised false-discovery proportion": _number(row["realised_fdp"], 4),
-            "no rejection, %": _number(100 * row["zero_rejection_frac"], 1),
-        }
-        for name, null in diagnostics["nulls"].items()
-        for row in null["alphas"]
-    ]
 
 
 def _quality_parts(analysis: Mapping[str, Any]) -> list[str]:
@@ -4439,6 +4102,10 @@ def _quality_parts(analysis: Mapping[str, Any]) -> list[str]:
     margin, diagnostics = math.expm1(analysis["quality_margin"]), analysis["null_diagnostics"]
     if all(row["mean_experts"] is None for row in analysis["verdict"].values()):
         return ["## Quality at equal compute", "No text was scored in this run."]
+    rows = []
+    for name, row in analysis["verdict"].items():
+        items = f"{row['n_items']}" + (f" ({row['n_left_out']} left out)" if row["n_left_out"] else "")
+        rows.append(row | {"name": name, "verdict": row["verdict"] or "static", "items": items})
     parts = [
         "## Quality at equal compute",
         "NLL in nats per token of the scored text (reference continuations, or the windows of `--text`), "
@@ -4448,17 +4115,15 @@ def _quality_parts(analysis: Mapping[str, Any]) -> list[str]:
         f"adjusted p is below {SIGNIFICANCE_LEVEL:g}. Detectable: the smallest effect found with 80 % "
         f"power. Equivalent: two one-sided t-tests against the baseline within {100 * margin:.0f} % of "
         "perplexity. KL: from the baseline's predictions, nats.",
-        _table([_quality_row(name, row) for name, row in analysis["verdict"].items()]),
+        _table(rows, QUALITY_TABLE),
     ]
     if lines := _noise_sentences(analysis):
         parts += ["Noise floor, the baseline against itself:\n\n" + _bullets(lines)]
     if lines := _shuffle_sentences(analysis):
         parts += ["Does it matter which token gets many experts?\n\n" + _bullets(lines)]
     if diagnostics:
-        ks = (
-            f"{name}: {', '.join(_number(value, 3) for value in null['ks'])}"
-            for name, null in diagnostics["nulls"].items()
-        )
+        nulls = diagnostics["nulls"].items()
+        distances = (f"{name}: {', '.join(f'{value:.3f}' for value in null['ks'])}" for name, null in nulls)
         parts += [
             "## Calibration of the nulls",
             "An expert counts as *irrelevant* for a token when the model's own Top-K leaves it out. On "
@@ -4466,16 +4131,50 @@ def _quality_parts(analysis: Mapping[str, Any]) -> list[str]:
             "of such pairs should be uniform, and BH at alpha should reject at most a share alpha of "
             "them. FDR bounds experts picked though irrelevant in this sense; it promises nothing about "
             "quality. Before floor and cap:",
-            _table(_null_rows(diagnostics)),
-            f"Kolmogorov-Smirnov distance from uniform, by layer: {'; '.join(ks)}.",
+            _table(({"null": name, **row} for name, null in nulls for row in null["alphas"]), NULL_TABLE),
+            f"Kolmogorov-Smirnov distance from uniform, by layer: {'; '.join(distances)}.",
         ]
     return parts
+
+
+TASK_TABLE = {
+    "task": ("task", ""), "configuration": ("configuration", "code"),
+    "harness's own numbers ± stderr": ("numbers", ""), "score": ("metric", ""),
+    "documents": ("n_documents", "d"), "mean": ("mean", ".4f"), "difference": ("mean_difference", "+.4f"),
+    "95 % interval": ("ci95", "+.4f to +.4f"), "p adjusted": ("p_value_adjusted", "p"),
+    "d": ("cohens_d", ".2f"), "significant": ("significant", ""), "experts": ("experts", ".2f"),
+}  # fmt: skip
+
+
+def _task_parts(analysis: Mapping[str, Any]) -> list[str]:
+    """The report's section on downstream tasks, if any was run."""
+    rows = []
+    for entry in analysis["tasks"]:
+        numbers = ", ".join(
+            f"{key.removesuffix(',none')} {found['value']:.4f}"
+            + (f" ± {found['stderr']:.4f}" if isinstance(found["stderr"], (int, float)) else "")
+            for key, found in entry.get("harness", {}).items()
+        )
+        word = entry.get("significant")
+        more = {"numbers": numbers or None, "significant": entry.get("reason") if word is None else word}
+        rows.append({"n_documents": entry.get("n_pairs"), **entry, **more})
+    if not rows:
+        return []
+    return [
+        "## Downstream tasks",
+        _table(rows, TASK_TABLE),
+        "The harness's own numbers are as lm-evaluation-harness reports them, also in `task_results.json`. "
+        "Score: the first of them that is a mean over documents; for a perplexity, bits per byte (or word) "
+        f"of a document, lower is better. Difference: to `{analysis['baseline']}`, paired by document; "
+        "interval and p: Student's t, adjusted over all rows of this table; d: mean difference over its "
+        "standard deviation.",
+    ]
 
 
 def _task_sentence(analysis: Mapping[str, Any]) -> str:
     tested = [entry for entry in analysis["tasks"] if entry.get("n_pairs")]
     names = [
-        f"`{entry['configuration']}` on {_cell(entry['task'])} ({_signed(entry['mean_difference'])} "
+        f"`{entry['configuration']}` on {_cell(entry['task'])} ({entry['mean_difference']:+.4f} "
         f"{_cell(entry['metric'])})"
         for entry in tested
         if entry["significant"]
@@ -4487,68 +4186,29 @@ def _task_sentence(analysis: Mapping[str, Any]) -> str:
     )
 
 
-def _task_row(entry: Mapping[str, Any]) -> dict[str, str]:
-    harness = ", ".join(
-        f"{key.removesuffix(',none')} {_number(found['value'], 4)}"
-        + (f" ± {_number(found['stderr'], 4)}" if isinstance(found["stderr"], (int, float)) else "")
-        for key, found in entry.get("harness", {}).items()
-    )
-    tested = entry.get("n_pairs")
-    return {
-        "task": _cell(entry["task"]),
-        "configuration": f"`{entry['configuration']}`",
-        "harness's own numbers ± stderr": _cell(harness or "–"),
-        "score": _cell(entry.get("metric", "–")),
-        "documents": str(entry.get("n_documents", tested or "–")),
-        "mean": _number(entry.get("mean"), 4),
-        "difference": _signed(entry["mean_difference"]) if tested else "–",
-        "95 % interval": _interval(entry["ci95_low"], entry["ci95_high"]) if tested else "–",
-        "p adjusted": _p(entry["p_value_adjusted"]) if tested else "–",
-        "d": _number(entry.get("cohens_d")),
-        "significant": {True: "yes", False: "no", None: _cell(entry["reason"])}[entry["significant"]]
-        if tested
-        else "–",
-        "experts": _number(entry.get("experts")),
-    }
-
-
-def _task_parts(analysis: Mapping[str, Any]) -> list[str]:
-    """The report's section on downstream tasks, if any was run."""
-    if not analysis["tasks"]:
-        return []
-    return [
-        "## Downstream tasks",
-        _table([_task_row(entry) for entry in analysis["tasks"]]),
-        "The harness's own numbers are as lm-evaluation-harness reports them, also in `task_results.json`. "
-        "Score: the first of them that is a mean over documents; for a perplexity, bits per byte (or word) "
-        f"of a document, lower is better. Difference: to `{analysis['baseline']}`, paired by document; "
-        "interval and p: Student's t, adjusted over all rows of this table; d: mean difference over its "
-        "standard deviation.",
-    ]
+LAYER_TABLE = {
+    "configuration": ("name", "code"), "fewest experts (layer)": ("fewest", ""),
+    "most experts (layer)": ("most", ""), "gate mass that ran": ("gate_mass_frac", ".3f"),
+    "entropy of use, bits": ("use_entropy_bits", ".2f"),
+    "categories diverge, bits": ("category_divergence_bits", ".3f"), "in layers": ("significant", ""),
+}  # fmt: skip
 
 
 def _layer_parts(analysis: Mapping[str, Any]) -> list[str]:
     """The report's section on layers, if the run has their tables."""
     rows = []
     for name, found in analysis["layers"].items():
-        p_values = found["category_p_values"]
-        significant = None if p_values is None else sum(p < SIGNIFICANCE_LEVEL for p in p_values)
-        rows.append(
-            {
-                "configuration": f"`{name}`",
-                "fewest experts (layer)": f"{found['fewest_experts']:.2f} ({found['fewest_in_layer']})",
-                "most experts (layer)": f"{found['most_experts']:.2f} ({found['most_in_layer']})",
-                "gate mass that ran": _number(found["gate_mass_frac"], 3),
-                "entropy of use, bits": _number(found["use_entropy_bits"]),
-                "categories diverge, bits": _number(found["category_divergence_bits"], 3),
-                "in layers": "–" if significant is None else f"{significant} of {len(p_values)}",
-            }
-        )
+        ends = {
+            end: f"{found[f'{end}_experts']:.2f} ({found[f'{end}_in_layer']})" for end in ("fewest", "most")
+        }
+        if p_values := found["category_p_values"]:
+            ends["significant"] = f"{sum(p < SIGNIFICANCE_LEVEL for p in p_values)} of {len(p_values)}"
+        rows.append({"name": name, **found, **ends})
     if not rows:
         return []
     return [
         "## Layers",
-        _table(rows),
+        _table(rows, LAYER_TABLE),
         "Means over layers, from `layer_statistics.csv`; every expert is in `expert_usage.csv`. Categories "
         "diverge: Jensen-Shannon divergence of their use of experts (0: the same experts), and in how many "
         f"layers it is more than chance (permutation test, adjusted p below {SIGNIFICANCE_LEVEL:g}).",
@@ -4571,30 +4231,28 @@ def _findings(analysis: Mapping[str, Any]) -> list[str]:
             line += (
                 f"; its inference time was {clock['median_ratio']:.2f} times the baseline's (median{noise}), "
             )
-            if clock["significant"]:
-                line += "slower" if clock["mean_difference"] > 0 else "faster"
-                line += f" with adjusted p {_p(clock['p_value_adjusted'])}"
-            else:
-                line += "which this run cannot tell from noise"
+            word = "slower" if clock["mean_difference"] > 0 else "faster"
+            sure = f"{word} with adjusted p {_show(clock, 'p_value_adjusted', 'p')}"
+            line += sure if clock["significant"] else "which this run cannot tell from noise"
         lines.append(line + ".")
     return lines
 
 
 def _conclusions(analysis: Mapping[str, Any]) -> list[str]:
     """What follows from the numbers, and what does not."""
-    lines, base = [], analysis["baseline"]
+    lines, base, verdict = [], analysis["baseline"], analysis["verdict"]
     clocks = {name: tests["inference_time_sec"] for name, tests in analysis["statistical_tests"].items()}
     for word, sign in (("Faster", -1), ("Slower", 1)):
-        names = [
+        found = [
             n for n, test in clocks.items() if test["significant"] and sign * test["mean_difference"] > 0
         ]
-        if names:
-            lines.append(f"{word} than `{base}` on this machine: {', '.join(f'`{name}`' for name in names)}.")
+        if found:
+            lines.append(f"{word} than `{base}` on this machine: {_names(found)}.")
     if not lines and any(test["n_pairs"] for test in clocks.values()):
         lines.append(f"No configuration was significantly faster or slower than `{base}` on this machine.")
     for name, summary in analysis["summary_by_config"].items():
         spread = summary["avg_experts_per_token"]
-        if not is_static(analysis["verdict"][name]) and spread["n"] > 1 and spread["min"] == spread["max"]:
+        if not is_static(verdict[name]) and spread["n"] > 1 and spread["min"] == spread["max"]:
             lines.append(
                 f"`{name}` ran {spread['mean']:.2f} experts on every prompt: it does not adapt. With "
                 "`p_values` = softmax that is certain (see `SoftmaxNull` in the script); otherwise "
@@ -4603,19 +4261,12 @@ def _conclusions(analysis: Mapping[str, Any]) -> list[str]:
     held = [item["held"] for item in analysis["hypotheses"] if item["held"] is not None]
     if held:
         lines.append(f"{sum(held)} of {len(held)} measured expectations of the earlier attempt held.")
-    words = {name: row["verdict"] for name, row in analysis["verdict"].items()}
     for word in ("better", "worse"):
-        if names := [f"`{name}`" for name, found in words.items() if found == word]:
-            lines.append(f"{word.capitalize()} than static Top-K at equal compute: {', '.join(names)}.")
-    if equivalent := [
-        f"`{n}`"
-        for n, row in analysis["verdict"].items()
-        if not is_static(row) and row["equivalent_to_baseline"]
-    ]:
+        if found := [name for name, row in verdict.items() if row["verdict"] == word]:
+            lines.append(f"{word.capitalize()} than static Top-K at equal compute: {_names(found)}.")
+    if found := [n for n, row in verdict.items() if not is_static(row) and row["equivalent_to_baseline"]]:
         margin = 100 * math.expm1(analysis["quality_margin"])
-        lines.append(
-            f"Within {margin:.0f} % of `{base}`'s perplexity (equivalence test): {', '.join(equivalent)}."
-        )
+        lines.append(f"Within {margin:.0f} % of `{base}`'s perplexity (equivalence test): {_names(found)}.")
     if analysis["n_prompts"] < 30:
         lines.append(
             f"{analysis['n_prompts']} prompts show large effects only; use more prompts for small ones."
@@ -4623,92 +4274,97 @@ def _conclusions(analysis: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _summary_row(name: str, summary: Mapping[str, Any], rows: pd.DataFrame) -> dict[str, str]:
+SUMMARY_TABLE = {
+    "configuration": ("name", "code"), "experts, mean ± sd": ("experts", ""), "range": ("range", ""),
+    "at floor": ("floor_frac", ".1%"), "at cap": ("cap_frac", ".1%"),
+    "no rejection": ("zero_rejection_frac", ".1%"), "time, s": ("inference_time_sec", ".3f"),
+    "decode, ms/token": ("decode_ms", ".2f"), "load CV": ("expert_utilization_cv", ".2f"),
+    "max/min use": ("expert_utilization_max_min_ratio", ".1f"),
+}  # fmt: skip
+TEST_TABLE = {
+    "configuration": ("comparison", "code"), "quantity": ("title", ""), "pairs": ("n_pairs", "d"),
+    "difference": ("difference", ""), "95 % interval": ("interval", ""),
+    "ratio, median": ("median_ratio", ".2f"), "p": ("p_value", "p"), "p adjusted": ("p_value_adjusted", "p"),
+    "Wilcoxon p adjusted": ("wilcoxon_p_value_adjusted", "p"), "d": ("cohens_d", ".2f"),
+    "significant": ("significant", ""),
+}  # fmt: skip
+EXPECTED_TABLE = {
+    "configuration": ("configuration", "code"), "quantity": ("title", ""), "expected": ("expected", ""),
+    "measured": ("measured", ""), "held": ("held", ""),
+}  # fmt: skip
+
+
+def _summary_row(name: str, summary: Mapping[str, Any], rows: pd.DataFrame) -> dict[str, Any]:
     experts, decode = summary["avg_experts_per_token"], summary["decode_sec_per_token"]["median"]
-    return {
-        "configuration": f"`{name}`",
-        "experts, mean ± sd": f"{_number(experts['mean'])} ± {_number(experts['std'])}",
-        "range": f"{_number(rows['min_experts'].min(), 0)} to {_number(rows['max_experts'].max(), 0)}",
-        "at floor, %": _number(100 * rows["floor_frac"].mean(), 1),
-        "at cap, %": _number(100 * rows["cap_frac"].mean(), 1),
-        "no rejection, %": _number(100 * rows["zero_rejection_frac"].mean(), 1),
-        "time, s": _number(summary["inference_time_sec"]["median"], 3),
-        "decode, ms/token": _number(None if decode is None else 1000 * decode),
-        "load CV": _number(summary["expert_utilization_cv"]["mean"]),
-        "max/min use": _number(summary["expert_utilization_max_min_ratio"]["mean"], 1),
+    means = {metric: values["mean"] for metric, values in summary.items()} | dict(rows[list(SHARES)].mean())
+    return means | {
+        "name": name,
+        "experts": f"{_show(experts, 'mean', '.2f')} ± {_show(experts, 'std', '.2f')}",
+        "range": _show(
+            {"n_low": rows["min_experts"].min(), "n_high": rows["max_experts"].max()}, "n", ".0f to .0f"
+        ),
+        "inference_time_sec": summary["inference_time_sec"]["median"],
+        "decode_ms": None if decode is None else 1000 * decode,
     }
 
 
-def _test_row(name: str, metric: str, test: Mapping[str, Any]) -> dict[str, str]:
+def _test_row(name: str, metric: str, test: Mapping[str, Any]) -> dict[str, Any]:
     title, unit, digits = METRICS[metric]
-    interval = f"{_number(test['ci95_low'], digits + 1)} to {_number(test['ci95_high'], digits + 1)}"
+    form, word = f".{digits + 1}f", test["significant"]
     return {
-        "comparison": f"`{name}`: {title}{f', {unit}' if unit else ''}",
-        "pairs": str(test["n_pairs"]),
-        "difference": _number(test["mean_difference"], digits + 1),
-        "95 % interval": interval if test["p_value"] is not None else "–",
-        "ratio, median": _number(test["median_ratio"]),
-        "p": _p(test["p_value"]),
-        "p adjusted": _p(test["p_value_adjusted"]),
-        "Wilcoxon p adjusted": _p(test["wilcoxon_p_value_adjusted"]),
-        "d": _number(test["cohens_d"]),
-        "significant": {True: "yes", False: "no", None: test["reason"]}[test["significant"]],
+        **test,
+        "comparison": name,
+        "title": f"{title}, {unit}" if unit else title,
+        "difference": _show(test, "mean_difference", form),
+        "interval": _show(test, "ci95", f"{form} to {form}"),
+        "significant": test["reason"] if word is None else word,
     }
 
 
-def _hypothesis_row(item: Mapping[str, Any]) -> dict[str, str]:
-    low, high = item["low"], item["high"]
-    expected = f"> {low:g}" if high is None else f"{low:g} to {high:g}" if low else f"< {high:g}"
+def _expected_row(item: Mapping[str, Any]) -> dict[str, Any]:
+    low, high, word = item["low"], item["high"], item["held"]
+    form = "p" if item["quantity"] == "experts_p_value" else ".2f"
     return {
-        "expectation": f"`{item['configuration']}`: {QUANTITIES[item['quantity']]}",
-        "expected": expected,
-        "measured": _p(item["measured"])
-        if item["quantity"] == "experts_p_value"
-        else _number(item["measured"]),
-        "held": {True: "yes", False: "no", None: "not measured"}[item["held"]],
+        **item,
+        "title": QUANTITIES[item["quantity"]],
+        "expected": f"> {low:g}" if high is None else f"{low:g} to {high:g}" if low else f"< {high:g}",
+        "measured": _show(item, "measured", form),
+        "held": "not measured" if word is None else word,
     }
-
-
-def _config_row(name: str, row: Mapping[str, Any]) -> dict[str, str]:
-    cells = {field: "–" if pd.isna(row[field]) or row[field] == "" else row[field] for field in CONFIG_FIELDS}
-    cells = {field: f"{cell:g}" if isinstance(cell, float) else _cell(cell) for field, cell in cells.items()}
-    return {"configuration": f"`{name}`", **cells}
 
 
 def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], output_path: str | Path) -> Path:
     """Write REPORT.md; every number in it comes from `df` or `analysis`. It links the plots beside it."""
-    done, failed = df[df["status"] == "ok"], df[df["status"] != "ok"]
+    done, failed, folder = df[df["status"] == "ok"], df[df["status"] != "ok"], Path(output_path).parent
     first, base, by_config = done.iloc[0], analysis["baseline"], analysis["summary_by_config"]
     minutes, machine = done["inference_time_sec"].sum() / 60, f"{first['dtype']} on {_cell(first['device'])}"
-    settings = {column: ", ".join(_order(df[column].astype(str))) for column in (*SETTING_COLUMNS, "command")}
+    documents, generated = done["document"].nunique(), done["inference_time_sec"].notna().any()
+    amount = f"scored text of {documents} documents, nothing generated"
+    if generated:
+        amount = f"{int(first['max_new_tokens'])} new tokens each, {minutes:.1f} minutes of inference"
+    elif analysis["tasks"]:
+        amount = f"{documents} documents of tasks"
     suite_times = (
         f"{low} to {high} minutes on {where}" for where, (low, high) in EXPECTED_SUITE_MINUTES.items()
     )
-    categories = [
-        {"category": _cell(category)}
-        | {
-            f"`{name}`": _number(summary["avg_experts_per_token"]["mean"])
-            for name, summary in summaries.items()
-        }
-        for category, summaries in analysis["summary_by_category"].items()
-    ]
+    summary = [_summary_row(n, found, done[done["config_name"] == n]) for n, found in by_config.items()]
     tests = [
         _test_row(name, metric, test)
         for name, by_metric in analysis["statistical_tests"].items()
         for metric, test in by_metric.items()
         if test["n_pairs"]
     ]
-    expected = [
-        _hypothesis_row(item) for item in analysis["hypotheses"] if item["configuration"] in by_config
+    categories = [
+        {"category": category}
+        | {name: found["avg_experts_per_token"]["mean"] for name, found in by_name.items()}
+        for category, by_name in analysis["summary_by_category"].items()
     ]
-    generated = done["inference_time_sec"].notna().any()
-    amount = (
-        f"{int(first['max_new_tokens'])} new tokens each, {minutes:.1f} minutes of inference"
-        if generated
-        else f"{done['document'].nunique()} documents of tasks"
-        if analysis["tasks"]
-        else f"scored text of {done['document'].nunique()} documents, nothing generated"
-    )
+    expected = [_expected_row(row) for row in analysis["hypotheses"] if row["configuration"] in by_config]
+    plots = [
+        (name, title) for name, (_, title, _) in PLOTS.items() if (folder / "plots" / f"{name}.png").exists()
+    ]
+    details = df.drop_duplicates("config_name").replace("", None).to_dict("records")
+    settings = {column: ", ".join(_order(df[column].astype(str))) for column in (*SETTING_COLUMNS, "command")}
     parts = [
         "# BH routing against Top-K: report",
         "## Executive summary",
@@ -4719,12 +4375,7 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
         _bullets(_findings(analysis)),
         *(_task_parts(analysis) or _quality_parts(analysis)),
         "## Summary by configuration",
-        _table(
-            [
-                _summary_row(name, summary, done[done["config_name"] == name])
-                for name, summary in by_config.items()
-            ]
-        ),
+        _table(summary, SUMMARY_TABLE),
         "Experts: mean and standard deviation over prompts of the mean over tokens and layers; range: "
         "fewest and most experts that any token got in any layer. At floor, at cap, no rejection: shares "
         "of all (token, layer) decisions. Times are medians over prompts.",
@@ -4734,20 +4385,20 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
         "differences. Adjusted: Benjamini-Hochberg over all tests of this table. d: mean difference over "
         f"its standard deviation. Significant: adjusted p of the t-test below {SIGNIFICANCE_LEVEL:g}. A "
         "difference in experts says that the rule did something, not that it did good.",
-        _table(tests) if tests else "Only one configuration was run: there is nothing to compare.",
+        _table(tests, TEST_TABLE)
+        if tests
+        else "Only one configuration was run: there is nothing to compare.",
         "## Performance by category",
         "Mean experts per token and layer.",
-        _table(categories),
-        "## Plots",
-        *(
-            f"### {title}\n\n![{title}](plots/{name}.png)"
-            for name, (_, title, _) in PLOTS.items()
-            if (Path(output_path).parent / "plots" / f"{name}.png").exists()
+        _table(
+            categories, {"category": ("category", "")} | {f"`{name}`": (name, ".2f") for name in by_config}
         ),
+        "## Plots",
+        *(f"### {title}\n\n![{title}](plots/{name}.png)" for name, title in plots),
         "## What was expected, and what was measured",
         "An earlier attempt wrote these expectations down for OLMoE-1B-7B-0924 without measuring them. "
         f"Measured here on {_cell(first['model_name'])}.",
-        _table(expected) if expected else "None of their configurations was in this run.",
+        _table(expected, EXPECTED_TABLE) if expected else "None of their configurations was in this run.",
         f"Suite time: {minutes:.1f} minutes of inference here, {machine}; expected for OLMoE-1B-7B: "
         f"{'; '.join(suite_times)}."
         if generated
@@ -4755,17 +4406,14 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
         "## Conclusions and recommendations",
         _bullets(_conclusions(analysis)),
         "## Configuration details",
+        _table(details, {"configuration": ("config_name", "code")} | {f: (f, "") for f in CONFIG_FIELDS}),
         _table(
-            [_config_row(row["config_name"], row) for _, row in df.drop_duplicates("config_name").iterrows()]
+            ({"s": name, "v": v} for name, v in settings.items()), {"setting": ("s", ""), "value": ("v", "")}
         ),
-        _table([{"setting": _cell(name), "value": _cell(value)} for name, value in settings.items()]),
     ]
     if len(failed):
-        keys = ("config_name", "prompt_id", "error")
-        parts += [
-            "## Failed experiments",
-            _table([{k: _cell(row[k]) for k in keys} for _, row in failed.iterrows()]),
-        ]
+        columns = {name: (name, "") for name in ("config_name", "prompt_id", "error")}
+        parts += ["## Failed experiments", _table(failed.to_dict("records"), columns)]
     write_whole(Path(output_path), "\n\n".join(part.strip() for part in parts if part) + "\n")
     return Path(output_path)
 
@@ -4787,9 +4435,8 @@ class _ConsoleHandler(logging.Handler):
     """Log lines above the progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from tqdm.auto import tqdm
 
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.tqdm.write(self.format(record), file=sys.stderr)
 
 
 def _batch_size(text: str) -> int | str:
@@ -4840,7 +4487,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--do-sample", action="store_true", help="sample the texts instead of greedy decoding")
     add("--sampling-temperature", type=float, metavar="T", help="with --do-sample; 1 if not given")
     add("--sampling-top-p", type=float, metavar="P", help="with --do-sample; 1 if not given")
-    add("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt, with --do-sample")
+    add(
+        "--num-samples", type=int, metavar="N", help="texts for each prompt, with --do-sample; 1 if not given"
+    )
     add("--seed", type=int, default=DEFAULT_SEED, help="for sampling texts and the calibration text")
     add("--retry-failed", action="store_true", help="run experiments again that failed in an earlier run")
     add("--fail-fast", action="store_true", help="stop at the first experiment that fails")
@@ -4852,117 +4501,114 @@ def build_parser() -> argparse.ArgumentParser:
 def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The configurations that --suite, --configs, --routing-configs and --p-values ask for."""
     suite = SUITES[_choice("--suite", args.suite, tuple(SUITES))]
-    own: dict[str, dict[str, Any]] = {}
+    own, what = {}, f"--routing-configs {args.routing_configs}"
     if args.routing_configs:
         try:
             own = json.loads(_read_text(args.routing_configs, "--routing-configs"))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"--routing-configs {args.routing_configs}: not valid JSON: {error}") from error
+            raise UserError(f"{what}: not valid JSON: {error}") from error
         if not isinstance(own, dict) or not all(isinstance(config, dict) for config in own.values()):
-            raise UserError(
-                f'--routing-configs {args.routing_configs}: it must hold {{"name": {{"method": ...}}}}'
-            )
+            raise UserError(f'{what}: it must hold {{"name": {{"method": ...}}}}')
     known = SUITES["all"] | own
     names = [name.strip() for name in args.configs.split(",")] if args.configs else [*suite, *own]
-    configs = {name: known[_choice("configuration in --configs", name, tuple(known))] for name in names}
-    if args.p_values:
-        configs = {
-            n: c | {"p_values": args.p_values} if c.get("method") in STEP_UP else c
-            for n, c in configs.items()
-        }
-    return {name: resolve_config(name, config) for name, config in configs.items()}
-
-
-def choose_sampling(args: argparse.Namespace) -> dict[str, float] | None:
-    """The sampling that the options ask for, None for greedy decoding."""
-    given = {"temperature": args.sampling_temperature, "top_p": args.sampling_top_p}
-    given = {name: value for name, value in given.items() if value is not None}
-    if not args.do_sample:
-        if given or args.num_samples != 1:
-            raise UserError("--sampling-temperature, --sampling-top-p and --num-samples need --do-sample")
-        return None
-    if not 0 < given.get("temperature", 1) < math.inf:
-        raise UserError(f"--sampling-temperature {given['temperature']}: it must be above 0")
-    if not 0 < given.get("top_p", 1) <= 1:
-        raise UserError(f"--sampling-top-p {given['top_p']}: it must be in (0, 1]")
-    return given
+    configs = {}
+    for name in names:
+        config = known[_choice("configuration in --configs", name, tuple(known))]
+        null = {"p_values": args.p_values} if args.p_values and config.get("method") in STEP_UP else {}
+        configs[name] = resolve_config(name, config | null)
+    return configs
 
 
 NEEDS = {  # option -> options that mean nothing without it
     "dataset": ("split", "text_column", "category_column", "reference_column", "limit", "random_rows"),
     "tasks": ("num_fewshot", "task_limit", "include_path"),
+    "do_sample": ("sampling_temperature", "sampling_top_p", "num_samples"),
 }
+LEAST = dict.fromkeys(("max_tokens", "checkpoint_interval", "window", "num_samples", "limit"), 1) | {
+    "num_fewshot": 0
+}
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """UserError for options that are out of range, mean nothing or contradict each other."""
+    option = {name: f"--{name.replace('_', '-')}" for name in vars(args)}
+    given = {name: value for name, value in vars(args).items() if value is not None and value is not False}
+    for name, least in LEAST.items():
+        if name in given:
+            check_least(option[name], given[name], least)
+    for owner, names in NEEDS.items():
+        for name in given.keys() & set(names):
+            if owner not in given:
+                raise UserError(f"{option[name]} needs --{owner.replace('_', '-')}")
+    sources = [option[name] for name in ("prompts", "text", "dataset", "tasks") if name in given]
+    if len(sources) > 1:
+        raise UserError(f"{sources[0]} and {sources[1]} exclude each other: a run takes its items from one")
+    if args.tasks and args.do_sample:
+        raise UserError("--tasks and --do-sample exclude each other: a task says itself how to generate")
+    if args.device_map and args.device != "auto":
+        raise UserError(f"--device {args.device} and --device-map exclude each other")
+    if not 0 < given.get("sampling_temperature", 1) < math.inf:
+        raise UserError(f"--sampling-temperature {args.sampling_temperature}: it must be above 0")
+    if not 0 < given.get("sampling_top_p", 1) <= 1:
+        raise UserError(f"--sampling-top-p {args.sampling_top_p}: it must be in (0, 1]")
+    limit = given.get("task_limit", 1)
+    if not (0 < limit < 1 or limit % 1 == 0 < limit):
+        raise UserError(f"--task-limit {limit:g}: it must be a whole number, or a share below 1")
 
 
 def choose_prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The prompts that the options ask for; those of --text need the tokenizer and come later."""
-    given = [name for name in ("prompts", "text", "dataset", "tasks") if getattr(args, name)]
-    if len(given) > 1:
-        raise UserError(f"--{given[0]} and --{given[1]} exclude each other: a run takes its items from one")
-    for owner, names in NEEDS.items():
-        for name in names:
-            if getattr(args, name) not in (None, False) and not getattr(args, owner):
-                raise UserError(f"--{name.replace('_', '-')} needs --{owner}")
-    for name, least in (("limit", 1), ("num_fewshot", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
-    if args.task_limit is not None and not (
-        0 < args.task_limit < 1 or args.task_limit % 1 == 0 < args.task_limit
-    ):
-        raise UserError(f"--task-limit {args.task_limit:g}: it must be a whole number, or a share below 1")
-    if args.tasks and args.do_sample:
-        raise UserError("--tasks and --do-sample exclude each other: a task says itself how to generate")
     if args.dataset:
         columns = (args.text_column, args.category_column, args.reference_column)
         seed = args.seed if args.random_rows else None
-        limit = DEFAULT_LIMIT if args.limit is None else args.limit
-        return load_dataset_prompts(args.dataset, args.split, *columns, limit, seed)
+        return load_dataset_prompts(args.dataset, args.split, *columns, args.limit or DEFAULT_LIMIT, seed)
     return load_prompts(args.prompts) if args.prompts else TEST_PROMPTS
+
+
+def measure(args: argparse.Namespace) -> pd.DataFrame | None:
+    """Run the experiments that the options ask for; None in a process that leaves the report to the first."""
+    configs, prompts = choose_configs(args), choose_prompts(args)
+    sampling = {"temperature": args.sampling_temperature, "top_p": args.sampling_top_p}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    names = "calibration_text seed dtype revision device_map trust_remote_code batch_size command"
+    options = {name: getattr(args, name) for name in names.split()}
+    options |= {"use_fp16": not args.no_fp16, "sampling": sampling if args.do_sample else None}
+    runner = BHExperimentRunner(args.model, args.output, args.checkpoint_interval, args.device, **options)
+    if args.text:
+        if args.window > runner.context:
+            raise UserError(f"--window {args.window}: this model's context is {runner.context}")
+        prompts = text_windows(args.text, runner.tokenizer, args.window)
+    if args.match_experts is not None:
+        with log_to(args.output / "experiment_log.txt"):
+            for name, config in configs.items():
+                configs[name] = match_experts(name, config, args.match_experts, runner.calibration)
+    how = {"resume": not args.no_resume, "retry_failed": args.retry_failed, "fail_fast": args.fail_fast}
+    if args.tasks:
+        names, limit = [name.strip() for name in args.tasks.split(",")], args.task_limit
+        limit = int(limit) if limit is not None and limit >= 1 else limit
+        frame = runner.run_tasks(names, configs, args.num_fewshot, limit, args.include_path, **how)
+    else:
+        samples = args.num_samples or 1
+        frame = runner.run_full_experiment_suite(
+            configs, prompts, args.max_tokens, num_samples=samples, **how
+        )
+    return frame if runner.processes.rank == 0 else None
 
 
 def run(args: argparse.Namespace) -> int:
     """What the command line asks for; returns the exit code: 0, or 1 when an experiment failed."""
     if args.list_architectures:
-        print(_table(list_architectures()), end="")
+        titles = ("model type", "class", "status", "why")
+        print(_table(list_architectures(), {title: (title, "s") for title in titles}), end="")
         return 0
-    for option in ("max_tokens", "checkpoint_interval", "window", "num_samples"):
-        if getattr(args, option) < 1:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: it must be at least 1")
-    if args.analyze_only:
-        df = read_results(args.output / "bh_routing_results.csv")
-    else:
-        configs, prompts = choose_configs(args), choose_prompts(args)
-        if args.device_map and args.device != "auto":
-            raise UserError(f"--device {args.device} and --device-map exclude each other")
-        names = "calibration_text seed dtype revision device_map trust_remote_code batch_size"
-        options = {name: getattr(args, name) for name in names.split()}
-        options |= {"use_fp16": not args.no_fp16, "sampling": choose_sampling(args), "command": args.command}
-        runner = BHExperimentRunner(args.model, args.output, args.checkpoint_interval, args.device, **options)
-        if args.text:
-            if args.window > runner.context:
-                raise UserError(f"--window {args.window}: this model's context is {runner.context}")
-            prompts = text_windows(args.text, runner.tokenizer, args.window)
-        if args.match_experts is not None:
-            with log_to(args.output / "experiment_log.txt"):
-                for name in configs:
-                    configs[name] = match_experts(name, configs[name], args.match_experts, runner.calibration)
-        how = {"retry_failed": args.retry_failed, "fail_fast": args.fail_fast}
-        how["resume"] = not args.no_resume
-        if args.tasks:
-            names = [name.strip() for name in args.tasks.split(",")]
-            options = {"num_fewshot": args.num_fewshot, "include_path": args.include_path}
-            limit = args.task_limit
-            options["limit"] = int(limit) if limit is not None and limit >= 1 else limit
-            df = runner.run_tasks(names, configs, **options, **how)
-        else:
-            how["num_samples"] = args.num_samples
-            df = runner.run_full_experiment_suite(configs, prompts, args.max_tokens, **how)
-        if runner.processes.rank > 0:  # the first process analyses and reports
-            return 0
+    check_options(args)
+    frame = read_results(args.output / "bh_routing_results.csv") if args.analyze_only else measure(args)
+    if frame is None:
+        return 0
     with log_to(args.output / "experiment_log.txt"):
-        write_report(df, args.output)
+        write_report(frame, args.output)
         logger.info(f"report: {args.output / 'REPORT.md'}")
-    return 1 if (df["status"] != "ok").any() else 0
+    return 1 if (frame["status"] != "ok").any() else 0
 
 
 class _Terminated(KeyboardInterrupt):
@@ -4976,7 +4622,6 @@ def _terminate(number: int, frame: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 1 an experiment failed, 2 a mistake in the call, 130 Ctrl-C, 143
     SIGTERM."""
-    import signal
 
     args = build_parser().parse_args(argv)
     args.command = shlex.join(["run_bh_experiments.py", *(sys.argv[1:] if argv is None else argv)])
