@@ -36,13 +36,18 @@ Contents, in reading order
     2   Prompts                                  what is fed in
     3   Nulls                                    score -> p-value -> table of critical scores
     4   Selection                                scores or p-values -> how many experts
-    5   The seam                                 routers found, patched, recorded, restored; calibration
-    6   Checkpoints                              nothing finished is lost
-    7   BHExperimentRunner                       configurations x prompts -> rows
-    8   Analysis                                 rows -> paired tests, verdicts at equal compute
-    9   Figures
-    10  Report
-    11  Command line
+    5   Routers                                  found in a model, and understood by what they do
+    6   The seam                                 routers patched, experts skipped, all recorded and restored
+    7   Calibration                              nulls, knobs and diagnostics from text
+    8   Checkpoints                              nothing finished is lost
+    9   Results                                  rows -> CSV files
+    10  The machine                              device, model, log, lock, processes
+    11  Downstream tasks                         what lm-evaluation-harness asks, document by document
+    12  BHExperimentRunner                       configurations x prompts -> rows
+    13  Analysis                                 rows -> paired tests, verdicts at equal compute
+    14  Figures
+    15  Report
+    16  Command line
 
 Words used throughout
     T tokens (batch and positions flattened) · E experts of a layer · L MoE layers · K candidates the router
@@ -128,6 +133,62 @@ class UserError(ValueError):
 def _first_line(error: BaseException) -> str:
     """What an error of somebody else's code says, on one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _visible(text: str) -> str:
+    """`text` on one line, with control and direction characters shown as escapes: nothing hides in it."""
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in hidden else c for c in text
+    )
+
+
+def strict_json(value: Any) -> Any:
+    """`value` as plain JSON data: numpy scalars become numbers, NaN and infinities become None."""
+    if isinstance(value, Mapping):
+        return {str(key): strict_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict_json(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; it takes the place of `path` in one step, so that nobody ever sees half a file, and
+    a power cut leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        with open(part, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:  # a full disk does not say where
+        raise OSError(error.errno, error.strerror or str(error), str(error.filename or path)) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
+    """Replace a JSON file in one step."""
+    write_whole(path, json.dumps(strict_json(content), indent=indent, allow_nan=False) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """What a run left in its folder beside the results; None where there is nothing that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -410,6 +471,13 @@ def _read_text(path: Path, option: str) -> str:
     return text
 
 
+def check_ids(prompts: Sequence[Prompt]) -> None:
+    """Results are paired by id: raises UserError for one that occurs twice."""
+    (name, times), *_ = collections.Counter(prompt["id"] for prompt in prompts).most_common(1)
+    if times > 1:
+        raise UserError(f"prompt ids must differ, but {name!r} occurs {times} times")
+
+
 def load_prompts(path: Path) -> list[dict[str, Any]]:
     """Prompts from a file: .txt (one a line), .jsonl, .json (a list) or .csv, with PROMPT_FIELDS as keys.
 
@@ -440,13 +508,6 @@ def load_prompts(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"--prompts {path}, entry {number}: {error}") from error
     check_ids(prompts)
     return prompts
-
-
-def check_ids(prompts: Sequence[Prompt]) -> None:
-    """Results are paired by id: raises UserError for one that occurs twice."""
-    (name, times), *_ = collections.Counter(prompt["id"] for prompt in prompts).most_common(1)
-    if times > 1:
-        raise UserError(f"prompt ids must differ, but {name!r} occurs {times} times")
 
 
 DATASET_FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -789,16 +850,89 @@ def benjamini_hochberg_routing(
     return weights, experts, num_selected, found
 
 
+class Calibration:
+    """What the unpatched routers did on calibration text: the source of the empirical nulls.
+
+    logits [L, N, E] float32 and own [L, N, K] int16, the experts that the model chose, for N tokens. Both
+    are kept, and not the scores, so that one forward pass serves every temperature.
+    """
+
+    def __init__(self, logits: Tensor, own: Tensor):
+        self.logits, self.own = logits, own
+        # Built once: tables of critical scores above all, which every patch asks for.
+        self.null, self.critical_scores = map(functools.cache, (self._null, self._critical_scores))
+
+    def scores(self, layer_index: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """Scores [N, E] of one layer, and bool [N, E]: which pairs lie outside the model's own Top-K."""
+        scores = gate_scores(self.logits[layer_index], temperature)
+        everywhere = torch.ones_like(scores, dtype=torch.bool)
+        return scores, everywhere.scatter(1, self.own[layer_index].long(), False)
+
+    def _null(self, layer_index: int, temperature: float) -> EmpiricalNull:
+        """The null of one layer: the scores of its irrelevant pairs."""
+        scores, outside = self.scores(layer_index, temperature)
+        return EmpiricalNull(scores[outside])
+
+    def _critical_scores(self, layer_index: int, temperature: float, alpha: float) -> Tensor:
+        """The table of critical scores [E] of one layer."""
+        levels = bh_levels(alpha, self.logits.shape[-1])
+        return self.null(layer_index, temperature).critical_scores(levels)
+
+    def save(self, path: Path, about: Mapping[str, Any]) -> None:
+        """Write as safetensors, whole or not at all, together with what it was made from."""
+        about = {"about": json.dumps(about)}
+        with replacing(path) as part:
+            try:
+                safetensors.torch.save_file({"logits": self.logits, "own": self.own}, part, metadata=about)
+            except safetensors.SafetensorError as error:  # such as a full disk
+                raise OSError(errno.EIO, str(error)) from error
+
+    @classmethod
+    def load(cls, path: Path, about: Mapping[str, Any]) -> Calibration | None:
+        """The calibration saved at `path` if it was made from exactly `about`, else None."""
+        if not path.exists():
+            return None
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                if json.loads((file.metadata() or {}).get("about", "null")) == about:
+                    return cls(file.get_tensor("logits"), file.get_tensor("own"))
+        except (OSError, safetensors.SafetensorError, ValueError) as error:
+            logger.warning(f"{path} is not readable ({error}); calibrating again")
+        return None
+
+
+def _correction(config: Config, num_experts: int) -> float:
+    """What divides alpha: Benjamini-Yekutieli is BH at alpha / (1 + 1/2 + ... + 1/E) (2001, theorem 1.3)."""
+    return sum(1 / k for k in range(1, num_experts + 1)) if config["method"] == "by" else 1.0
+
+
+def critical_scores(
+    config: Config, num_experts: int, layer_index: int, calibration: Calibration | None
+) -> Tensor | None:
+    """The table c_1 >= ... >= c_E of one layer for a resolved step-up rule, float32 [E]; None for others."""
+    if config["method"] not in STEP_UP:
+        return None
+    alpha = config["alpha"] / _correction(config, num_experts)
+    if config["p_values"] != "empirical":
+        null = FlatNull(num_experts) if config["p_values"] == "flat" else SoftmaxNull(num_experts)
+        return null.critical_scores(bh_levels(alpha, num_experts)).float()
+    if calibration is None:
+        raise UserError(
+            'p_values "empirical" needs calibration=calibrate(model, tokenizer); "flat" needs none'
+        )
+    null = calibration.null(layer_index, config["temperature"])
+    if alpha < (smallest := null.smallest_alpha(num_experts)):
+        raise UserError(
+            f"alpha = {alpha:.2g} needs n0 + 1 >= E / alpha = {num_experts / alpha:,.0f} null scores a "
+            f"layer; the calibration has n0 = {null.n0:,}, enough for alpha >= {smallest:.2g}. Use a "
+            "larger alpha, a longer --calibration-text, or --p-values flat"
+        )
+    return calibration.critical_scores(layer_index, config["temperature"], alpha)
+
+
 # ---------------------------------------------------------------------------------------------------------
-# 5. The seam: routers found, patched, recorded, restored; calibration
+# 5. Routers: found in a model, and understood by what they do
 # ---------------------------------------------------------------------------------------------------------
-#
-# A transformers MoE block calls a router, which returns (logits [T, E], weights [T, K], indices [T, K]), and
-# hands weights and indices to an experts module. The seam wraps both on the instance. The router is asked
-# for its K best candidates, so that scoring, bias, grouping and scaling stay the model's own; the rule says
-# how many stay; the weights of the others become zero. The experts see only the pairs with a weight. So a
-# zero weight *is* a dropped expert: nothing else passes between the two, and any other reader of the
-# router's output sees a valid routing.
 
 
 @dataclass(frozen=True)
@@ -860,84 +994,6 @@ def _refuse_patched(name: str, router: nn.Module) -> None:
         raise UserError(f"{name} is patched already: leave the first `with` block before the next")
 
 
-@_alone()
-@torch.no_grad()
-def find_moe_layers(model: nn.Module) -> list[MoELayer]:
-    """The MoE layers of a transformers model, in order, by the architecture's own declaration.
-
-    `_can_record_outputs["router_logits"]` of a model class names its router class; what the routers return,
-    and what they make of another K, is found by running eight tokens. No list of architectures or of
-    attribute names is needed. Raises UserError, in one line, for a model that cannot be patched.
-    """
-    declared: list[tuple[type, str]] = []  # class of the routers, and a part of their names
-    for module in model.modules():
-        entries = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
-        for entry in entries if isinstance(entries, (list, tuple)) else [entries]:
-            kind, part = getattr(entry, "target_class", entry), getattr(entry, "layer_name", None) or ""
-            if isinstance(kind, type):
-                declared.append((kind, f".{part.strip('.')}." if part else ""))
-    routers = {
-        name: module
-        for name, module in model.named_modules()
-        if any(isinstance(module, kind) and part in f".{name}." for kind, part in declared)
-    }
-    for name, router in routers.items():
-        _refuse_patched(name, router)
-    beside = {n: getattr(model.get_submodule(n.rpartition(".")[0]), "experts", None) for n in routers}
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        calls = _observed_calls(model, [*routers.values(), *beside.values()])
-        layers = [
-            _inspect(name, router, beside[name], calls[router], calls.get(beside[name]))
-            for name, router in routers.items()
-            if router in calls
-        ]
-    finally:
-        for module in training:  # not module.train(), which would reach the modules inside as well
-            module.training = True
-    what = type(model).__name__
-    if not layers:
-        raise UserError(
-            f"{what} has no router that this script can patch: it needs a mixture-of-experts model of "
-            "transformers >= 5.17 that declares one, for example OLMoE (see --list-architectures)"
-        )
-    for field in ("num_experts", "own_k"):
-        if len(numbers := {getattr(layer, field) for layer in layers}) > 1:
-            raise UserError(f"{what} has layers that differ in {field}: {sorted(numbers)}")
-    return layers
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes its token ids; with weights offloaded by accelerate, where it computes."""
-    device = next(model.parameters()).device
-    if device.type == "meta":
-        hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-        places = (getattr(hook, "execution_device", None) for hook in hooks)
-        device = next(place for place in places if place is not None)
-    return torch.device(device)
-
-
-def _observed_calls(model: nn.Module, modules: Sequence[Any]) -> dict[nn.Module, tuple[tuple, dict]]:
-    """What each module is called with when the model reads eight tokens: its args and kwargs."""
-    calls: dict[nn.Module, tuple[tuple, dict]] = {}
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        calls.setdefault(module, (args, kwargs))
-
-    with contextlib.ExitStack() as stack:
-        for module in (module for module in modules if isinstance(module, nn.Module)):
-            stack.enter_context(module.register_forward_pre_hook(keep, with_kwargs=True))
-        if modules:
-            ids = torch.arange(8, device=input_device(model))[None]
-            try:
-                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-            except Exception as error:
-                why = f"{type(error).__name__}: {_first_line(error)}"
-                raise UserError(f"{type(model).__name__} cannot read eight tokens ({why})") from error
-    return calls
-
-
 def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
     """Set an attribute on an instance; `stack` puts back exactly what the instance held, or nothing.
 
@@ -947,52 +1003,6 @@ def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> 
     undo = (held.update, {name: held[name]}) if name in held else (held.pop, name, None)
     stack.callback(*undo)
     setattr(owner, name, value)
-
-
-def _inspect(name: str, router: nn.Module, experts: Any, call: tuple, experts_call: tuple | None) -> MoELayer:
-    """A layer's router and experts, from what they do with the inputs they were seen to get."""
-    args, kwargs = call
-
-    def refuse(why: str) -> UserError:
-        return UserError(f"{name} ({type(router).__name__}) cannot be patched: {why}")
-
-    with _TopK() as topk:
-        output = router(*args, **kwargs)
-    parts = output if isinstance(output, tuple) else (output,)
-    shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
-    wrong = refuse(f"it returns {shapes}, not logits [T, E], weights [T, K], indices [T, K] with K < E")
-    if len(parts) != 3 or not all(isinstance(part, Tensor) and part.ndim == 2 for part in parts):
-        raise wrong
-    logits, weights, indices = parts  # [T, E], [T, K], [T, K]
-    num_experts, own_k = logits.shape[1], indices.shape[1]
-    if indices.is_floating_point() or weights.shape != indices.shape or own_k >= num_experts:
-        raise wrong
-    given = [getattr(part, "shape", None) for part in experts_call[0][1:3]] if experts_call else []
-    if given != [indices.shape] * 2:
-        raise refuse("no `experts` beside it is called with (hidden, indices, weights)")
-    try:  # one row for each pair of token and expert: how dropped experts are skipped
-        experts(experts_call[0][0], indices[:, :1], weights[:, :1], *experts_call[0][3:], **experts_call[1])
-    except Exception as error:
-        raise refuse(f"its experts cannot run one expert for a token ({_first_line(error)})") from error
-
-    choice = topk.position(indices)
-    scores, ranked = (None, None) if choice is None else topk.calls[choice][::2]
-    if ranked is None and not (logits.gather(1, indices).diff(dim=1) <= 0).all():
-        raise refuse("it returns its candidates in an order that cannot be told")
-    knob, others = _find_knob(router, call, own_k)
-    if knob is None and own_k == 1:
-        raise refuse("it picks one expert: there is nothing to drop, and it cannot be asked for more")
-    renormalizes, error = None, 0.0
-    if knob is not None:
-        few, many = sorted([(weights, indices, scores), others], key=lambda c: c[1].shape[1])
-        renormalizes, error = _weights_at_two_k(num_experts, few, many)
-    if not error < 0.05:  # 16-bit rounding
-        at = f"K = {others[1].shape[1]} do not follow from those at K = {own_k}"
-        raise refuse(f"its weights at {at}, nor by scaling them")
-    first = logits.float()
-    probabilities = bool((first >= 0).all()) and torch.allclose(first.sum(1), first.new_ones(()), atol=0.01)
-    found = (knob, ranked is not False, choice, renormalizes, probabilities, logits.device)
-    return MoELayer(name, router, experts, num_experts, own_k, *found)
 
 
 Candidates = tuple[Tensor, Tensor, Tensor | None]  # weights, indices, scores of the topk that chose: [T, K]
@@ -1047,6 +1057,189 @@ def _weights_at_two_k(num_experts: int, few: Candidates, many: Candidates) -> tu
     return best, errors[best]
 
 
+def _inspect(name: str, router: nn.Module, experts: Any, call: tuple, experts_call: tuple | None) -> MoELayer:
+    """A layer's router and experts, from what they do with the inputs they were seen to get."""
+    args, kwargs = call
+
+    def refuse(why: str) -> UserError:
+        return UserError(f"{name} ({type(router).__name__}) cannot be patched: {why}")
+
+    with _TopK() as topk:
+        output = router(*args, **kwargs)
+    parts = output if isinstance(output, tuple) else (output,)
+    shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+    wrong = refuse(f"it returns {shapes}, not logits [T, E], weights [T, K], indices [T, K] with K < E")
+    if len(parts) != 3 or not all(isinstance(part, Tensor) and part.ndim == 2 for part in parts):
+        raise wrong
+    logits, weights, indices = parts  # [T, E], [T, K], [T, K]
+    num_experts, own_k = logits.shape[1], indices.shape[1]
+    if indices.is_floating_point() or weights.shape != indices.shape or own_k >= num_experts:
+        raise wrong
+    given = [getattr(part, "shape", None) for part in experts_call[0][1:3]] if experts_call else []
+    if given != [indices.shape] * 2:
+        raise refuse("no `experts` beside it is called with (hidden, indices, weights)")
+    try:  # one row for each pair of token and expert: how dropped experts are skipped
+        experts(experts_call[0][0], indices[:, :1], weights[:, :1], *experts_call[0][3:], **experts_call[1])
+    except Exception as error:
+        raise refuse(f"its experts cannot run one expert for a token ({_first_line(error)})") from error
+
+    choice = topk.position(indices)
+    scores, ranked = (None, None) if choice is None else topk.calls[choice][::2]
+    if ranked is None and not (logits.gather(1, indices).diff(dim=1) <= 0).all():
+        raise refuse("it returns its candidates in an order that cannot be told")
+    knob, others = _find_knob(router, call, own_k)
+    if knob is None and own_k == 1:
+        raise refuse("it picks one expert: there is nothing to drop, and it cannot be asked for more")
+    renormalizes, error = None, 0.0
+    if knob is not None:
+        few, many = sorted([(weights, indices, scores), others], key=lambda c: c[1].shape[1])
+        renormalizes, error = _weights_at_two_k(num_experts, few, many)
+    if not error < 0.05:  # 16-bit rounding
+        at = f"K = {others[1].shape[1]} do not follow from those at K = {own_k}"
+        raise refuse(f"its weights at {at}, nor by scaling them")
+    first = logits.float()
+    probabilities = bool((first >= 0).all()) and torch.allclose(first.sum(1), first.new_ones(()), atol=0.01)
+    found = (knob, ranked is not False, choice, renormalizes, probabilities, logits.device)
+    return MoELayer(name, router, experts, num_experts, own_k, *found)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its token ids; with weights offloaded by accelerate, where it computes."""
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        device = next(place for place in places if place is not None)
+    return torch.device(device)
+
+
+def _observed_calls(model: nn.Module, modules: Sequence[Any]) -> dict[nn.Module, tuple[tuple, dict]]:
+    """What each module is called with when the model reads eight tokens: its args and kwargs."""
+    calls: dict[nn.Module, tuple[tuple, dict]] = {}
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        calls.setdefault(module, (args, kwargs))
+
+    with contextlib.ExitStack() as stack:
+        for module in (module for module in modules if isinstance(module, nn.Module)):
+            stack.enter_context(module.register_forward_pre_hook(keep, with_kwargs=True))
+        if modules:
+            ids = torch.arange(8, device=input_device(model))[None]
+            try:
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            except Exception as error:
+                why = f"{type(error).__name__}: {_first_line(error)}"
+                raise UserError(f"{type(model).__name__} cannot read eight tokens ({why})") from error
+    return calls
+
+
+@_alone()
+@torch.no_grad()
+def find_moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The MoE layers of a transformers model, in order, by the architecture's own declaration.
+
+    `_can_record_outputs["router_logits"]` of a model class names its router class; what the routers return,
+    and what they make of another K, is found by running eight tokens. No list of architectures or of
+    attribute names is needed. Raises UserError, in one line, for a model that cannot be patched.
+    """
+    declared: list[tuple[type, str]] = []  # class of the routers, and a part of their names
+    for module in model.modules():
+        entries = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
+        for entry in entries if isinstance(entries, (list, tuple)) else [entries]:
+            kind, part = getattr(entry, "target_class", entry), getattr(entry, "layer_name", None) or ""
+            if isinstance(kind, type):
+                declared.append((kind, f".{part.strip('.')}." if part else ""))
+    routers = {
+        name: module
+        for name, module in model.named_modules()
+        if any(isinstance(module, kind) and part in f".{name}." for kind, part in declared)
+    }
+    for name, router in routers.items():
+        _refuse_patched(name, router)
+    beside = {n: getattr(model.get_submodule(n.rpartition(".")[0]), "experts", None) for n in routers}
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        calls = _observed_calls(model, [*routers.values(), *beside.values()])
+        layers = [
+            _inspect(name, router, beside[name], calls[router], calls.get(beside[name]))
+            for name, router in routers.items()
+            if router in calls
+        ]
+    finally:
+        for module in training:  # not module.train(), which would reach the modules inside as well
+            module.training = True
+    what = type(model).__name__
+    if not layers:
+        raise UserError(
+            f"{what} has no router that this script can patch: it needs a mixture-of-experts model of "
+            "transformers >= 5.17 that declares one, for example OLMoE (see --list-architectures)"
+        )
+    for field in ("num_experts", "own_k"):
+        if len(numbers := {getattr(layer, field) for layer in layers}) > 1:
+            raise UserError(f"{what} has layers that differ in {field}: {sorted(numbers)}")
+    return layers
+
+
+# What the tests of this script found, by building a tiny random model of each and checking the invariants of
+# the seam. The seam itself uses neither table: another architecture may work as well.
+VERIFIED_WITH = "5.23"
+VERIFIED_ARCHITECTURES = """
+afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32
+deepseek_v4 dots1 dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint gemma4 gemma4_text glm4_moe
+glm4_moe_lite glm_moe_dsa gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe
+hy_v3 hy_v4 inkling2_text jamba kimi_linear kolibri1 laguna lfm2_moe mellum mimo_v2_flash minimax minimax_m2
+minimax_m3_vl_text mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next
+qwen4_exp_text solar_open
+"""
+REFUSED_ARCHITECTURES = {
+    "dbrx": "its router returns logits only",
+    "doge": "its experts are single neurons, chosen inside the block",
+    "inkling_text": "its router weighs the shared experts together with the others",
+    "jetmoe": "its router sorts the tokens by expert itself",
+    "llama4_text": "its router returns scores of all experts, no selection",
+    "longcat_flash": "its experts cannot run one expert for a token",
+    "zaya": "its router returns a state for the next layer besides, and picks one expert",
+}
+
+
+def list_architectures() -> list[dict[str, str]]:
+    """The causal language models of the installed transformers that declare a router, and what is known."""
+    auto, types = transformers.models.auto, collections.defaultdict(list)
+    for model_type, names in auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        module = auto.configuration_auto.model_type_to_module_name(model_type)
+        path = Path(auto.__file__).parents[1] / module / f"modeling_{module}.py"
+        if path.exists() and '"router_logits"' in path.read_text(encoding="utf-8"):
+            types[names if isinstance(names, str) else names[0]].append(model_type)
+    same = transformers.__version__.startswith(VERIFIED_WITH)
+    verified = "verified" if same else f"verified with transformers {VERIFIED_WITH}"
+    rows = []
+    for name, models in sorted(types.items(), key=lambda item: item[1]):
+        why = next((REFUSED_ARCHITECTURES[m] for m in models if m in REFUSED_ARCHITECTURES), "")
+        known = verified if set(models) & set(VERIFIED_ARCHITECTURES.split()) else "not verified"
+        status = "refused" if why else known
+        rows.append({"model type": ", ".join(models), "class": name, "status": status, "why": why})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 6. The seam: routers patched, experts skipped, all recorded and restored
+# ---------------------------------------------------------------------------------------------------------
+#
+# A transformers MoE block calls a router, which returns (logits [T, E], weights [T, K], indices [T, K]), and
+# hands weights and indices to an experts module. The seam wraps both on the instance. The router is asked
+# for its K best candidates, so that scoring, bias, grouping and scaling stay the model's own; the rule says
+# how many stay; the weights of the others become zero. The experts see only the pairs with a weight. So a
+# zero weight *is* a dropped expert: nothing else passes between the two, and any other reader of the
+# router's output sees a valid routing.
+
+
+def _bounds(config: Config, widest: int) -> tuple[int, int]:
+    """Floor and cap of the number of experts, no more than a layer can give."""
+    k = config["k"]
+    return (min(k or config["min_k"], widest), min(k or config["max_k"], widest))
+
+
 def _adaptive_router(
     layer: MoELayer, config: Config, critical: Tensor | None, width: int, observe: Callable, seed: int
 ) -> Callable:
@@ -1096,53 +1289,6 @@ def _adaptive_router(
     return adaptive_forward
 
 
-def _bounds(config: Config, widest: int) -> tuple[int, int]:
-    """Floor and cap of the number of experts, no more than a layer can give."""
-    k = config["k"]
-    return (min(k or config["min_k"], widest), min(k or config["max_k"], widest))
-
-
-# What the tests of this script found, by building a tiny random model of each and checking the invariants of
-# the seam. The seam itself uses neither table: another architecture may work as well.
-VERIFIED_WITH = "5.23"
-VERIFIED_ARCHITECTURES = """
-afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32
-deepseek_v4 dots1 dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint gemma4 gemma4_text glm4_moe
-glm4_moe_lite glm_moe_dsa gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe
-hy_v3 hy_v4 inkling2_text jamba kimi_linear kolibri1 laguna lfm2_moe mellum mimo_v2_flash minimax minimax_m2
-minimax_m3_vl_text mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next
-qwen4_exp_text solar_open
-"""
-REFUSED_ARCHITECTURES = {
-    "dbrx": "its router returns logits only",
-    "doge": "its experts are single neurons, chosen inside the block",
-    "inkling_text": "its router weighs the shared experts together with the others",
-    "jetmoe": "its router sorts the tokens by expert itself",
-    "llama4_text": "its router returns scores of all experts, no selection",
-    "longcat_flash": "its experts cannot run one expert for a token",
-    "zaya": "its router returns a state for the next layer besides, and picks one expert",
-}
-
-
-def list_architectures() -> list[dict[str, str]]:
-    """The causal language models of the installed transformers that declare a router, and what is known."""
-    auto, types = transformers.models.auto, collections.defaultdict(list)
-    for model_type, names in auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        module = auto.configuration_auto.model_type_to_module_name(model_type)
-        path = Path(auto.__file__).parents[1] / module / f"modeling_{module}.py"
-        if path.exists() and '"router_logits"' in path.read_text(encoding="utf-8"):
-            types[names if isinstance(names, str) else names[0]].append(model_type)
-    same = transformers.__version__.startswith(VERIFIED_WITH)
-    verified = "verified" if same else f"verified with transformers {VERIFIED_WITH}"
-    rows = []
-    for name, models in sorted(types.items(), key=lambda item: item[1]):
-        why = next((REFUSED_ARCHITECTURES[m] for m in models if m in REFUSED_ARCHITECTURES), "")
-        known = verified if set(models) & set(VERIFIED_ARCHITECTURES.split()) else "not verified"
-        status = "refused" if why else known
-        rows.append({"model type": ", ".join(models), "class": name, "status": status, "why": why})
-    return rows
-
-
 def _skipping_experts(experts: nn.Module) -> Callable:
     """A `forward` for the experts that computes only the (token, expert) pairs whose weight is not zero.
 
@@ -1176,6 +1322,9 @@ ROUTING_COLUMNS = (
     *("expert_utilization_cv", "expert_utilization_max_min_ratio", *SHARES, "gate_mass_frac"),
 )
 MASS_UNIT = 2**32  # gate mass is summed in whole numbers: exact, and the same in any order
+
+
+LAYER_COLUMNS = (*ROUTING_COLUMNS, "use_entropy_bits", "num_tokens")
 
 
 @dataclass(frozen=True)
@@ -1252,9 +1401,6 @@ class RoutingStatistics:
 
         sums = np.frombuffer(zlib.decompress(base64.b85decode(text)), "<i8").reshape(num_layers, -1)
         return cls(torch.from_numpy(sums.copy()), config)
-
-
-LAYER_COLUMNS = (*ROUTING_COLUMNS, "use_entropy_bits", "num_tokens")
 
 
 @dataclass
@@ -1422,84 +1568,9 @@ def patched_routing(
         yield recorder
 
 
-def _correction(config: Config, num_experts: int) -> float:
-    """What divides alpha: Benjamini-Yekutieli is BH at alpha / (1 + 1/2 + ... + 1/E) (2001, theorem 1.3)."""
-    return sum(1 / k for k in range(1, num_experts + 1)) if config["method"] == "by" else 1.0
-
-
-def critical_scores(
-    config: Config, num_experts: int, layer_index: int, calibration: Calibration | None
-) -> Tensor | None:
-    """The table c_1 >= ... >= c_E of one layer for a resolved step-up rule, float32 [E]; None for others."""
-    if config["method"] not in STEP_UP:
-        return None
-    alpha = config["alpha"] / _correction(config, num_experts)
-    if config["p_values"] != "empirical":
-        null = FlatNull(num_experts) if config["p_values"] == "flat" else SoftmaxNull(num_experts)
-        return null.critical_scores(bh_levels(alpha, num_experts)).float()
-    if calibration is None:
-        raise UserError(
-            'p_values "empirical" needs calibration=calibrate(model, tokenizer); "flat" needs none'
-        )
-    null = calibration.null(layer_index, config["temperature"])
-    if alpha < (smallest := null.smallest_alpha(num_experts)):
-        raise UserError(
-            f"alpha = {alpha:.2g} needs n0 + 1 >= E / alpha = {num_experts / alpha:,.0f} null scores a "
-            f"layer; the calibration has n0 = {null.n0:,}, enough for alpha >= {smallest:.2g}. Use a "
-            "larger alpha, a longer --calibration-text, or --p-values flat"
-        )
-    return calibration.critical_scores(layer_index, config["temperature"], alpha)
-
-
-class Calibration:
-    """What the unpatched routers did on calibration text: the source of the empirical nulls.
-
-    logits [L, N, E] float32 and own [L, N, K] int16, the experts that the model chose, for N tokens. Both
-    are kept, and not the scores, so that one forward pass serves every temperature.
-    """
-
-    def __init__(self, logits: Tensor, own: Tensor):
-        self.logits, self.own = logits, own
-        # Built once: tables of critical scores above all, which every patch asks for.
-        self.null, self.critical_scores = map(functools.cache, (self._null, self._critical_scores))
-
-    def scores(self, layer_index: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """Scores [N, E] of one layer, and bool [N, E]: which pairs lie outside the model's own Top-K."""
-        scores = gate_scores(self.logits[layer_index], temperature)
-        everywhere = torch.ones_like(scores, dtype=torch.bool)
-        return scores, everywhere.scatter(1, self.own[layer_index].long(), False)
-
-    def _null(self, layer_index: int, temperature: float) -> EmpiricalNull:
-        """The null of one layer: the scores of its irrelevant pairs."""
-        scores, outside = self.scores(layer_index, temperature)
-        return EmpiricalNull(scores[outside])
-
-    def _critical_scores(self, layer_index: int, temperature: float, alpha: float) -> Tensor:
-        """The table of critical scores [E] of one layer."""
-        levels = bh_levels(alpha, self.logits.shape[-1])
-        return self.null(layer_index, temperature).critical_scores(levels)
-
-    def save(self, path: Path, about: Mapping[str, Any]) -> None:
-        """Write as safetensors, whole or not at all, together with what it was made from."""
-        about = {"about": json.dumps(about)}
-        with replacing(path) as part:
-            try:
-                safetensors.torch.save_file({"logits": self.logits, "own": self.own}, part, metadata=about)
-            except safetensors.SafetensorError as error:  # such as a full disk
-                raise OSError(errno.EIO, str(error)) from error
-
-    @classmethod
-    def load(cls, path: Path, about: Mapping[str, Any]) -> Calibration | None:
-        """The calibration saved at `path` if it was made from exactly `about`, else None."""
-        if not path.exists():
-            return None
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                if json.loads((file.metadata() or {}).get("about", "null")) == about:
-                    return cls(file.get_tensor("logits"), file.get_tensor("own"))
-        except (OSError, safetensors.SafetensorError, ValueError) as error:
-            logger.warning(f"{path} is not readable ({error}); calibrating again")
-        return None
+# ---------------------------------------------------------------------------------------------------------
+# 7. Calibration: nulls, knobs and diagnostics from text
+# ---------------------------------------------------------------------------------------------------------
 
 
 def _generation_config(tokenizer: Any, new_tokens: int, **options: Any) -> Any:
@@ -1654,51 +1725,22 @@ def diagnose_nulls(calibration: Calibration, heldout: Calibration) -> dict[str, 
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 6. Checkpoints
+# 8. Checkpoints
 # ---------------------------------------------------------------------------------------------------------
-
-
-def strict_json(value: Any) -> Any:
-    """`value` as plain JSON data: numpy scalars become numbers, NaN and infinities become None."""
-    if isinstance(value, Mapping):
-        return {str(key): strict_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict_json(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; it takes the place of `path` in one step, so that nobody ever sees half a file, and
-    a power cut leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        with open(part, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:  # a full disk does not say where
-        raise OSError(error.errno, error.strerror or str(error), str(error.filename or path)) from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
-    """Replace a JSON file in one step."""
-    write_whole(path, json.dumps(strict_json(content), indent=indent, allow_nan=False) + "\n")
 
 
 WAY_OUT = "choose another --output, or --no-resume to set what is there aside"
 Key = tuple[str, str, int]  # configuration, prompt id, sample: what names an experiment
+
+
+def _checked_row(line: bytes) -> dict[str, Any] | None:
+    """The row that a line of a checkpoint holds; None where it is not whole."""
+    text, _, tail = line.rpartition(b', "crc32": ')
+    text += b"}"
+    checksum, _, end = tail.partition(b"}")
+    if end.strip(b",]}\n") or checksum != b"%d" % zlib.crc32(text):
+        return None
+    return json.loads(text)
 
 
 class Checkpoint:
@@ -1870,18 +1912,8 @@ class Checkpoint:
             self._file.close()
 
 
-def _checked_row(line: bytes) -> dict[str, Any] | None:
-    """The row that a line of a checkpoint holds; None where it is not whole."""
-    text, _, tail = line.rpartition(b', "crc32": ')
-    text += b"}"
-    checksum, _, end = tail.partition(b"}")
-    if end.strip(b",]}\n") or checksum != b"%d" % zlib.crc32(text):
-        return None
-    return json.loads(text)
-
-
 # ---------------------------------------------------------------------------------------------------------
-# 7. BHExperimentRunner
+# 9. Results
 # ---------------------------------------------------------------------------------------------------------
 
 # Every column of bh_routing_results.csv, in order; the README gives each formula.
@@ -1908,9 +1940,8 @@ RESULT_COLUMNS = (
     *(*IDENTITY_COLUMNS, *TEXT_COLUMNS, *COUNT_COLUMNS, *ROUTING_COLUMNS, *QUALITY_COLUMNS),
     *(*TASK_COLUMNS, *CLOCK_COLUMNS, *CONFIG_FIELDS, *SETTING_COLUMNS),
 )
-STRING_COLUMNS = {*IDENTITY_COLUMNS, *TEXT_COLUMNS, *SETTING_COLUMNS, "timestamp", "command", "static_nll"}
-STRING_COLUMNS |= {"task_metric"}
-STRING_COLUMNS = STRING_COLUMNS - {"sample", "seed", "max_new_tokens"} | {"method", "p_values", "renormalize"}
+STRING_COLUMNS = {*IDENTITY_COLUMNS, *TEXT_COLUMNS, *SETTING_COLUMNS} - {"sample", "seed", "max_new_tokens"}
+STRING_COLUMNS |= {"timestamp", "command", "static_nll", "task_metric", "method", "p_values", "renormalize"}
 # A spreadsheet would run a cell that begins like this; one more quote in front makes it text, and goes again.
 _FORMULA = re.compile(r"(?='*[=+\-@\t\r])")
 # From pandas 3 on floats are read as they were written, and saying so is deprecated.
@@ -1955,6 +1986,76 @@ def read_results(path: Path) -> pd.DataFrame:
     if lacking := sorted(set(RESULT_COLUMNS) - header):
         raise UserError(f"{path} is not a results CSV of this script: it lacks {', '.join(lacking)}")
     return pd.concat(frames, ignore_index=True)
+
+
+class LayerTables:
+    """What the routers of every layer did, summed by configuration and category: two CSV files."""
+
+    MAX_ITEMS = 2000  # whose use of experts is kept one by one, for the permutation test
+    PERMUTATIONS = 199
+
+    def __init__(self, configs: Configs, layers: Sequence[str], categories: set[str]):
+        self.configs, self.layers, self.several = configs, list(layers), len(categories) > 1
+        self.sums: dict[str, dict[str, RoutingStatistics]] = {name: {} for name in configs}  # by category
+        self.items: dict[str, dict[str, tuple[str, Tensor]]] = {name: {} for name in configs}
+
+    def add(self, row: Row) -> Row:
+        """Count a row of the checkpoint, and pass it on."""
+        if row.get("routing"):
+            name, category, document = row["config_name"], row["prompt_category"], row["document"]
+            found = RoutingStatistics.unpack(row["routing"], len(self.layers), self.configs[name])
+            sums, items, use = self.sums[name], self.items[name], found.use.float()
+            sums[category] = sums[category] + found if category in sums else found
+            if self.several and (document in items or len(items) < self.MAX_ITEMS):
+                items[document] = category, (items[document][1] + use if document in items else use)
+        return row
+
+    def _divergence(self, name: str) -> pd.DataFrame:
+        """Do categories use different experts? For each layer the Jensen-Shannon divergence of their use, in
+        bits (0: the same experts), and its p-value when categories are permuted over documents."""
+        columns, items = ("category_divergence_bits", "category_p_value"), list(self.items[name].values())
+        labels = pd.factorize(np.array([category for category, _ in items]))[0]
+        if not len(items) or np.bincount(labels).min() < 2 or labels.max() < 1:
+            return pd.DataFrame(columns=columns, dtype=float)
+        use = torch.stack([use for _, use in items]).numpy()  # [documents, L, E]
+
+        def divergence(order: Any) -> Any:  # -> [L]
+            member = np.eye(labels.max() + 1)[labels[order]]  # [documents, categories]
+            shares = np.einsum("dc,dle->cle", member, use)
+            shares /= shares.sum(2, keepdims=True)
+            # stats.entropy would do, but takes ten times as long
+            entropy = lambda p: -(p * np.log2(p, out=np.zeros_like(p), where=p > 0)).sum(-1)  # noqa: E731
+            return entropy(shares.mean(0)) - entropy(shares).mean(0)
+
+        generator, observed = np.random.default_rng(0), divergence(slice(None))
+        permuted = [divergence(generator.permutation(len(labels))) for _ in range(self.PERMUTATIONS)]
+        p_values = (1 + (np.stack(permuted) >= observed).sum(0)) / (1 + self.PERMUTATIONS)
+        return pd.DataFrame(dict(zip(columns, (observed, p_values), strict=True)))
+
+    def write(self, folder: Path) -> None:
+        """layer_statistics.csv (configuration x layer) and expert_usage.csv (by category and expert)."""
+        layers, usage = [], []
+        for name, by_category in self.sums.items():
+            if not by_category:
+                continue
+            table = functools.reduce(RoutingStatistics.__add__, by_category.values()).by_layer()
+            about = pd.DataFrame({"config_name": name, "layer": range(len(table)), "router": self.layers})
+            layers.append(pd.concat([about, table, self._divergence(name)], axis=1))
+            for category, found in by_category.items():
+                use = pd.DataFrame(found.use.numpy()).rename_axis("layer").reset_index()
+                use = use.melt("layer", var_name="expert", value_name="count")
+                use["share"] = use["count"] / use.groupby("layer")["count"].transform("sum")
+                use.insert(0, "config_name", name)
+                use.insert(1, "prompt_category", f"'{category}" if _FORMULA.match(category) else category)
+                usage.append(use.sort_values(["layer", "expert"]))
+        for file, tables in (("layer_statistics.csv", layers), ("expert_usage.csv", usage)):
+            if tables:
+                write_whole(folder / file, pd.concat(tables).to_csv(index=False))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 10. The machine: device, model, log, lock, processes
+# ---------------------------------------------------------------------------------------------------------
 
 
 def choose_device(device: str) -> torch.device:
@@ -2033,14 +2134,6 @@ def script_origin() -> dict[str, str]:
     return {"script_hash": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "git_commit": commit.strip()}
 
 
-def _visible(text: str) -> str:
-    """`text` on one line, with control and direction characters shown as escapes: nothing hides in it."""
-    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in hidden else c for c in text
-    )
-
-
 class _LineFormatter(logging.Formatter):
     """Prompts and errors are data: they cannot begin a new line of the log."""
 
@@ -2117,131 +2210,9 @@ class _Processes:
             self.wait()
 
 
-class _StepWatch:
-    """A logits processor that changes nothing: it notes when the prefill was done, and the largest logits."""
-
-    def __init__(self, synchronize: Callable[[], None]):
-        self.synchronize, self.prefill_done = synchronize, None
-        self.largest: list[Tensor] = []  # [B] each step
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.prefill_done is None:
-            self.synchronize()
-            self.prefill_done = time.perf_counter()
-        self.largest.append(scores.amax(-1))
-        return scores
-
-
-def _finite(values: Tensor) -> Tensor:
-    """`values`, if the model works: FloatingPointError where its logits are NaN or infinite."""
-    if not torch.isfinite(values).all():
-        raise FloatingPointError("the model returned NaN or infinite logits; try --dtype float32")
-    return values
-
-
-@dataclass(frozen=True)
-class _ScoredBatch:
-    """Texts to be teacher-forced together, padded on the right."""
-
-    ids: Tensor  # [B, S]
-    mask: Tensor  # [B, S], 1 for real tokens
-    context: Tensor  # [B] how many tokens come first and are not scored
-    num_bytes: list[int]  # of the scored text
-
-    @property
-    def scored(self) -> Tensor:
-        """Which positions predict a token that is scored: bool [B, S - first], from position first - 1 on."""
-        position = torch.arange(self.ids.shape[1], device=self.ids.device)
-        scored = (position >= self.context[:, None]) & (self.mask > 0)  # [B, S], by the token predicted
-        return scored[:, self.first :]
-
-    @functools.cached_property
-    def first(self) -> int:
-        """The first token that is scored in any row."""
-        return int(self.context.min())
-
-    @property
-    def targets(self) -> Tensor:
-        return self.ids[:, self.first :, None]  # [B, S - first, 1]
-
-    @functools.cached_property
-    def key(self) -> tuple[bytes, ...]:
-        return tuple(part.cpu().numpy().tobytes() for part in (self.ids, self.mask, self.context))
-
-
-@dataclass(frozen=True)
-class _OwnScores:
-    """What the model's own routing says of a batch: what every configuration is compared with."""
-
-    probabilities: Tensor  # p [B, S - first, V]
-    negentropy: Tensor  # sum of p log p [B, S - first]
-    best: Tensor  # most probable token [B, S - first, 1]
-    rows: list[dict[str, Any]]  # what `_score` finds for each text [B]
-
-
-class LayerTables:
-    """What the routers of every layer did, summed by configuration and category: two CSV files."""
-
-    MAX_ITEMS = 2000  # whose use of experts is kept one by one, for the permutation test
-    PERMUTATIONS = 199
-
-    def __init__(self, configs: Configs, layers: Sequence[str], categories: set[str]):
-        self.configs, self.layers, self.several = configs, list(layers), len(categories) > 1
-        self.sums: dict[str, dict[str, RoutingStatistics]] = {name: {} for name in configs}  # by category
-        self.items: dict[str, dict[str, tuple[str, Tensor]]] = {name: {} for name in configs}
-
-    def add(self, row: Row) -> Row:
-        """Count a row of the checkpoint, and pass it on."""
-        if row.get("routing"):
-            name, category, document = row["config_name"], row["prompt_category"], row["document"]
-            found = RoutingStatistics.unpack(row["routing"], len(self.layers), self.configs[name])
-            sums, items, use = self.sums[name], self.items[name], found.use.float()
-            sums[category] = sums[category] + found if category in sums else found
-            if self.several and (document in items or len(items) < self.MAX_ITEMS):
-                items[document] = category, (items[document][1] + use if document in items else use)
-        return row
-
-    def _divergence(self, name: str) -> pd.DataFrame:
-        """Do categories use different experts? For each layer the Jensen-Shannon divergence of their use, in
-        bits (0: the same experts), and its p-value when categories are permuted over documents."""
-        columns, items = ("category_divergence_bits", "category_p_value"), list(self.items[name].values())
-        labels = pd.factorize(np.array([category for category, _ in items]))[0]
-        if not len(items) or np.bincount(labels).min() < 2 or labels.max() < 1:
-            return pd.DataFrame(columns=columns, dtype=float)
-        use = torch.stack([use for _, use in items]).numpy()  # [documents, L, E]
-
-        def divergence(order: Any) -> Any:  # -> [L]
-            member = np.eye(labels.max() + 1)[labels[order]]  # [documents, categories]
-            shares = np.einsum("dc,dle->cle", member, use)
-            shares /= shares.sum(2, keepdims=True)
-            # stats.entropy would do, but takes ten times as long
-            entropy = lambda p: -(p * np.log2(p, out=np.zeros_like(p), where=p > 0)).sum(-1)  # noqa: E731
-            return entropy(shares.mean(0)) - entropy(shares).mean(0)
-
-        generator, observed = np.random.default_rng(0), divergence(slice(None))
-        permuted = [divergence(generator.permutation(len(labels))) for _ in range(self.PERMUTATIONS)]
-        p_values = (1 + (np.stack(permuted) >= observed).sum(0)) / (1 + self.PERMUTATIONS)
-        return pd.DataFrame(dict(zip(columns, (observed, p_values), strict=True)))
-
-    def write(self, folder: Path) -> None:
-        """layer_statistics.csv (configuration x layer) and expert_usage.csv (by category and expert)."""
-        layers, usage = [], []
-        for name, by_category in self.sums.items():
-            if not by_category:
-                continue
-            table = functools.reduce(RoutingStatistics.__add__, by_category.values()).by_layer()
-            about = pd.DataFrame({"config_name": name, "layer": range(len(table)), "router": self.layers})
-            layers.append(pd.concat([about, table, self._divergence(name)], axis=1))
-            for category, found in by_category.items():
-                use = pd.DataFrame(found.use.numpy()).rename_axis("layer").reset_index()
-                use = use.melt("layer", var_name="expert", value_name="count")
-                use["share"] = use["count"] / use.groupby("layer")["count"].transform("sum")
-                use.insert(0, "config_name", name)
-                use.insert(1, "prompt_category", f"'{category}" if _FORMULA.match(category) else category)
-                usage.append(use.sort_values(["layer", "expert"]))
-        for file, tables in (("layer_statistics.csv", layers), ("expert_usage.csv", usage)):
-            if tables:
-                write_whole(folder / file, pd.concat(tables).to_csv(index=False))
+# ---------------------------------------------------------------------------------------------------------
+# 11. Downstream tasks
+# ---------------------------------------------------------------------------------------------------------
 
 
 def load_tasks(
@@ -2381,6 +2352,73 @@ def _documents(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
     for row in rows:
         shared = {key: value for key, value in row.items() if key not in ("documents", "task_results")}
         yield from ([shared | document for document in row["documents"]] or [shared])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 12. BHExperimentRunner
+# ---------------------------------------------------------------------------------------------------------
+
+
+class _StepWatch:
+    """A logits processor that changes nothing: it notes when the prefill was done, and the largest logits."""
+
+    def __init__(self, synchronize: Callable[[], None]):
+        self.synchronize, self.prefill_done = synchronize, None
+        self.largest: list[Tensor] = []  # [B] each step
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.prefill_done is None:
+            self.synchronize()
+            self.prefill_done = time.perf_counter()
+        self.largest.append(scores.amax(-1))
+        return scores
+
+
+def _finite(values: Tensor) -> Tensor:
+    """`values`, if the model works: FloatingPointError where its logits are NaN or infinite."""
+    if not torch.isfinite(values).all():
+        raise FloatingPointError("the model returned NaN or infinite logits; try --dtype float32")
+    return values
+
+
+@dataclass(frozen=True)
+class _ScoredBatch:
+    """Texts to be teacher-forced together, padded on the right."""
+
+    ids: Tensor  # [B, S]
+    mask: Tensor  # [B, S], 1 for real tokens
+    context: Tensor  # [B] how many tokens come first and are not scored
+    num_bytes: list[int]  # of the scored text
+
+    @property
+    def scored(self) -> Tensor:
+        """Which positions predict a token that is scored: bool [B, S - first], from position first - 1 on."""
+        position = torch.arange(self.ids.shape[1], device=self.ids.device)
+        scored = (position >= self.context[:, None]) & (self.mask > 0)  # [B, S], by the token predicted
+        return scored[:, self.first :]
+
+    @functools.cached_property
+    def first(self) -> int:
+        """The first token that is scored in any row."""
+        return int(self.context.min())
+
+    @property
+    def targets(self) -> Tensor:
+        return self.ids[:, self.first :, None]  # [B, S - first, 1]
+
+    @functools.cached_property
+    def key(self) -> tuple[bytes, ...]:
+        return tuple(part.cpu().numpy().tobytes() for part in (self.ids, self.mask, self.context))
+
+
+@dataclass(frozen=True)
+class _OwnScores:
+    """What the model's own routing says of a batch: what every configuration is compared with."""
+
+    probabilities: Tensor  # p [B, S - first, V]
+    negentropy: Tensor  # sum of p log p [B, S - first]
+    best: Tensor  # most probable token [B, S - first, 1]
+    rows: list[dict[str, Any]]  # what `_score` finds for each text [B]
 
 
 AUTO_BATCH_TOKENS = 8192  # what --batch-size auto begins with; halved whenever memory does not suffice
@@ -3166,7 +3204,7 @@ class BHExperimentRunner:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 8. Analysis
+# 13. Analysis
 # ---------------------------------------------------------------------------------------------------------
 
 METRICS: dict[str, tuple[str, str, int]] = {  # what is tested: column -> title, unit, digits in tables
@@ -3422,6 +3460,11 @@ def static_at(
     return nll.dropna(), (low, high, share)
 
 
+def excludes_zero(row: Row) -> bool:
+    """The condition for every claim about quality: there is an interval and zero is not in it."""
+    return row["ci95_low"] is not None and not row["ci95_low"] <= 0 <= row["ci95_high"]
+
+
 def quality_verdicts(
     frame: pd.DataFrame,
     baseline: str,
@@ -3509,11 +3552,6 @@ def is_static(row: Row) -> bool:
     return row["verdict"] is None
 
 
-def excludes_zero(row: Row) -> bool:
-    """The condition for every claim about quality: there is an interval and zero is not in it."""
-    return row["ci95_low"] is not None and not row["ci95_low"] <= 0 <= row["ci95_high"]
-
-
 def shuffle_effects(frame: pd.DataFrame) -> dict[str, Any]:
     """Each shuffled configuration against the same one unshuffled, if both ran: NLL difference per item.
 
@@ -3569,15 +3607,6 @@ def compare_tasks(frame: pd.DataFrame, baseline: str, output_dir: Path) -> list[
     order = _order(task for task, _ in found)
     keys = sorted(found, key=lambda key: order.index(key[0]))
     return [{"task": task, "configuration": name, **found[task, name]} for task, name in keys]
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """What a run left in its folder beside the results; None where there is nothing that can be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def read_layer_table(output_dir: Path, name: str) -> pd.DataFrame | None:
@@ -3665,7 +3694,7 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 9. Figures
+# 14. Figures
 # ---------------------------------------------------------------------------------------------------------
 #
 # Each plot_* draws into given axes and returns them; saving is done in one place, `create_visualizations`.
@@ -3984,7 +4013,7 @@ def create_visualizations(
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 10. Report
+# 15. Report
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -4427,7 +4456,7 @@ def write_report(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 11. Command line
+# 16. Command line
 # ---------------------------------------------------------------------------------------------------------
 
 
