@@ -3242,6 +3242,22 @@ HYPOTHESES = (
 EXPECTED_SUITE_MINUTES = {"an RTX 3090": (15, 20), "a T4": (25, 35), "16 CPU cores": (90, 120)}
 
 
+def _wilcoxon_p_value(x: Any) -> float:
+    """Wilcoxon's signed rank test of differences `x` [n], none of them zero: two-sided p-value.
+
+    Exact up to n = 13 with ties as well: all 2^n signs are equally likely. scipy's `wilcoxon` does the same,
+    one by one in seconds, and in older releases only approximately.
+    """
+    size = np.abs(x)
+    if len(x) > 13 or len(np.unique(size)) == len(x):
+        return float(stats.wilcoxon(x).pvalue)
+    ranks, options = stats.rankdata(size), {"permutation_type": "samples", "n_resamples": math.inf}
+    test = stats.permutation_test(
+        (np.sign(x),), lambda s, axis: (s * ranks).sum(axis), **options, vectorized=True
+    )
+    return float(test.pvalue)
+
+
 def _tests_of_zero(x: Any, scale: float, what: str) -> dict[str, Any]:
     """Is the mean of the differences `x` [n] zero? Two-sided: Student's t and Wilcoxon's signed rank test.
 
@@ -3256,7 +3272,7 @@ def _tests_of_zero(x: Any, scale: float, what: str) -> dict[str, Any]:
     if not len(changed):
         return found | {"reason": "nothing differs"}
     # Wilcoxon's test leaves zeros out; done here, because scipy < 1.14 warns of them.
-    found["wilcoxon_p_value"] = float(stats.wilcoxon(changed).pvalue)
+    found["wilcoxon_p_value"] = _wilcoxon_p_value(changed)
     if x.std(ddof=1) <= 1e-12 * scale:
         return found | {"reason": "all differ by the same amount"}
     test, d = stats.ttest_1samp(x, 0), float(x.mean() / x.std(ddof=1))
@@ -3984,7 +4000,8 @@ def create_visualizations(
     if done.empty:
         raise UserError(f"nothing to draw: none of {len(df)} experiments finished")
     for column in ("prompt_category", "task_metric"):  # somebody's words: their dollar signs are no formula
-        done = done.assign(**{column: done[column].astype(str).str.replace("$", r"\$", regex=False)})
+        words = done[column].astype(str).map(_visible).str.replace("$", r"\$", regex=False)
+        done = done.assign(**{column: words})
     tables = {name: read_layer_table(output_dir, name) for name in ("layer_statistics", "expert_usage")}
     tables["null_diagnostics"] = _read_json(output_dir / "null_diagnostics.json")
     with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
@@ -4002,10 +4019,11 @@ def create_visualizations(
                 continue
             try:
                 draw(*arguments)
-                sns.despine(plt.gcf(), left=True)
+                figure = plt.gcf()
+                sns.despine(figure, left=True)
                 with replacing(path) as part:
                     # No creation date or version in the file: the same results give the same bytes.
-                    plt.savefig(part, format="png", dpi=300, metadata={"Software": None})
+                    figure.savefig(part, format="png", dpi=300, metadata={"Software": None})
                 paths.append(path)
             finally:
                 plt.close()

@@ -1989,6 +1989,18 @@ def test_difference_summary_against_direct_computation():
     assert stats.nct.sf(stats.t.ppf(0.975, 29), 29, shift) == pytest.approx(0.80, abs=0.01)
 
 
+def test_wilcoxon_is_exact_for_few_with_ties():
+    """The p-value is the share of all signs whose rank sum is as far from its mean; tied or not."""
+    from scipy import stats
+
+    for x in ([1, 1, -1, 2, 2, 3], [-1, 2, 2, 4, -4, 5, 5], [1, -1], [3, 3, 3], [1, 2, 3, 4, -5]):
+        ranks, sign = stats.rankdata(np.abs(x)), np.sign(x)
+        sums = np.array(list(itertools.product((-1, 1), repeat=len(x)))) @ ranks
+        observed = (ranks * sign).sum()
+        expected = min(1, 2 * min((sums >= observed).mean(), (sums <= observed).mean()))
+        assert bh._wilcoxon_p_value(np.array(x, float)) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("units", "reason"),
     [([], "0 independent"), ([0.1], "1 independent"), ([0.0] * 5, "nothing"), ([0.1] * 5, "same amount")],
