@@ -1948,19 +1948,19 @@ _FORMULA = re.compile(r"(?='*[=+\-@\t\r])")
 _EXACT_FLOATS = {} if int(pd.__version__.split(".")[0]) >= 3 else {"float_precision": "round_trip"}
 
 
+def _csv_cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\0", "\u2400")  # many a CSV reader ends a cell there
+    return f"'{value}" if _FORMULA.match(value) else value
+
+
 def write_results(rows: Iterable[Row], path: Path) -> None:
     """Write result rows as CSV, whole or not at all, one after the other: memory does not grow with them."""
-
-    def cell(value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        value = value.replace("\0", "\u2400")  # many a CSV reader ends a cell there
-        return f"'{value}" if _FORMULA.match(value) else value
-
     with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
         writer.writerow(RESULT_COLUMNS)
-        writer.writerows([cell(row[column]) for column in RESULT_COLUMNS] for row in rows)
+        writer.writerows([_csv_cell(row[column]) for column in RESULT_COLUMNS] for row in rows)
 
 
 def read_results(path: Path) -> pd.DataFrame:
@@ -2042,12 +2042,12 @@ class LayerTables:
             about = pd.DataFrame({"config_name": name, "layer": range(len(table)), "router": self.layers})
             layers.append(pd.concat([about, table, self._divergence(name)], axis=1))
             for category, found in by_category.items():
-                use = pd.DataFrame(found.use.numpy()).rename_axis("layer").reset_index()
-                use = use.melt("layer", var_name="expert", value_name="count")
-                use["share"] = use["count"] / use.groupby("layer")["count"].transform("sum")
-                use.insert(0, "config_name", name)
-                use.insert(1, "prompt_category", f"'{category}" if _FORMULA.match(category) else category)
-                usage.append(use.sort_values(["layer", "expert"]))
+                use = found.use.numpy()  # [L, E]
+                about = {"config_name": name, "prompt_category": _csv_cell(category)}
+                for key, values in zip(("layer", "expert"), np.indices(use.shape), strict=True):
+                    about[key] = values.ravel()
+                share = use / use.sum(1, keepdims=True).clip(min=1)
+                usage.append(pd.DataFrame({**about, "count": use.ravel(), "share": share.ravel()}))
         for file, tables in (("layer_statistics.csv", layers), ("expert_usage.csv", usage)):
             if tables:
                 write_whole(folder / file, pd.concat(tables).to_csv(index=False))
