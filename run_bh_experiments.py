@@ -118,9 +118,9 @@ class _Lazy:
         return getattr(importlib.import_module(self._name), name)
 
 
-accelerate, optimize, stats = _Lazy("accelerate"), _Lazy("scipy.optimize"), _Lazy("scipy.stats")
+accelerate, tqdm, transformers = _Lazy("accelerate"), _Lazy("tqdm.auto"), _Lazy("transformers")
+optimize, special, stats = _Lazy("scipy.optimize"), _Lazy("scipy.special"), _Lazy("scipy.stats")
 plt, sns = _Lazy("matplotlib.pyplot"), _Lazy("seaborn")
-tqdm, transformers = _Lazy("tqdm.auto"), _Lazy("transformers")
 logger = logging.getLogger("bh_experiments")
 Config = Prompt = Row = Mapping[str, Any]  # a routing configuration, a prompt, a row of the results
 Configs = Mapping[str, Config]  # by name
@@ -1367,7 +1367,7 @@ class RoutingStatistics:
         """LAYER_COLUMNS, a value a layer, or one for all layers; empty if no token came by."""
         counts, use, rest = self.counts.double(), self.use.double(), self.sums[:, -2:].double()
         use = use / use.sum(1, keepdim=True)  # [L, E] shares
-        entropy = -torch.special.xlogy(use, use).sum(1) / math.log(2)
+        entropy = torch.special.entr(use).sum(1) / math.log(2)
         # An unused expert counts as used once, so that the ratio stays finite.
         extremes = self.use.amax(1) / self.use.amin(1).clamp(min=1)
         of_layer = torch.stack([use.std(1, correction=0) * use.shape[1], extremes, entropy], dim=1)  # [L, 3]
@@ -1728,7 +1728,6 @@ def diagnose_nulls(calibration: Calibration, heldout: Calibration) -> dict[str, 
 # 8. Checkpoints
 # ---------------------------------------------------------------------------------------------------------
 
-
 WAY_OUT = "choose another --output, or --no-resume to set what is there aside"
 Key = tuple[str, str, int]  # configuration, prompt id, sample: what names an experiment
 
@@ -2023,9 +2022,7 @@ class LayerTables:
             member = np.eye(labels.max() + 1)[labels[order]]  # [documents, categories]
             shares = np.einsum("dc,dle->cle", member, use)
             shares /= shares.sum(2, keepdims=True)
-            # stats.entropy would do, but takes ten times as long
-            entropy = lambda p: -(p * np.log2(p, out=np.zeros_like(p), where=p > 0)).sum(-1)  # noqa: E731
-            return entropy(shares.mean(0)) - entropy(shares).mean(0)
+            return (special.entr(shares.mean(0)) - special.entr(shares).mean(0)).sum(-1) / math.log(2)
 
         generator, observed = np.random.default_rng(0), divergence(slice(None))
         permuted = [divergence(generator.permutation(len(labels))) for _ in range(self.PERMUTATIONS)]
@@ -2493,10 +2490,8 @@ class BHExperimentRunner:
         self.sampling = None if sampling is None else {"temperature": 1.0, "top_p": 1.0, **sampling}
         self.checkpoint_interval, self.command = checkpoint_interval, command
         self.calibration_text = None if calibration_text is None else Path(calibration_text)
-        self.device, self.dtype = (
-            input_device(model),
-            str(next(model.parameters()).dtype).removeprefix("torch."),
-        )
+        self.device = input_device(model)
+        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         text_config = getattr(model.config, "get_text_config", lambda: model.config)()
         self.context = getattr(text_config, "max_position_embeddings", None) or math.inf
         self.batch_size, self._fitting = batch_size, sys.maxsize  # asked for; what the memory was enough for
@@ -2772,22 +2767,13 @@ class BHExperimentRunner:
             row = {"reference_nll": nll, "reference_tokens": tokens, "reference_bytes": size}
             row["reference_perplexity"] = math.exp(nll) if nll < 700 else None
             row["bits_per_byte"] = nll * tokens / (math.log(2) * size)
-            row |= {
-                "kl_to_baseline": kl[index],
-                "top1_agreement": agreement[index],
-                "routing": recorded[index],
-            }
-            row["reference_avg_experts"] = routing["avg_experts_per_token"]
+            row |= {"kl_to_baseline": kl[index], "top1_agreement": agreement[index]}
+            row |= {"reference_avg_experts": routing["avg_experts_per_token"], "routing": recorded[index]}
             rows.append(row | {f"reference_{share}": routing[share] for share in SHARES})
         return rows, scores
 
     def _quality(
-        self,
-        batch: _ScoredBatch,
-        config: Config,
-        recorder: RoutingRecorder,
-        own: _OwnScores,
-        repeat: bool = True,
+        self, batch: _ScoredBatch, config: Config, recorder: RoutingRecorder, own: _OwnScores, repeat: bool
     ) -> list[dict[str, Any]]:
         """What `_score` finds for each text [B] under `config`; the model's own routing, scored before, is
         scored again for the noise floor."""
@@ -2831,27 +2817,22 @@ class BHExperimentRunner:
         with self._routed(config) as recorder:
             output, clock = self._generate(inputs, tokens, seed)
             routing = recorder.total()
-            quality = {} if batch is None else self._quality(batch, config, recorder, own)[0]
+            quality = {} if batch is None else self._quality(batch, config, recorder, own, True)[0]
         new, key = output[length:], (prompt["text"], tokens, seed)
         if is_own or self._own_text[0] != key:  # run again by itself: what the others are compared with
             again, second = self._generate(inputs, tokens, seed)
             self._own_text = key, again[length:]
             row["repeat_inference_time_sec"] = second["inference_time_sec"] if is_own else None
         text = self.tokenizer.decode(new, skip_special_tokens=True)
-        return (
-            row
-            | quality
-            | routing.row()
-            | clock
-            | {
-                "generated_text": text,
-                "full_text": prompt["text"] + text,
-                "num_input_tokens": length,
-                "num_output_tokens": len(new),
-                "tokens_until_divergence": (new == self._own_text[1]).long().cumprod(0).sum().item(),
-                "routing": routing.pack(),
-            }
-        )
+        row |= quality | routing.row() | clock
+        return row | {
+            "generated_text": text,
+            "full_text": prompt["text"] + text,
+            "num_input_tokens": length,
+            "num_output_tokens": len(new),
+            "tokens_until_divergence": (new == self._own_text[1]).long().cumprod(0).sum().item(),
+            "routing": routing.pack(),
+        }
 
     def run_single_experiment(
         self,
