@@ -4303,7 +4303,8 @@ def _conclusions(analysis: Mapping[str, Any]) -> list[str]:
 
 
 SUMMARY_TABLE = {
-    "configuration": ("name", "code"), "experts, mean ± sd": ("experts", ""), "range": ("range", ""),
+    "configuration": ("name", "code"), "experts, mean ± sd": ("experts", ""),
+    "range": ("range", ".0f to .0f"),
     "at floor": ("floor_frac", ".1%"), "at cap": ("cap_frac", ".1%"),
     "no rejection": ("zero_rejection_frac", ".1%"), "time, s": ("inference_time_sec", ".3f"),
     "decode, ms/token": ("decode_ms", ".2f"), "load CV": ("expert_utilization_cv", ".2f"),
@@ -4328,9 +4329,8 @@ def _summary_row(name: str, summary: Mapping[str, Any], rows: pd.DataFrame) -> d
     return means | {
         "name": name,
         "experts": f"{_show(experts, 'mean', '.2f')} ± {_show(experts, 'std', '.2f')}",
-        "range": _show(
-            {"n_low": rows["min_experts"].min(), "n_high": rows["max_experts"].max()}, "n", ".0f to .0f"
-        ),
+        "range_low": rows["min_experts"].min(),
+        "range_high": rows["max_experts"].max(),
         "inference_time_sec": summary["inference_time_sec"]["median"],
         "decode_ms": None if decode is None else 1000 * decode,
     }
@@ -4391,7 +4391,7 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
     plots = [
         (name, title) for name, (_, title, _) in PLOTS.items() if (folder / "plots" / f"{name}.png").exists()
     ]
-    details = df.drop_duplicates("config_name").replace("", None).to_dict("records")
+    details = df.drop_duplicates("config_name").to_dict("records")
     settings = {column: ", ".join(_order(df[column].astype(str))) for column in (*SETTING_COLUMNS, "command")}
     parts = [
         "# BH routing against Top-K: report",
@@ -4435,9 +4435,7 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
         _bullets(_conclusions(analysis)),
         "## Configuration details",
         _table(details, {"configuration": ("config_name", "code")} | {f: (f, "") for f in CONFIG_FIELDS}),
-        _table(
-            ({"s": name, "v": v} for name, v in settings.items()), {"setting": ("s", ""), "value": ("v", "")}
-        ),
+        _table(({"s": s, "v": v} for s, v in settings.items()), {"setting": ("s", ""), "value": ("v", "")}),
     ]
     if len(failed):
         columns = {name: (name, "") for name in ("config_name", "prompt_id", "error")}
