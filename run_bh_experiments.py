@@ -4027,7 +4027,8 @@ def _show(row: Mapping[str, Any], key: str, form: str = "") -> str:
     """An entry of `row` as a cell: "–" where there is none.
 
     form: a format of Python's for numbers; "a to b" for the interval of KEY_low and KEY_high; "p" for a
-    p-value, "code" for a name; empty for the text of a run, yes or no, and numbers as they come.
+    p-value, "code" for a name, "s" for words of this script; empty for the text of a run, made harmless, and
+    for numbers as they come.
     """
     if " to " in form:
         ends = [_show(row, f"{key}_{end}", form.split(" to ")[0]) for end in ("low", "high")]
@@ -4086,13 +4087,13 @@ QUALITY_TABLE = {
     "configuration": ("name", "code"), "experts": ("mean_experts", ".2f"),
     "NLL at equal compute": ("delta_nll", "+.4f"), "95 % interval": ("ci95", "+.4f to +.4f"),
     "p adjusted": ("p_value_adjusted", "p"), "detectable": ("smallest_detectable", ".4f"),
-    "verdict": ("verdict", ""), "NLL to baseline": ("delta_to_baseline", "+.4f"),
+    "verdict": ("verdict", "s"), "NLL to baseline": ("delta_to_baseline", "+.4f"),
     "95 % interval to baseline": ("delta_to_baseline_ci95", "+.4f to +.4f"),
-    "equivalent": ("equivalent_to_baseline", ""), "perplexity": ("perplexity", ".2f"),
-    "KL": ("kl_to_baseline", ".4f"), "top-1 agreement": ("top1_agreement", ".3f"), "items": ("items", ""),
+    "equivalent": ("equivalent_to_baseline", "s"), "perplexity": ("perplexity", ".2f"),
+    "KL": ("kl_to_baseline", ".4f"), "top-1 agreement": ("top1_agreement", ".3f"), "items": ("items", "s"),
 }  # fmt: skip
 NULL_TABLE = {
-    "null": ("null", ""), "alpha": ("alpha", "g"), "rejections, mean": ("mean_rejections", ".2f"),
+    "null": ("null", "s"), "alpha": ("alpha", "g"), "rejections, mean": ("mean_rejections", ".2f"),
     "realised false-discovery proportion": ("realised_fdp", ".4f"),
     "no rejection": ("zero_rejection_frac", ".1%"),
 }  # fmt: skip
@@ -4170,7 +4171,7 @@ TASK_TABLE = {
     "harness's own numbers ± stderr": ("numbers", ""), "score": ("metric", ""),
     "documents": ("n_documents", "d"), "mean": ("mean", ".4f"), "difference": ("mean_difference", "+.4f"),
     "95 % interval": ("ci95", "+.4f to +.4f"), "p adjusted": ("p_value_adjusted", "p"),
-    "d": ("cohens_d", ".2f"), "significant": ("significant", ""), "experts": ("experts", ".2f"),
+    "d": ("cohens_d", ".2f"), "significant": ("significant", "s"), "experts": ("experts", ".2f"),
 }  # fmt: skip
 
 
@@ -4215,10 +4216,10 @@ def _task_sentence(analysis: Mapping[str, Any]) -> str:
 
 
 LAYER_TABLE = {
-    "configuration": ("name", "code"), "fewest experts (layer)": ("fewest", ""),
-    "most experts (layer)": ("most", ""), "gate mass that ran": ("gate_mass_frac", ".3f"),
+    "configuration": ("name", "code"), "fewest experts (layer)": ("fewest", "s"),
+    "most experts (layer)": ("most", "s"), "gate mass that ran": ("gate_mass_frac", ".3f"),
     "entropy of use, bits": ("use_entropy_bits", ".2f"),
-    "categories diverge, bits": ("category_divergence_bits", ".3f"), "in layers": ("significant", ""),
+    "categories diverge, bits": ("category_divergence_bits", ".3f"), "in layers": ("significant", "s"),
 }  # fmt: skip
 
 
@@ -4303,7 +4304,7 @@ def _conclusions(analysis: Mapping[str, Any]) -> list[str]:
 
 
 SUMMARY_TABLE = {
-    "configuration": ("name", "code"), "experts, mean ± sd": ("experts", ""),
+    "configuration": ("name", "code"), "experts, mean ± sd": ("experts", "s"),
     "range": ("range", ".0f to .0f"),
     "at floor": ("floor_frac", ".1%"), "at cap": ("cap_frac", ".1%"),
     "no rejection": ("zero_rejection_frac", ".1%"), "time, s": ("inference_time_sec", ".3f"),
@@ -4311,15 +4312,15 @@ SUMMARY_TABLE = {
     "max/min use": ("expert_utilization_max_min_ratio", ".1f"),
 }  # fmt: skip
 TEST_TABLE = {
-    "configuration": ("comparison", "code"), "quantity": ("title", ""), "pairs": ("n_pairs", "d"),
-    "difference": ("difference", ""), "95 % interval": ("interval", ""),
+    "configuration": ("comparison", "code"), "quantity": ("title", "s"), "pairs": ("n_pairs", "d"),
+    "difference": ("difference", "s"), "95 % interval": ("interval", "s"),
     "ratio, median": ("median_ratio", ".2f"), "p": ("p_value", "p"), "p adjusted": ("p_value_adjusted", "p"),
     "Wilcoxon p adjusted": ("wilcoxon_p_value_adjusted", "p"), "d": ("cohens_d", ".2f"),
-    "significant": ("significant", ""),
+    "significant": ("significant", "s"),
 }  # fmt: skip
 EXPECTED_TABLE = {
-    "configuration": ("configuration", "code"), "quantity": ("title", ""), "expected": ("expected", ""),
-    "measured": ("measured", ""), "held": ("held", ""),
+    "configuration": ("configuration", "code"), "quantity": ("title", "s"), "expected": ("expected", "s"),
+    "measured": ("measured", "s"), "held": ("held", "s"),
 }  # fmt: skip
 
 
