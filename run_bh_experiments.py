@@ -137,10 +137,8 @@ def _first_line(error: BaseException) -> str:
 
 def _visible(text: str) -> str:
     """`text` on one line, with control and direction characters shown as escapes: nothing hides in it."""
-    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in hidden else c for c in text
-    )
+    hidden, category = ("Cc", "Cf", "Cs", "Zl", "Zp"), unicodedata.category
+    return "".join(c.encode("unicode_escape").decode() if category(c) in hidden else c for c in text)
 
 
 def strict_json(value: Any) -> Any:
@@ -316,10 +314,7 @@ def resolve_config(name: str, config: Config) -> dict[str, Any]:
     Raises UserError naming configuration, field, value and what is allowed.
     """
     check_name(name)
-    what, given = (
-        f"configuration {name!r}",
-        {key: value for key, value in config.items() if value is not None},
-    )
+    what, given = f"configuration {name!r}", {k: value for k, value in config.items() if value is not None}
     method = _choice(f"method in {what}", given.pop("method", None), tuple(METHODS))
     full = {"method": method, **dict.fromkeys(FIELDS), "description": given.pop("description", "")}
     takes = METHODS[method]
@@ -575,9 +570,7 @@ def load_dataset_prompts(
     if not prompts:
         raise UserError(f"{what}, split {split}: none of {len(taken)} rows has a text")
     if missing := len(taken) - len(prompts):
-        logger.warning(
-            f"{what}: {missing} of {len(taken)} rows have no text in column {text_column!r}: left out"
-        )
+        logger.warning(f"{what}: {missing} of {len(taken)} rows have no text in column {text_column!r}")
     return prompts
 
 
@@ -917,9 +910,7 @@ def critical_scores(
         null = FlatNull(num_experts) if config["p_values"] == "flat" else SoftmaxNull(num_experts)
         return null.critical_scores(bh_levels(alpha, num_experts)).float()
     if calibration is None:
-        raise UserError(
-            'p_values "empirical" needs calibration=calibrate(model, tokenizer); "flat" needs none'
-        )
+        raise UserError('p_values "empirical" needs calibration=calibrate(model, tokenizer); "flat" does not')
     null = calibration.null(layer_index, config["temperature"])
     if alpha < (smallest := null.smallest_alpha(num_experts)):
         raise UserError(
@@ -1398,7 +1389,6 @@ class RoutingStatistics:
     @classmethod
     def unpack(cls, text: str, num_layers: int, config: Config) -> RoutingStatistics:
         """What `pack` wrote."""
-
         sums = np.frombuffer(zlib.decompress(base64.b85decode(text)), "<i8").reshape(num_layers, -1)
         return cls(torch.from_numpy(sums.copy()), config)
 
@@ -1555,9 +1545,8 @@ def patched_routing(
                 width = width if layer.knob else layer.own_k
                 critical = critical_scores(config, layer.num_experts, index, calibration)
                 critical = None if critical is None else critical.to(layer.device)
-                routed = _adaptive_router(
-                    layer, config, critical, width, recorder.observer(index), seed=index
-                )
+                observe = recorder.observer(index)
+                routed = _adaptive_router(layer, config, critical, width, observe, seed=index)
                 _replace(stack, layer.router, "forward", routed)
                 _replace(stack, layer.experts, "forward", _skipping_experts(layer.experts))
             # config.num_experts_per_tok has no effect after loading; the router's own attribute has.
@@ -1601,9 +1590,7 @@ def read_calibration_text(path: Path, tokenizer: Any) -> Tensor:
     tokens = torch.tensor(tokenizer(_read_text(path, "--calibration-text"), verbose=False)["input_ids"])
     windows = len(tokens) // CALIBRATION_LENGTH
     if not windows:
-        raise UserError(
-            f"--calibration-text {path}: {len(tokens)} tokens; it needs {CALIBRATION_LENGTH} or more"
-        )
+        raise UserError(f"--calibration-text {path}: {len(tokens)} tokens, {CALIBRATION_LENGTH} are needed")
     take = torch.linspace(0, windows - 1, min(windows, CALIBRATION_SEQUENCES)).round().long()
     return tokens[: windows * CALIBRATION_LENGTH].view(windows, CALIBRATION_LENGTH)[take]
 
@@ -1965,9 +1952,7 @@ def write_results(rows: Iterable[Row], path: Path) -> None:
 def read_results(path: Path) -> pd.DataFrame:
     """The results CSV of a run as it was written. Raises UserError where there is none or it is not one."""
     if not path.is_file():
-        raise UserError(
-            f"{path} does not exist: run the experiments first, or name their folder with --output"
-        )
+        raise UserError(f"{path} does not exist: run the experiments first, or give their folder as --output")
 
     def plain(text: str) -> str:
         return text[1:] if text[:1] == "'" and _FORMULA.match(text, 1) else text
@@ -2170,9 +2155,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         who = _visible(holder.read_text(encoding="utf-8")) if holder.exists() else "an unknown process"
-        raise UserError(
-            f"{folder.parent} is in use by {who}; wait for it, or choose another --output"
-        ) from None
+        raise UserError(f"{folder.parent} is in use by {who}; wait, or choose another --output") from None
     try:
         write_whole(holder, f"process {os.getpid()} on {platform.node()}")
         yield
@@ -2233,9 +2216,7 @@ def load_tasks(
     for name in names:
         if name not in known:
             near = ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.5)) or "nothing"
-            raise UserError(
-                f"unknown task {name!r} in --tasks; close to it: {near}. lm-eval ls tasks lists all"
-            )
+            raise UserError(f"unknown task {name!r} in --tasks; close: {near}. lm-eval ls tasks lists all")
         try:
             loaded[name] = manager.load([name])
         except Exception as error:  # whatever a task's own code or data can raise
@@ -2475,15 +2456,12 @@ class BHExperimentRunner:
         self.processes = _Processes(place.type == "cpu")
         if model is None:
             if self.processes.world > 1 and device_map:
-                raise UserError(
-                    "--device-map spreads one process over all GPUs: start it without accelerate launch"
-                )
+                raise UserError("--device-map spreads one process over all GPUs: leave out accelerate launch")
             if self.processes.world > 1 and place.type == "cuda":
                 place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             precision = choose_dtype(place, dtype if use_fp16 else "float32")
-            model, tokenizer = load_model(
-                model_name, place, precision, device_map, revision, trust_remote_code
-            )
+            options = (device_map, revision, trust_remote_code)
+            model, tokenizer = load_model(model_name, place, precision, *options)
         self.model, self.tokenizer, self.layers = model.eval(), tokenizer, find_moe_layers(model)
         self.model_name, self.output_dir, self.seed = model_name, Path(output_dir), seed
         self.revision = getattr(model.config, "_commit_hash", None) or revision or ""
@@ -2700,9 +2678,8 @@ class BHExperimentRunner:
             num_bytes.append(len(text.encode()))
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in texts], batch_first=True)
         ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        return _ScoredBatch(
-            *(part.to(self.device) for part in (ids, mask, torch.tensor(contexts))), num_bytes
-        )
+        parts = (part.to(self.device) for part in (ids, mask, torch.tensor(contexts)))
+        return _ScoredBatch(*parts, num_bytes)
 
     @torch.inference_mode()
     def _log_probabilities(self, batch: _ScoredBatch) -> Tensor:
@@ -2928,18 +2905,14 @@ class BHExperimentRunner:
         finished and is passed on. Under `accelerate launch` each process runs its share; the first one
         returns all rows, the others their own.
         """
-        prompts = [
-            resolve_prompt(prompt) for prompt in (TEST_PROMPTS if test_prompts is None else test_prompts)
-        ]
+        prompts = [resolve_prompt(p) for p in (TEST_PROMPTS if test_prompts is None else test_prompts)]
         configs = self._configs(routing_configs)
         check_least("max_new_tokens", max_new_tokens)
         check_least("num_samples", num_samples)
         if not configs or not prompts:
             raise UserError("a suite needs at least one configuration and one prompt")
         if num_samples > 1 and self.sampling is None:
-            raise UserError(
-                f"num_samples = {num_samples}, but greedy texts are all alike: sample with --do-sample"
-            )
+            raise UserError(f"num_samples {num_samples}: greedy texts are all alike; sample with --do-sample")
         check_ids(prompts)
         self._curve = [k for k in range(1, self.layers[0].own_k) if f"topk_{k}" not in configs]
         units = self._units(prompts, num_samples)
@@ -3091,17 +3064,17 @@ class BHExperimentRunner:
             if rank == 0:
                 stack.enter_context(log_to(self.output_dir / "experiment_log.txt"))
                 stack.enter_context(locked(folder))
-                checkpoint = stack.enter_context(
-                    contextlib.closing(Checkpoint(main, settings, self.checkpoint_interval, resume))
-                )
+                checkpoint = Checkpoint(main, settings, self.checkpoint_interval, resume)
+                stack.callback(checkpoint.close)
                 self._take_over(checkpoint)
                 for row in checkpoint.rows(list(checkpoint.places)):
                     if row["config_name"] in configs and row["prompt_id"] in by_id:
                         self._check_same(row, configs[row["config_name"]], by_id[row["prompt_id"]])
             self.processes.wait()
             if rank > 0:
-                own = Checkpoint(folder / f"process_{rank}.json", settings, self.checkpoint_interval)
-                checkpoint = stack.enter_context(contextlib.closing(own))
+                own = folder / f"process_{rank}.json"
+                checkpoint = Checkpoint(own, settings, self.checkpoint_interval)
+                stack.callback(checkpoint.close)
                 with contextlib.closing(Checkpoint(main, settings)) as gathered:
                     checkpoint.elsewhere = gathered.places
             self.processes.wait()
@@ -3233,9 +3206,8 @@ def _wilcoxon_p_value(x: Any) -> float:
     if len(x) > 13 or len(np.unique(size)) == len(x):
         return float(stats.wilcoxon(x).pvalue)
     ranks, options = stats.rankdata(size), {"permutation_type": "samples", "n_resamples": math.inf}
-    test = stats.permutation_test(
-        (np.sign(x),), lambda s, axis: (s * ranks).sum(axis), **options, vectorized=True
-    )
+    options["vectorized"] = True
+    test = stats.permutation_test((np.sign(x),), lambda s, axis: (s * ranks).sum(axis), **options)
     return float(test.pvalue)
 
 
@@ -3294,13 +3266,8 @@ def adjust_p_values(tests: Sequence[dict[str, Any]]) -> None:
 
 def _describe(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Metric -> mean, std, median, min, max, n; what is undefined becomes None in the JSON."""
-    return {
-        metric: {
-            kind: getattr(rows[metric].dropna(), kind)() for kind in ("mean", "std", "median", "min", "max")
-        }
-        | {"n": int(rows[metric].count())}
-        for metric in METRICS
-    }
+    found = rows[list(METRICS)].astype(float).agg(["mean", "std", "median", "min", "max"]).to_dict()
+    return {metric: found[metric] | {"n": int(rows[metric].count())} for metric in METRICS}
 
 
 def _order(values: Iterable[str]) -> list[str]:
@@ -3412,9 +3379,8 @@ def _token_mean(rows: pd.DataFrame, column: str) -> float | None:
 def _static_names(frame: pd.DataFrame) -> dict[int, str]:
     """k -> configuration, for the plain Top-K configurations that make the static curve."""
     plain = frame[(frame["method"] == "topk") & (frame["renormalize"] == "model")]
-    return {
-        int(k): name for name, k in plain.drop_duplicates("config_name").set_index("config_name")["k"].items()
-    }
+    widths = plain.drop_duplicates("config_name").set_index("config_name")["k"]
+    return {int(k): name for name, k in widths.items()}
 
 
 def with_static_curve(frame: pd.DataFrame) -> pd.DataFrame:
@@ -3701,7 +3667,6 @@ LEGEND_BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False
 
 
 def _axes(ax: Any) -> Any:
-
     return ax if ax is not None else plt.subplots(figsize=(7, 4.2), layout="constrained")[1]
 
 
@@ -3710,7 +3675,6 @@ def _two_axes(axes: Any) -> Any:
 
 
 def _palette(names: Sequence[str]) -> dict[str, Any]:
-
     return dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
 
 
@@ -3719,10 +3683,8 @@ def plot_bars(frame: pd.DataFrame, ax: Any = None, *, column: str, label: str, m
     ax, order = _axes(ax), _order(frame["config_name"])
     common = {"data": frame, "x": "config_name", "y": column, "order": order, "ax": ax}
     style = {"alpha": 0.75, "capsize": 0.15, "err_kws": {"linewidth": 1.2, "color": "0.2"}, "legend": False}
-    spread = (
-        {"estimator": "median", "errorbar": ("pi", 50)} if median else {"errorbar": ("ci", 95), "seed": 0}
-    )
-    sns.barplot(**common, hue="config_name", palette=_palette(order), **spread, **style)
+    spread = {"estimator": "median", "errorbar": ("pi", 50)} if median else {"errorbar": ("ci", 95)}
+    sns.barplot(**common, hue="config_name", palette=_palette(order), seed=0, **spread, **style)
     sns.stripplot(**common, color="0.25", size=3, alpha=0.4, jitter=False)
     note = "median and quartiles" if median else "mean and 95 % interval"
     title = f"{METRICS[column][0]}: {note} over {frame['prompt_id'].nunique()} prompts"
@@ -3768,9 +3730,8 @@ def _families(frame: pd.DataFrame, names: list[str]) -> dict[str, list[str]]:
     families: dict[str, list[str]] = {}
     for name, row in rows[fields].iterrows():
         row = row[row.notna() & ~row.astype(str).isin(["", "False"])]
-        words = [
-            f"{f} {v:g}" if isinstance(v, (int, float)) else str(v) for f, v in row.items() if f != "shuffle"
-        ]
+        values = row.drop("shuffle", errors="ignore").items()
+        words = [f"{f} {v:g}" if isinstance(v, (int, float)) else str(v) for f, v in values]
         families.setdefault(", ".join([*words, *["shuffled"] * ("shuffle" in row)]), []).append(name)
     return families
 
@@ -3853,9 +3814,8 @@ def plot_delta_at_equal_compute(frame: pd.DataFrame, ax: Any = None, verdicts: A
     ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel="NLL minus static Top-K at equal experts, nats per token")
     ax.set_title("Against static Top-K at equal compute (left is better)", pad=22)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, borderaxespad=0.1)
-    ax.annotate(
-        "experts", (1.02, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", color="0.4"
-    )
+    place = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    ax.annotate("experts", (1.02, 1), (0, 4), **place, color="0.4")
     return ax
 
 
@@ -3927,9 +3887,8 @@ def plot_expert_usage_heatmap(usage: pd.DataFrame, figure: Any = None) -> Any:
     counts = usage.groupby(["config_name", "layer", "expert"], sort=False)["count"].sum().unstack()
     relative = counts.div(counts.mean(axis=1), axis=0)
     figure = figure or plt.figure(layout="constrained")
-    figure.set_size_inches(
-        9, 1 + len(names) * (0.55 + 0.16 * counts.index.get_level_values("layer").nunique())
-    )
+    layers = counts.index.get_level_values("layer").nunique()
+    figure.set_size_inches(9, 1 + len(names) * (0.55 + 0.16 * layers))
     axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     limit = max(2.0, float(relative.loc[names].stack().quantile(0.99)))
     style = {"cmap": sns.color_palette("rocket_r", as_cmap=True), "vmin": 0, "vmax": limit}
@@ -3993,9 +3952,8 @@ def create_visualizations(
                 missing, arguments = tables[needed] is None, (tables[needed],)
             else:
                 missing = needed not in done or not done[needed].notna().any()
-                arguments = (
-                    (df, None, analysis and analysis["verdict"]) if needed == "reference_nll" else (done,)
-                )
+                scored = (df, None, analysis and analysis["verdict"])
+                arguments = scored if needed == "reference_nll" else (done,)
             if missing:
                 continue
             try:
@@ -4227,9 +4185,8 @@ def _layer_parts(analysis: Mapping[str, Any]) -> list[str]:
     """The report's section on layers, if the run has their tables."""
     rows = []
     for name, found in analysis["layers"].items():
-        ends = {
-            end: f"{found[f'{end}_experts']:.2f} ({found[f'{end}_in_layer']})" for end in ("fewest", "most")
-        }
+        both = ("fewest", "most")
+        ends = {end: f"{found[f'{end}_experts']:.2f} ({found[f'{end}_in_layer']})" for end in both}
         if p_values := found["category_p_values"]:
             ends["significant"] = f"{sum(p < SIGNIFICANCE_LEVEL for p in p_values)} of {len(p_values)}"
         rows.append({"name": name, **found, **ends})
@@ -4257,9 +4214,8 @@ def _findings(analysis: Mapping[str, Any]) -> list[str]:
         line = f"`{name}` ran {experts['mean']:.2f} experts per token and layer, {abs(saved):.0f} % "
         line += f"{'fewer' if saved >= 0 else 'more'} than `{base}`"
         if clock["median_ratio"] is not None:
-            line += (
-                f"; its inference time was {clock['median_ratio']:.2f} times the baseline's (median{noise}), "
-            )
+            ratio = f"{clock['median_ratio']:.2f} times the baseline's"
+            line += f"; its inference time was {ratio} (median{noise}), "
             word = "slower" if clock["mean_difference"] > 0 else "faster"
             sure = f"{word} with adjusted p {_show(clock, 'p_value_adjusted', 'p')}"
             line += sure if clock["significant"] else "which this run cannot tell from noise"
@@ -4272,10 +4228,7 @@ def _conclusions(analysis: Mapping[str, Any]) -> list[str]:
     lines, base, verdict = [], analysis["baseline"], analysis["verdict"]
     clocks = {name: tests["inference_time_sec"] for name, tests in analysis["statistical_tests"].items()}
     for word, sign in (("Faster", -1), ("Slower", 1)):
-        found = [
-            n for n, test in clocks.items() if test["significant"] and sign * test["mean_difference"] > 0
-        ]
-        if found:
+        if found := [n for n, t in clocks.items() if t["significant"] and sign * t["mean_difference"] > 0]:
             lines.append(f"{word} than `{base}` on this machine: {_names(found)}.")
     if not lines and any(test["n_pairs"] for test in clocks.values()):
         lines.append(f"No configuration was significantly faster or slower than `{base}` on this machine.")
@@ -4297,9 +4250,7 @@ def _conclusions(analysis: Mapping[str, Any]) -> list[str]:
         margin = 100 * math.expm1(analysis["quality_margin"])
         lines.append(f"Within {margin:.0f} % of `{base}`'s perplexity (equivalence test): {_names(found)}.")
     if analysis["n_prompts"] < 30:
-        lines.append(
-            f"{analysis['n_prompts']} prompts show large effects only; use more prompts for small ones."
-        )
+        lines.append(f"{analysis['n_prompts']} prompts show large effects only; small ones need more.")
     return lines
 
 
@@ -4373,9 +4324,7 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
         amount = f"{int(first['max_new_tokens'])} new tokens each, {minutes:.1f} minutes of inference"
     elif analysis["tasks"]:
         amount = f"{documents} documents of tasks"
-    suite_times = (
-        f"{low} to {high} minutes on {where}" for where, (low, high) in EXPECTED_SUITE_MINUTES.items()
-    )
+    times = (f"{low} to {high} minutes on {where}" for where, (low, high) in EXPECTED_SUITE_MINUTES.items())
     summary = [_summary_row(n, found, done[done["config_name"] == n]) for n, found in by_config.items()]
     tests = [
         _test_row(name, metric, test)
@@ -4389,9 +4338,7 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
         for category, by_name in analysis["summary_by_category"].items()
     ]
     expected = [_expected_row(row) for row in analysis["hypotheses"] if row["configuration"] in by_config]
-    plots = [
-        (name, title) for name, (_, title, _) in PLOTS.items() if (folder / "plots" / f"{name}.png").exists()
-    ]
+    drawn = [(n, title) for n, (_, title, _) in PLOTS.items() if (folder / "plots" / f"{n}.png").exists()]
     details = df.drop_duplicates("config_name").to_dict("records")
     settings = {column: ", ".join(_order(df[column].astype(str))) for column in (*SETTING_COLUMNS, "command")}
     parts = [
@@ -4423,13 +4370,13 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
             categories, {"category": ("category", "")} | {f"`{name}`": (name, ".2f") for name in by_config}
         ),
         "## Plots",
-        *(f"### {title}\n\n![{title}](plots/{name}.png)" for name, title in plots),
+        *(f"### {title}\n\n![{title}](plots/{name}.png)" for name, title in drawn),
         "## What was expected, and what was measured",
         "An earlier attempt wrote these expectations down for OLMoE-1B-7B-0924 without measuring them. "
         f"Measured here on {_cell(first['model_name'])}.",
         _table(expected, EXPECTED_TABLE) if expected else "None of their configurations was in this run.",
         f"Suite time: {minutes:.1f} minutes of inference here, {machine}; expected for OLMoE-1B-7B: "
-        f"{'; '.join(suite_times)}."
+        f"{'; '.join(times)}."
         if generated
         else "",
         "## Conclusions and recommendations",
@@ -4462,7 +4409,6 @@ class _ConsoleHandler(logging.Handler):
     """Log lines above the progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-
         tqdm.tqdm.write(self.format(record), file=sys.stderr)
 
 
@@ -4514,9 +4460,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--do-sample", action="store_true", help="sample the texts instead of greedy decoding")
     add("--sampling-temperature", type=float, metavar="T", help="with --do-sample; 1 if not given")
     add("--sampling-top-p", type=float, metavar="P", help="with --do-sample; 1 if not given")
-    add(
-        "--num-samples", type=int, metavar="N", help="texts for each prompt, with --do-sample; 1 if not given"
-    )
+    add("--num-samples", type=int, metavar="N", help="with --do-sample: texts for each prompt; else 1")
     add("--seed", type=int, default=DEFAULT_SEED, help="for sampling texts and the calibration text")
     add("--retry-failed", action="store_true", help="run experiments again that failed in an earlier run")
     add("--fail-fast", action="store_true", help="stop at the first experiment that fails")
@@ -4551,21 +4495,19 @@ NEEDS = {  # option -> options that mean nothing without it
     "tasks": ("num_fewshot", "task_limit", "include_path"),
     "do_sample": ("sampling_temperature", "sampling_top_p", "num_samples"),
 }
-LEAST = dict.fromkeys(("max_tokens", "checkpoint_interval", "window", "num_samples", "limit"), 1) | {
-    "num_fewshot": 0
-}
+COUNTS = ("max_tokens", "checkpoint_interval", "window", "num_samples", "limit", "num_fewshot")
 
 
 def check_options(args: argparse.Namespace) -> None:
     """UserError for options that are out of range, mean nothing or contradict each other."""
     option = {name: f"--{name.replace('_', '-')}" for name in vars(args)}
     given = {name: value for name, value in vars(args).items() if value is not None and value is not False}
-    for name, least in LEAST.items():
+    for name in COUNTS:
         if name in given:
-            check_least(option[name], given[name], least)
+            check_least(option[name], given[name], 0 if name == "num_fewshot" else 1)
     for owner, names in NEEDS.items():
-        for name in given.keys() & set(names):
-            if owner not in given:
+        for name in names:
+            if name in given and owner not in given:
                 raise UserError(f"{option[name]} needs --{owner.replace('_', '-')}")
     sources = [option[name] for name in ("prompts", "text", "dataset", "tasks") if name in given]
     if len(sources) > 1:
@@ -4615,10 +4557,8 @@ def measure(args: argparse.Namespace) -> pd.DataFrame | None:
         limit = int(limit) if limit is not None and limit >= 1 else limit
         frame = runner.run_tasks(names, configs, args.num_fewshot, limit, args.include_path, **how)
     else:
-        samples = args.num_samples or 1
-        frame = runner.run_full_experiment_suite(
-            configs, prompts, args.max_tokens, num_samples=samples, **how
-        )
+        how["num_samples"] = args.num_samples or 1
+        frame = runner.run_full_experiment_suite(configs, prompts, args.max_tokens, **how)
     return frame if runner.processes.rank == 0 else None
 
 
@@ -4649,7 +4589,6 @@ def _terminate(number: int, frame: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 1 an experiment failed, 2 a mistake in the call, 130 Ctrl-C, 143
     SIGTERM."""
-
     args = build_parser().parse_args(argv)
     args.command = shlex.join(["run_bh_experiments.py", *(sys.argv[1:] if argv is None else argv)])
     first = os.environ.get("RANK", "0") == "0"  # one of several processes speaks, but all may complain
@@ -4669,9 +4608,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error(f"error: {error}; what is finished is saved: mend this, then run the same command again")
         return 2
     except KeyboardInterrupt as stop:
-        logger.error(
-            "interrupted; all finished experiments are saved, and the same command goes on from there"
-        )
+        logger.error("interrupted; all finished experiments are saved: the same command goes on from there")
         return 143 if isinstance(stop, _Terminated) else 130
     finally:
         if before is not None:

@@ -1847,6 +1847,13 @@ def test_diagnosed_nulls(tiny):
     for row in report["nulls"]["empirical"]["alphas"]:
         assert row["realised_fdp"] <= row["alpha"] * 1.1 + 0.01
     assert max(report["nulls"]["flat"]["ks"]) > 0.1
+    import matplotlib
+
+    matplotlib.use("Agg")
+    left, right = bh.plot_null_calibration(report)
+    layers = [line for null in report["nulls"].values() for line in null["layers"]]
+    assert len(left.get_lines()) == len(layers) + 1
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["empirical", "flat", "alpha"]
 
 
 @pytest.mark.parametrize(
@@ -3856,7 +3863,7 @@ def test_a_failed_task_becomes_a_row(task_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("tasks", "message"),
-    [("mini_chioce", "unknown task 'mini_chioce' in --tasks; close to it: mini_choice"),
+    [("mini_chioce", "unknown task 'mini_chioce' in --tasks; close: mini_choice"),
      ("far_away", "far_away cannot be loaded: ConnectionError: Couldn't reach"),
      ("mini,mini_write", "mini_write is in both mini and mini_write")],
 )  # fmt: skip
