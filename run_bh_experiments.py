@@ -4474,8 +4474,9 @@ def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     suite = SUITES[_choice("--suite", args.suite, tuple(SUITES))]
     own, what = {}, f"--routing-configs {args.routing_configs}"
     if args.routing_configs:
+        text = _read_text(args.routing_configs, "--routing-configs")
         try:
-            own = json.loads(_read_text(args.routing_configs, "--routing-configs"))
+            own = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{what}: not valid JSON: {error}") from error
         if not isinstance(own, dict) or not all(isinstance(config, dict) for config in own.values()):
