@@ -438,7 +438,7 @@ def resolve_prompt(prompt: Prompt) -> dict[str, Any]:
     or array of integers, is scored as it is, the first being context only, and nothing is generated: see
     `text_windows`.
     """
-    text, name = prompt.get("text"), f"prompt {prompt.get('id', dict(prompt))!r}"
+    text, name = prompt.get("text"), f"prompt {prompt.get('id', dict(prompt))!r:.80}"
     if not isinstance(text, str) or not (text.strip() or "token_ids" in prompt):
         raise UserError(f"{name} has no text: it needs a non-empty string under 'text'")
     digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
@@ -2195,22 +2195,7 @@ class _Processes:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def load_tasks(
-    names: Sequence[str], include_path: str | Path | None = None, num_fewshot: int | None = None
-) -> dict[str, Mapping[str, Any]]:
-    """Name -> tasks and groups of lm-evaluation-harness that it stands for. Raises UserError.
-
-    include_path: a folder with task files of your own, beside the harness's tasks. num_fewshot: examples in
-    the context, instead of a task's own number; one that says 0 keeps it.
-    """
-    from lm_eval.tasks import TaskManager
-
-    path = None if include_path is None else str(include_path)
-    if path is not None and not Path(path).is_dir():
-        raise UserError(f"--include-path {path}: there is no such folder")
-    # The index of the harness's own 14,000 tasks takes a while: only where it is needed.
-    own = None if path is None else TaskManager(include_path=path, include_defaults=False)
-    manager = own if own and set(names) <= set(own.all_tasks) else TaskManager(include_path=path)
+def _load_tasks(manager: Any, names: Sequence[str], num_fewshot: int | None) -> dict[str, Mapping[str, Any]]:
     known, loaded = manager.all_tasks, {}
     parts: dict[str, str] = {}  # task -> the name it was asked for by
     for name in names:
@@ -2230,6 +2215,25 @@ def load_tasks(
             if fewshot is None or (num_fewshot is not None and fewshot != 0):
                 task.set_config("num_fewshot", num_fewshot or 0)
     return loaded
+
+
+def load_tasks(
+    names: Sequence[str], include_path: str | Path | None = None, num_fewshot: int | None = None
+) -> dict[str, Mapping[str, Any]]:
+    """Name -> tasks and groups of lm-evaluation-harness that it stands for. Raises UserError.
+
+    include_path: a folder with task files of your own, beside the harness's tasks. num_fewshot: examples in
+    the context, instead of a task's own number; one that says 0 keeps it.
+    """
+    from lm_eval.tasks import TaskManager
+
+    path = None if include_path is None else str(include_path)
+    if path is not None and not Path(path).is_dir():
+        raise UserError(f"--include-path {path}: there is no such folder")
+    if path is not None:  # the index of the harness's own 14,000 tasks takes a while: only where it is needed
+        with contextlib.suppress(UserError):
+            return _load_tasks(TaskManager(include_path=path, include_defaults=False), names, num_fewshot)
+    return _load_tasks(TaskManager(include_path=path), names, num_fewshot)
 
 
 @contextlib.contextmanager
@@ -3266,8 +3270,9 @@ def adjust_p_values(tests: Sequence[dict[str, Any]]) -> None:
 
 def _describe(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Metric -> mean, std, median, min, max, n; what is undefined becomes None in the JSON."""
-    found = rows[list(METRICS)].astype(float).agg(["mean", "std", "median", "min", "max"]).to_dict()
-    return {metric: found[metric] | {"n": int(rows[metric].count())} for metric in METRICS}
+    known = {metric: rows[metric].dropna() for metric in METRICS}
+    kinds = ("mean", "std", "median", "min", "max")
+    return {m: {k: getattr(x, k)() for k in kinds} | {"n": len(x)} for m, x in known.items()}
 
 
 def _order(values: Iterable[str]) -> list[str]:
@@ -4503,6 +4508,9 @@ def check_options(args: argparse.Namespace) -> None:
     """UserError for options that are out of range, mean nothing or contradict each other."""
     option = {name: f"--{name.replace('_', '-')}" for name in vars(args)}
     given = {name: value for name, value in vars(args).items() if value is not None and value is not False}
+    for name, value in given.items():
+        if value == "":
+            raise UserError(f"{option[name]} is empty")
     for name in COUNTS:
         if name in given:
             check_least(option[name], given[name], 0 if name == "num_fewshot" else 1)

@@ -1891,6 +1891,7 @@ def test_prompt_files(tmp_path):
      (["--match-experts", "9"], "can keep"), (["--window", "0"], "--window 0"),
      (["--text", "nowhere.txt"], "nowhere.txt"),
      (["--prompts", "x.txt", "--text", "y.txt"], "exclude each other"),
+     (["--tasks", ""], "--tasks is empty"), (["--configs", ""], "--configs is empty"),
      (["--routing-configs", "nowhere.json"], "--routing-configs nowhere.json: [Errno 2]")],
 )  # fmt: skip
 def test_bad_options(tiny_folder, tmp_path, capsys, arguments, message):
