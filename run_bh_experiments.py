@@ -176,8 +176,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
-    """Replace a JSON file in one step."""
-    write_whole(path, json.dumps(strict_json(content), indent=indent, allow_nan=False) + "\n")
+    """Replace a JSON file in one step; `content` is plain data already, see `strict_json`."""
+    write_whole(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -262,8 +262,8 @@ METHODS = {  # method -> the fields it takes; the first is the knob that moves i
 }
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_share(value: Any) -> bool:
@@ -272,7 +272,7 @@ def _is_share(value: Any) -> bool:
 
 def check_least(what: str, value: Any, least: int = 1) -> None:
     """UserError unless `value` is a whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not _is_count(value, least):
         raise UserError(f"{what} {value!r}: it must be a whole number of at least {least}")
 
 
@@ -468,7 +468,7 @@ def _read_text(path: Path, option: str) -> str:
 
 def check_ids(prompts: Sequence[Prompt]) -> None:
     """Results are paired by id: raises UserError for one that occurs twice."""
-    (name, times), *_ = collections.Counter(prompt["id"] for prompt in prompts).most_common(1)
+    [(name, times)] = collections.Counter(prompt["id"] for prompt in prompts).most_common(1)
     if times > 1:
         raise UserError(f"prompt ids must differ, but {name!r} occurs {times} times")
 
@@ -3008,7 +3008,7 @@ class BHExperimentRunner:
             harness: dict[str, dict[str, Any]] = {name: {} for name in configs}
             for row in checkpoint.rows(plan):
                 harness[row["config_name"]][row["prompt_id"]] = row["task_results"]
-            write_json(self.output_dir / TASK_RESULTS, {**how, "configurations": harness})
+            write_json(self.output_dir / TASK_RESULTS, strict_json({**how, "configurations": harness}))
             rows = list(_documents(checkpoint.rows(plan)))
             return self._finish(rows, configs, {row["prompt_category"] for row in rows})
 
@@ -3209,8 +3209,8 @@ def _wilcoxon_p_value(x: Any) -> float:
     size = np.abs(x)
     if len(x) > 13 or len(np.unique(size)) == len(x):
         return float(stats.wilcoxon(x).pvalue)
-    ranks, options = stats.rankdata(size), {"permutation_type": "samples", "n_resamples": math.inf}
-    options["vectorized"] = True
+    ranks = stats.rankdata(size)
+    options = {"permutation_type": "samples", "n_resamples": math.inf, "vectorized": True}
     test = stats.permutation_test((np.sign(x),), lambda s, axis: (s * ranks).sum(axis), **options)
     return float(test.pvalue)
 
@@ -4015,6 +4015,12 @@ def _table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, tuple[str, s
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def _significance(test: Mapping[str, Any]) -> bool | str | None:
+    """Whether a test is significant; without an answer the reason, if there is one."""
+    found = test.get("significant")
+    return test.get("reason") if found is None else found
+
+
 def _bullets(lines: Sequence[str]) -> str:
     return "".join(f"- {line}\n" for line in lines)
 
@@ -4047,7 +4053,7 @@ def _verdict_sentence(analysis: Mapping[str, Any]) -> str:
 
 
 QUALITY_TABLE = {
-    "configuration": ("name", "code"), "experts": ("mean_experts", ".2f"),
+    "configuration": ("configuration", "code"), "experts": ("mean_experts", ".2f"),
     "NLL at equal compute": ("delta_nll", "+.4f"), "95 % interval": ("ci95", "+.4f to +.4f"),
     "p adjusted": ("p_value_adjusted", "p"), "detectable": ("smallest_detectable", ".4f"),
     "verdict": ("verdict", "s"), "NLL to baseline": ("delta_to_baseline", "+.4f"),
@@ -4097,7 +4103,7 @@ def _quality_parts(analysis: Mapping[str, Any]) -> list[str]:
     rows = []
     for name, row in analysis["verdict"].items():
         items = f"{row['n_items']}" + (f" ({row['n_left_out']} left out)" if row["n_left_out"] else "")
-        rows.append(row | {"name": name, "verdict": row["verdict"] or "static", "items": items})
+        rows.append(row | {"configuration": name, "verdict": row["verdict"] or "static", "items": items})
     parts = [
         "## Quality at equal compute",
         "NLL in nats per token of the scored text (reference continuations, or the windows of `--text`), "
@@ -4147,8 +4153,7 @@ def _task_parts(analysis: Mapping[str, Any]) -> list[str]:
             + (f" ± {found['stderr']:.4f}" if isinstance(found["stderr"], (int, float)) else "")
             for key, found in entry.get("harness", {}).items()
         )
-        word = entry.get("significant")
-        more = {"numbers": numbers or None, "significant": entry.get("reason") if word is None else word}
+        more = {"numbers": numbers or None, "significant": _significance(entry)}
         rows.append({"n_documents": entry.get("n_pairs"), **entry, **more})
     if not rows:
         return []
@@ -4179,7 +4184,7 @@ def _task_sentence(analysis: Mapping[str, Any]) -> str:
 
 
 LAYER_TABLE = {
-    "configuration": ("name", "code"), "fewest experts (layer)": ("fewest", "s"),
+    "configuration": ("configuration", "code"), "fewest experts (layer)": ("fewest", "s"),
     "most experts (layer)": ("most", "s"), "gate mass that ran": ("gate_mass_frac", ".3f"),
     "entropy of use, bits": ("use_entropy_bits", ".2f"),
     "categories diverge, bits": ("category_divergence_bits", ".3f"), "in layers": ("significant", "s"),
@@ -4194,7 +4199,7 @@ def _layer_parts(analysis: Mapping[str, Any]) -> list[str]:
         ends = {end: f"{found[f'{end}_experts']:.2f} ({found[f'{end}_in_layer']})" for end in both}
         if p_values := found["category_p_values"]:
             ends["significant"] = f"{sum(p < SIGNIFICANCE_LEVEL for p in p_values)} of {len(p_values)}"
-        rows.append({"name": name, **found, **ends})
+        rows.append({"configuration": name, **found, **ends})
     if not rows:
         return []
     return [
@@ -4260,7 +4265,7 @@ def _conclusions(analysis: Mapping[str, Any]) -> list[str]:
 
 
 SUMMARY_TABLE = {
-    "configuration": ("name", "code"), "experts, mean ± sd": ("experts", "s"),
+    "configuration": ("configuration", "code"), "experts, mean ± sd": ("experts", "s"),
     "range": ("range", ".0f to .0f"),
     "at floor": ("floor_frac", ".1%"), "at cap": ("cap_frac", ".1%"),
     "no rejection": ("zero_rejection_frac", ".1%"), "time, s": ("inference_time_sec", ".3f"),
@@ -4268,7 +4273,7 @@ SUMMARY_TABLE = {
     "max/min use": ("expert_utilization_max_min_ratio", ".1f"),
 }  # fmt: skip
 TEST_TABLE = {
-    "configuration": ("comparison", "code"), "quantity": ("title", "s"), "pairs": ("n_pairs", "d"),
+    "configuration": ("configuration", "code"), "quantity": ("title", "s"), "pairs": ("n_pairs", "d"),
     "difference": ("difference", "s"), "95 % interval": ("interval", "s"),
     "ratio, median": ("median_ratio", ".2f"), "p": ("p_value", "p"), "p adjusted": ("p_value_adjusted", "p"),
     "Wilcoxon p adjusted": ("wilcoxon_p_value_adjusted", "p"), "d": ("cohens_d", ".2f"),
@@ -4284,7 +4289,7 @@ def _summary_row(name: str, summary: Mapping[str, Any], rows: pd.DataFrame) -> d
     experts, decode = summary["avg_experts_per_token"], summary["decode_sec_per_token"]["median"]
     means = {metric: values["mean"] for metric, values in summary.items()} | dict(rows[list(SHARES)].mean())
     return means | {
-        "name": name,
+        "configuration": name,
         "experts": f"{_show(experts, 'mean', '.2f')} ± {_show(experts, 'std', '.2f')}",
         "range_low": rows["min_experts"].min(),
         "range_high": rows["max_experts"].max(),
@@ -4295,14 +4300,14 @@ def _summary_row(name: str, summary: Mapping[str, Any], rows: pd.DataFrame) -> d
 
 def _test_row(name: str, metric: str, test: Mapping[str, Any]) -> dict[str, Any]:
     title, unit, digits = METRICS[metric]
-    form, word = f".{digits + 1}f", test["significant"]
+    form = f".{digits + 1}f"
     return {
         **test,
-        "comparison": name,
+        "configuration": name,
         "title": f"{title}, {unit}" if unit else title,
         "difference": _show(test, "mean_difference", form),
         "interval": _show(test, "ci95", f"{form} to {form}"),
-        "significant": test["reason"] if word is None else word,
+        "significant": _significance(test),
     }
 
 
@@ -4501,26 +4506,29 @@ NEEDS = {  # option -> options that mean nothing without it
     "tasks": ("num_fewshot", "task_limit", "include_path"),
     "do_sample": ("sampling_temperature", "sampling_top_p", "num_samples"),
 }
-COUNTS = ("max_tokens", "checkpoint_interval", "window", "num_samples", "limit", "num_fewshot")
+LEAST = dict.fromkeys(("max_tokens", "checkpoint_interval", "window", "num_samples", "limit"), 1)
+LEAST["num_fewshot"] = 0
 
 
 def check_options(args: argparse.Namespace) -> None:
     """UserError for options that are out of range, mean nothing or contradict each other."""
-    option = {name: f"--{name.replace('_', '-')}" for name in vars(args)}
+    option = {name: name.replace("_", "-") for name in vars(args)}
     given = {name: value for name, value in vars(args).items() if value is not None and value is not False}
     for name, value in given.items():
         if value == "":
-            raise UserError(f"{option[name]} is empty")
-    for name in COUNTS:
+            raise UserError(f"--{option[name]} is empty")
+    for name, least in LEAST.items():
         if name in given:
-            check_least(option[name], given[name], 0 if name == "num_fewshot" else 1)
+            check_least(f"--{option[name]}", given[name], least)
     for owner, names in NEEDS.items():
         for name in names:
             if name in given and owner not in given:
-                raise UserError(f"{option[name]} needs --{owner.replace('_', '-')}")
+                raise UserError(f"--{option[name]} needs --{option[owner]}")
     sources = [option[name] for name in ("prompts", "text", "dataset", "tasks") if name in given]
     if len(sources) > 1:
-        raise UserError(f"{sources[0]} and {sources[1]} exclude each other: a run takes its items from one")
+        raise UserError(
+            f"--{sources[0]} and --{sources[1]} exclude each other: a run takes its items from one"
+        )
     if args.tasks and args.do_sample:
         raise UserError("--tasks and --do-sample exclude each other: a task says itself how to generate")
     if args.device_map and args.device != "auto":

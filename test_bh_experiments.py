@@ -1597,11 +1597,12 @@ def test_troubleshooting_covers_every_message():
 
     constants = strings(ast.Module([node for node in tree.body if isinstance(node, ast.Assign)], []))
     for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        local = constants | strings(function)
         for node in ast.walk(function):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in (
                 *("UserError", "FloatingPointError", "logger.warning", "logger.error"),
             ):
-                messages.append(text(node.args[0], constants | strings(function)))
+                messages.append(text(node.args[0], local))
     assert len(messages) > 70
     unnamed = ("error: X", "X X: X")  # what stands in them has a row of its own, or comes from the system
     missing = [m for m in messages if m not in unnamed and not any(re.search(p, m) for p in patterns)]
