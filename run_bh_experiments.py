@@ -930,6 +930,7 @@ def critical_scores(
 class MoELayer:
     """One router and the experts it feeds, as found in a model by looking at what they do."""
 
+    index: int  # its place among the MoE layers of the model, from 0: what tables by layer go by
     name: str
     router: nn.Module
     experts: nn.Module
@@ -996,6 +997,16 @@ def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> 
     setattr(owner, name, value)
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode inside the block; each module that trained before trains again after it."""
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if module.training:
+                _replace(stack, module, "training", False)
+        yield
+
+
 Candidates = tuple[Tensor, Tensor, Tensor | None]  # weights, indices, scores of the topk that chose: [T, K]
 
 
@@ -1048,7 +1059,9 @@ def _weights_at_two_k(num_experts: int, few: Candidates, many: Candidates) -> tu
     return best, errors[best]
 
 
-def _inspect(name: str, router: nn.Module, experts: Any, call: tuple, experts_call: tuple | None) -> MoELayer:
+def _inspect(
+    index: int, name: str, router: nn.Module, experts: Any, call: tuple, experts_call: tuple | None
+) -> MoELayer:
     """A layer's router and experts, from what they do with the inputs they were seen to get."""
     args, kwargs = call
 
@@ -1091,7 +1104,7 @@ def _inspect(name: str, router: nn.Module, experts: Any, call: tuple, experts_ca
     first = logits.float()
     probabilities = bool((first >= 0).all()) and torch.allclose(first.sum(1), first.new_ones(()), atol=0.01)
     found = (knob, ranked is not False, choice, renormalizes, probabilities, logits.device)
-    return MoELayer(name, router, experts, num_experts, own_k, *found)
+    return MoELayer(index, name, router, experts, num_experts, own_k, *found)
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -1148,18 +1161,13 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     for name, router in routers.items():
         _refuse_patched(name, router)
     beside = {n: getattr(model.get_submodule(n.rpartition(".")[0]), "experts", None) for n in routers}
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         calls = _observed_calls(model, [*routers.values(), *beside.values()])
+        called = {name: router for name, router in routers.items() if router in calls}
         layers = [
-            _inspect(name, router, beside[name], calls[router], calls.get(beside[name]))
-            for name, router in routers.items()
-            if router in calls
+            _inspect(index, name, router, beside[name], calls[router], calls.get(beside[name]))
+            for index, (name, router) in enumerate(called.items())
         ]
-    finally:
-        for module in training:  # not module.train(), which would reach the modules inside as well
-            module.training = True
     what = type(model).__name__
     if not layers:
         raise UserError(
@@ -1328,9 +1336,10 @@ class RoutingStatistics:
 
     sums: Tensor
     config: Config  # resolved
+    layers: tuple[int, ...]  # the index of each layer [L] in the model
 
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
-        return RoutingStatistics(self.sums + other.sums, self.config)
+        return RoutingStatistics(self.sums + other.sums, self.config, self.layers)
 
     @property
     def num_experts(self) -> int:
@@ -1345,8 +1354,10 @@ class RoutingStatistics:
         return self.sums[:, self.num_experts + 1 : -2]  # [L, E]
 
     def by_layer(self) -> pd.DataFrame:
-        """One row a layer; the README gives the formula of each column. Empty if no token came by."""
-        frame = pd.DataFrame(self._measures(pooled=False), columns=LAYER_COLUMNS)
+        """One row a layer, under its index; the README gives the formula of each column. Empty if no token
+        came by."""
+        measures = self._measures(pooled=False)
+        frame = pd.DataFrame(measures, columns=LAYER_COLUMNS, index=self.layers if measures else ())
         return frame.astype({"min_experts": int, "max_experts": int, "num_tokens": int})
 
     def row(self) -> dict[str, Any]:
@@ -1388,9 +1399,9 @@ class RoutingStatistics:
 
     @classmethod
     def unpack(cls, text: str, num_layers: int, config: Config) -> RoutingStatistics:
-        """What `pack` wrote."""
+        """What `pack` wrote of all the layers of a model."""
         sums = np.frombuffer(zlib.decompress(base64.b85decode(text)), "<i8").reshape(num_layers, -1)
-        return cls(torch.from_numpy(sums.copy()), config)
+        return cls(torch.from_numpy(sums.copy()), config, tuple(range(num_layers)))
 
 
 @dataclass
@@ -1461,7 +1472,8 @@ class RoutingRecorder:
         """Add what was kept to the sums."""
         calls, self._calls, self._tokens = self._calls, [], 0
         width, size = self._width, 2 * self._width + 3
-        for index, (layer, sums) in enumerate(zip(self._layers, self._sums, strict=True)):
+        for layer, sums in zip(self._layers, self._sums, strict=True):
+            index = layer.index
             seen = [call for call in calls if index in call.outputs]
             if not seen:
                 continue
@@ -1499,14 +1511,15 @@ class RoutingRecorder:
         """What was seen since the start: one for each row of the batch, or one."""
         self._flush()
         sums = torch.stack([part.cpu() for part in self._sums]).unflatten(1, (self._rows or 1, -1))
-        return [RoutingStatistics(part.contiguous(), self.config) for part in sums.unbind(1)]
+        layers = tuple(layer.index for layer in self._layers)
+        return [RoutingStatistics(part.contiguous(), self.config, layers) for part in sums.unbind(1)]
 
     def total(self) -> RoutingStatistics:
         """What was seen since the start."""
         return functools.reduce(RoutingStatistics.__add__, self.statistics())
 
     def summary(self) -> pd.DataFrame:
-        """What was seen since the start, one row a layer: LAYER_COLUMNS."""
+        """What was seen since the start, one row a layer, under its index: LAYER_COLUMNS."""
         return self.total().by_layer().rename_axis("layer")
 
     def _repr_html_(self) -> str:
@@ -1523,19 +1536,26 @@ def patched_routing(
     """Route `model` by `config` inside the `with` block; yields the recorder of what was routed.
 
     Reversible and local: instance attributes and hooks only, put back in reverse order whatever happens
-    inside. p_values "empirical" needs a `calibration`. Raises UserError for a model that is patched already.
+    inside. The model is in eval mode in the block. p_values "empirical" needs a `calibration`. layers: those
+    of `find_moe_layers` that are patched and recorded, all of them when None; the others stay as they are.
+    Raises UserError for a model that is patched already.
 
         with patched_routing(model, ROUTING_CONFIGS["bh_moderate"], calibrate(model, tokenizer)) as recorder:
             model.generate(**inputs)
     """
-    config, layers = resolve_config("routing", config), layers or find_moe_layers(model)
+    config = resolve_config("routing", config)
+    if layers is None:
+        layers = find_moe_layers(model)
+    if not layers:
+        raise UserError("layers is empty: give layers of find_moe_layers(model), or None for all of them")
     if config["max_k"]:
         config["max_k"] = min(config["max_k"], layers[0].max_k)
     recorder = RoutingRecorder(layers, config)
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as alone:
         alone.enter_context(_alone())
+        stack.enter_context(evaluating(model))
         stack.enter_context(model.register_forward_pre_hook(recorder.watch_model, with_kwargs=True))
-        for index, layer in enumerate(layers):
+        for layer in layers:
             _refuse_patched(layer.name, layer.router)
             _replace(stack, layer.router, "_bh_patched", True)
             width = _bounds(config, layer.max_k)[1]
@@ -1543,16 +1563,16 @@ def patched_routing(
                 width = max(width, layer.own_k)
             if config["method"] != "topk" or config["renormalize"] != "model" or not layer.knob:
                 width = width if layer.knob else layer.own_k
-                critical = critical_scores(config, layer.num_experts, index, calibration)
+                critical = critical_scores(config, layer.num_experts, layer.index, calibration)
                 critical = None if critical is None else critical.to(layer.device)
-                observe = recorder.observer(index)
-                routed = _adaptive_router(layer, config, critical, width, observe, seed=index)
+                observe = recorder.observer(layer.index)
+                routed = _adaptive_router(layer, config, critical, width, observe, seed=layer.index)
                 _replace(stack, layer.router, "forward", routed)
                 _replace(stack, layer.experts, "forward", _skipping_experts(layer.experts))
             # config.num_experts_per_tok has no effect after loading; the router's own attribute has.
             if layer.knob:
                 _replace(stack, *layer.knob, width)
-            stack.enter_context(layer.router.register_forward_hook(recorder.hook(index)))
+            stack.enter_context(layer.router.register_forward_hook(recorder.hook(layer.index)))
         alone.close()
         yield recorder
 
@@ -1571,6 +1591,22 @@ def _generation_config(tokenizer: Any, new_tokens: int, **options: Any) -> Any:
     )
 
 
+@contextlib.contextmanager
+def writing_plainly(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model is in eval mode, and `model.generate` does what it is given and no more.
+
+    What a `generation_config` leaves open, transformers takes from the model's own: penalties, forbidden or
+    forced words, beams, min_p, whatever a model comes with. Only its special tokens stay.
+    """
+    own = getattr(model, "generation_config", None)
+    with evaluating(model), contextlib.ExitStack() as stack:
+        if own is not None:
+            names = ("bos_token_id", "eos_token_id", "pad_token_id")
+            special = {name: getattr(own, name, None) for name in names}
+            _replace(stack, model, "generation_config", transformers.GenerationConfig(**special))
+        yield
+
+
 def sample_calibration_text(model: nn.Module, tokenizer: Any, seed: int) -> Tensor:
     """Text that the model itself writes: int64 [CALIBRATION_SEQUENCES, CALIBRATION_LENGTH].
 
@@ -1580,7 +1616,8 @@ def sample_calibration_text(model: nn.Module, tokenizer: Any, seed: int) -> Tens
     device = input_device(model)
     start = torch.full((CALIBRATION_SEQUENCES, 1), start_token(tokenizer), device=device)
     settings = _generation_config(tokenizer, CALIBRATION_LENGTH - 1, do_sample=True, top_k=0)
-    with torch.random.fork_rng([start.device] if start.is_cuda else []), torch.inference_mode():
+    generators = torch.random.fork_rng([start.device] if start.is_cuda else [])
+    with writing_plainly(model), generators, torch.inference_mode():
         torch.manual_seed(seed)
         return model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings)
 
@@ -1604,17 +1641,17 @@ def record_routers(model: nn.Module, batches: Sequence[Tensor]) -> Calibration:
     seen: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in layers]  # logits [N, E], own [N, K]
     length = 0
 
-    def recorder(index: int) -> Callable:
+    def recorder(layer: MoELayer) -> Callable:
         def record(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
             first, _, indices = (part.unflatten(0, (-1, length))[:, 1:].flatten(0, 1) for part in output)
-            seen[index][0].append(layers[index].logits(first).float().cpu())
-            seen[index][1].append(indices.to("cpu", torch.int16))
+            seen[layer.index][0].append(layer.logits(first).float().cpu())
+            seen[layer.index][1].append(indices.to("cpu", torch.int16))
 
         return record
 
-    with contextlib.ExitStack() as stack, torch.inference_mode():
-        for index, layer in enumerate(layers):
-            stack.enter_context(layer.router.register_forward_hook(recorder(index)))
+    with contextlib.ExitStack() as stack, evaluating(model), torch.inference_mode():
+        for layer in layers:
+            stack.enter_context(layer.router.register_forward_hook(recorder(layer)))
         for batch in batches:
             length, batch = batch.shape[1], batch.to(input_device(model))
             model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
@@ -2297,7 +2334,7 @@ def harness_model(model: nn.Module, tokenizer: Any, batch_size: int) -> Any:
             return super()._loglikelihood_tokens(*args, **kwargs | quiet)
 
     # A copy, because the harness gives a tokenizer a padding token where it has none.
-    with _harness_seeds(model.device):
+    with _harness_seeds(model.device), evaluating(model):  # the harness puts it in eval mode for good
         return DocumentWise(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
 
 
@@ -2466,7 +2503,7 @@ class BHExperimentRunner:
             precision = choose_dtype(place, dtype if use_fp16 else "float32")
             options = (device_map, revision, trust_remote_code)
             model, tokenizer = load_model(model_name, place, precision, *options)
-        self.model, self.tokenizer, self.layers = model.eval(), tokenizer, find_moe_layers(model)
+        self.model, self.tokenizer, self.layers = model, tokenizer, find_moe_layers(model)
         self.model_name, self.output_dir, self.seed = model_name, Path(output_dir), seed
         self.revision = getattr(model.config, "_commit_hash", None) or revision or ""
         self.sampling = None if sampling is None else {"temperature": 1.0, "top_p": 1.0, **sampling}
@@ -2604,7 +2641,8 @@ class BHExperimentRunner:
         settings = _generation_config(self.tokenizer, new_tokens, **sampling, **(self.sampling or {}))
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
-        with torch.random.fork_rng([self.device] if on_gpu else []), torch.inference_mode():
+        generators = torch.random.fork_rng([self.device] if on_gpu else [])
+        with writing_plainly(self.model), generators, torch.inference_mode():
             torch.manual_seed(seed)
             self._synchronize()
             start = time.perf_counter()
