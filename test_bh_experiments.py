@@ -1910,7 +1910,7 @@ def test_own_configurations(tmp_path):
     assert list(bh.choose_configs(parse(["--routing-configs", str(path)]))) == [*bh.ROUTING_CONFIGS, "mine"]
     chosen = bh.choose_configs(parse(["--routing-configs", str(path), "--configs", "mine, topk_3"]))
     assert list(chosen) == ["mine", "topk_3"]
-    assert {len(bh.choose_configs(parse(["--suite", name]))) for name in bh.SUITES} == {5, 24, 20, 36}
+    assert {len(bh.choose_configs(parse(["--suite", name]))) for name in bh.suites()} == {5, 24, 20, 36}
 
 
 def quality_frame(columns, experts, tokens=None, documents=None):
@@ -2930,7 +2930,7 @@ def signal_series(model_folder, folder):
 
     folder = Path(folder)
     torch.set_num_threads(1)
-    vars(bh).update(CALIBRATION, PLOTS={}, ROUTING_CONFIGS=SMALL, SUITES={"default": SMALL, "all": SMALL})
+    vars(bh).update(CALIBRATION, PLOTS={}, ROUTING_CONFIGS=SMALL)
     bh.TEST_PROMPTS = PROMPTS
     report = {}
 
@@ -3699,7 +3699,7 @@ doc_to_text: "{{{{{asked}}}}}"
 doc_to_target: "{{{{{target}}}}}"
 """
 TASKS = ["mini", "mini_text"]  # the first is a group of two
-TASK_CONFIGS = {name: bh.SUITES["all"][name] for name in ("topk_1", "topk_8")}
+TASK_CONFIGS = {name: bh.suites()["all"][name] for name in ("topk_1", "topk_8")}
 
 
 @pytest.fixture(scope="module")
