@@ -4723,6 +4723,7 @@ def measure(args: argparse.Namespace) -> pd.DataFrame | None:
             for name, config in configs.items():
                 configs[name] = match_experts(name, config, args.match_experts, runner.calibration)
     how = {"resume": not args.no_resume, "retry_failed": args.retry_failed, "fail_fast": args.fail_fast}
+    how["baseline"] = args.baseline
     if args.tasks:
         names, limit = [name.strip() for name in args.tasks.split(",")], args.task_limit
         limit = int(limit) if limit is not None and limit >= 1 else limit
@@ -4749,7 +4750,7 @@ def run(args: argparse.Namespace) -> int:
     if frame is None:
         return 0
     with log_to(args.output / "experiment_log.txt"):
-        write_report(frame, args.output)
+        write_report(frame, args.output, baseline=args.baseline)
         logger.info(f"report: {args.output / 'REPORT.md'}")
     return 1 if (frame["status"] != "ok").any() else 0
 

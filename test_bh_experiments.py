@@ -4164,6 +4164,38 @@ def test_options_that_mean_nothing(options, message, tmp_path, monkeypatch, caps
     assert message.replace("{file}", str(file)) in errors[0]
 
 
+def test_baseline_is_passed_on(tmp_path, monkeypatch, capsys):
+    """--baseline reaches the run and the report; the report alone knows the names from the results."""
+    frame, seen = pd.DataFrame({"config_name": ["topk_8", "mine"], "status": "ok"}), []
+
+    class Runner:
+        processes = SimpleNamespace(rank=0)
+
+        def __init__(self, *args, **options):
+            pass
+
+        def run(self, *args, baseline, **how):
+            seen.append(baseline)
+            return frame
+
+        run_full_experiment_suite = run_tasks = run
+
+    monkeypatch.setattr(bh, "BHExperimentRunner", Runner)
+    monkeypatch.setattr(bh, "read_results", lambda path: frame)
+    monkeypatch.setattr(bh, "write_report", lambda frame, folder, baseline: seen.append(baseline))
+    for options, expected in (
+        ([], [None, None]),
+        (["--baseline", "bh_loose"], ["bh_loose"] * 2),
+        (["--baseline", "bh_loose", "--tasks", "x"], ["bh_loose"] * 2),
+        ([ANALYZE, "--baseline", "mine"], ["mine"]),
+    ):
+        seen.clear()
+        assert bh.main(["--output", str(tmp_path), *options]) == 0
+        assert seen == expected
+    assert bh.main(["--output", str(tmp_path), ANALYZE, "--baseline", "bh_loose"]) == 2
+    assert "Available: topk_8, mine" in capsys.readouterr().err
+
+
 def test_help_shows_defaults(capsys):
     with pytest.raises(SystemExit):
         bh.main(["--help"])
