@@ -198,6 +198,7 @@ DEFAULT_OUTPUT = "./results"
 DEFAULT_MAX_TOKENS = 50
 DEFAULT_CHECKPOINT_INTERVAL = 5
 DEFAULT_SEED = 0
+LARGEST_SEED = 2**63 - 1  # what a column of whole numbers can hold
 DEFAULT_WINDOW = 256
 DEFAULT_LIMIT = 100  # rows of a data set that become prompts
 CALIBRATION_SEQUENCES = 32  # sequences of calibration text ...
@@ -241,12 +242,21 @@ _CONTROLS = {
     "min_p": {"method": "min_p", "ratio": 0.25},
     "threshold": {"method": "threshold", "threshold": 0.03},
 }
-SUITES: dict[str, dict[str, dict[str, Any]]] = {
-    "default": ROUTING_CONFIGS,
-    "frontier": _STATIC | {"topk_8": ROUTING_CONFIGS["topk_8"]} | _LADDER,
-    "controls": _STATIC | ROUTING_CONFIGS | _CONTROLS,
-    "all": _STATIC | ROUTING_CONFIGS | _LADDER | _CONTROLS,
-}
+
+
+def suites() -> dict[str, dict[str, dict[str, Any]]]:
+    """The families of configurations, by name, with what ROUTING_CONFIGS holds when this is called.
+
+    Where two have one name, that of ROUTING_CONFIGS is taken.
+    """
+    baseline = {name: config for name, config in ROUTING_CONFIGS.items() if name == BASELINE}
+    return {
+        "default": {**ROUTING_CONFIGS},
+        "frontier": _STATIC | baseline | _LADDER,
+        "controls": _STATIC | ROUTING_CONFIGS | _CONTROLS | ROUTING_CONFIGS,
+        "all": _STATIC | ROUTING_CONFIGS | _LADDER | _CONTROLS | ROUTING_CONFIGS,
+    }
+
 
 P_VALUES = ("empirical", "flat", "softmax")
 RENORMALIZE = ("model", "none", "sum", "topk_mass")
@@ -262,6 +272,11 @@ METHODS = {  # method -> the fields it takes; the first is the knob that moves i
 }
 
 
+def _plain(value: Any) -> Any:
+    """`value`, as Python's own number where it is one of numpy's, so that it can be written as JSON."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _is_count(value: Any, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
@@ -270,24 +285,45 @@ def _is_share(value: Any) -> bool:
     return not isinstance(value, bool) and 0 < value <= 1
 
 
-def check_least(what: str, value: Any, least: int = 1) -> None:
-    """UserError unless `value` is a whole number of at least `least`."""
+def check_least(what: str, value: Any, least: int = 1) -> int:
+    """`value` as an int; UserError unless it is a whole number of at least `least`."""
+    value = _plain(value)
     if not _is_count(value, least):
         raise UserError(f"{what} {value!r}: it must be a whole number of at least {least}")
+    return value
 
 
-FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # default, what is valid, in words
-    "k": (8, _is_count, "a whole number of at least 1"),
-    "alpha": (0.05, _is_share, "a number in (0, 1]"),
-    "p": (0.5, _is_share, "a number in (0, 1]"),
-    "ratio": (0.2, _is_share, "a number in (0, 1]"),
-    "threshold": (0.03, _is_share, "a number in (0, 1]"),
-    "temperature": (1.0, lambda value: 0 < value < math.inf, "a number above 0"),
-    "min_k": (1, _is_count, "a whole number of at least 1"),
-    "max_k": (8, _is_count, "a whole number of at least 1"),
-    "p_values": ("empirical", P_VALUES.__contains__, f"one of {', '.join(P_VALUES)}"),
-    "shuffle": (False, lambda value: isinstance(value, bool), "true or false"),
-    "renormalize": ("model", RENORMALIZE.__contains__, f"one of {', '.join(RENORMALIZE)}"),
+def check_seed(what: str, value: Any) -> int:
+    """`value` as an int; UserError unless torch, numpy and the columns of a table can all hold it."""
+    value = _plain(value)
+    if not _is_count(value, 0) or value > LARGEST_SEED:
+        raise UserError(f"{what} {value!r}: it must be a whole number from 0 to {LARGEST_SEED}")
+    return value
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a routing configuration."""
+
+    default: Any
+    is_valid: Callable[[Any], bool]
+    allowed: str  # what is valid, in words
+    search: tuple[float, float] | None = None  # of a knob: where --match-experts looks, on a log scale
+
+
+FIELDS = {
+    "k": Field(8, _is_count, "a whole number of at least 1"),
+    # The empirical null sets a lower end of its own: the smallest alpha at which anything is rejected.
+    "alpha": Field(0.05, _is_share, "a number in (0, 1]", search=(1e-6, 1.0)),
+    "p": Field(0.5, _is_share, "a number in (0, 1]", search=(1e-6, 1.0)),
+    "ratio": Field(0.2, _is_share, "a number in (0, 1]", search=(1e-6, 1.0)),
+    "threshold": Field(0.03, _is_share, "a number in (0, 1]", search=(1e-6, 1.0)),
+    "temperature": Field(1.0, lambda value: 0 < value < math.inf, "a number above 0"),
+    "min_k": Field(1, _is_count, "a whole number of at least 1"),
+    "max_k": Field(8, _is_count, "a whole number of at least 1"),
+    "p_values": Field("empirical", P_VALUES.__contains__, f"one of {', '.join(P_VALUES)}"),
+    "shuffle": Field(False, lambda value: isinstance(value, bool), "true or false"),
+    "renormalize": Field("model", RENORMALIZE.__contains__, f"one of {', '.join(RENORMALIZE)}"),
 }
 CONFIG_FIELDS = ("method", *FIELDS)
 
@@ -314,7 +350,8 @@ def resolve_config(name: str, config: Config) -> dict[str, Any]:
     Raises UserError naming configuration, field, value and what is allowed.
     """
     check_name(name)
-    what, given = f"configuration {name!r}", {k: value for k, value in config.items() if value is not None}
+    what = f"configuration {name!r}"
+    given = {field: _plain(value) for field, value in config.items() if value is not None}
     method = _choice(f"method in {what}", given.pop("method", None), tuple(METHODS))
     full = {"method": method, **dict.fromkeys(FIELDS), "description": given.pop("description", "")}
     takes = METHODS[method]
@@ -322,14 +359,13 @@ def resolve_config(name: str, config: Config) -> dict[str, Any]:
         why = f"does not apply to method {method!r}, which takes {', '.join(takes)}"
         raise UserError(f"{what}: {', '.join(unknown)} {why}")
     for field in takes:
-        default, valid, allowed = FIELDS[field]
-        value = full[field] = given.get(field, default)
+        value = full[field] = given.get(field, FIELDS[field].default)
         try:
-            accepted = valid(value)
+            accepted = FIELDS[field].is_valid(value)
         except TypeError:
             accepted = False
         if not accepted:
-            raise UserError(f"{what}: {field} = {value!r}, but it must be {allowed}")
+            raise UserError(f"{what}: {field} = {value!r}, but it must be {FIELDS[field].allowed}")
     if (full["min_k"] or 0) > (full["max_k"] or math.inf):
         raise UserError(f"{what}: min_k = {full['min_k']} is above max_k = {full['max_k']}")
     return full
@@ -480,7 +516,8 @@ def load_prompts(path: Path) -> list[dict[str, Any]]:
     """
     text, suffix = _read_text(path, "--prompts"), path.suffix.lower()
     _choice("kind of --prompts file", suffix, (".txt", ".jsonl", ".json", ".csv"))
-    lines = [line for line in text.splitlines() if line.strip()]
+    # Not `splitlines`, which also cuts at characters that may stand inside a text, such as U+2028.
+    lines = [line for line in text.split("\n") if line.strip()]
     try:
         if suffix == ".csv":
             rows = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False).to_dict("records")
@@ -788,8 +825,8 @@ def benjamini_hochberg_routing(
     temperature: float = 1.0,
     min_k: int = 1,
     max_k: int = 8,
-    null: Null | None = None,
     return_stats: bool = False,
+    null: Null | None = None,
 ) -> tuple[Tensor, ...]:
     """Select experts for each token by the Benjamini-Hochberg step-up, clipped to [min_k, max_k].
 
@@ -930,6 +967,7 @@ def critical_scores(
 class MoELayer:
     """One router and the experts it feeds, as found in a model by looking at what they do."""
 
+    index: int  # its place among the MoE layers of the model, from 0: what tables by layer go by
     name: str
     router: nn.Module
     experts: nn.Module
@@ -996,6 +1034,16 @@ def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> 
     setattr(owner, name, value)
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode inside the block; each module that trained before trains again after it."""
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if module.training:
+                _replace(stack, module, "training", False)
+        yield
+
+
 Candidates = tuple[Tensor, Tensor, Tensor | None]  # weights, indices, scores of the topk that chose: [T, K]
 
 
@@ -1048,7 +1096,9 @@ def _weights_at_two_k(num_experts: int, few: Candidates, many: Candidates) -> tu
     return best, errors[best]
 
 
-def _inspect(name: str, router: nn.Module, experts: Any, call: tuple, experts_call: tuple | None) -> MoELayer:
+def _inspect(
+    index: int, name: str, router: nn.Module, experts: Any, call: tuple, experts_call: tuple | None
+) -> MoELayer:
     """A layer's router and experts, from what they do with the inputs they were seen to get."""
     args, kwargs = call
 
@@ -1091,7 +1141,7 @@ def _inspect(name: str, router: nn.Module, experts: Any, call: tuple, experts_ca
     first = logits.float()
     probabilities = bool((first >= 0).all()) and torch.allclose(first.sum(1), first.new_ones(()), atol=0.01)
     found = (knob, ranked is not False, choice, renormalizes, probabilities, logits.device)
-    return MoELayer(name, router, experts, num_experts, own_k, *found)
+    return MoELayer(index, name, router, experts, num_experts, own_k, *found)
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -1148,18 +1198,13 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     for name, router in routers.items():
         _refuse_patched(name, router)
     beside = {n: getattr(model.get_submodule(n.rpartition(".")[0]), "experts", None) for n in routers}
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         calls = _observed_calls(model, [*routers.values(), *beside.values()])
+        called = {name: router for name, router in routers.items() if router in calls}
         layers = [
-            _inspect(name, router, beside[name], calls[router], calls.get(beside[name]))
-            for name, router in routers.items()
-            if router in calls
+            _inspect(index, name, router, beside[name], calls[router], calls.get(beside[name]))
+            for index, (name, router) in enumerate(called.items())
         ]
-    finally:
-        for module in training:  # not module.train(), which would reach the modules inside as well
-            module.training = True
     what = type(model).__name__
     if not layers:
         raise UserError(
@@ -1328,9 +1373,10 @@ class RoutingStatistics:
 
     sums: Tensor
     config: Config  # resolved
+    layers: tuple[int, ...]  # the index of each layer [L] in the model
 
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
-        return RoutingStatistics(self.sums + other.sums, self.config)
+        return RoutingStatistics(self.sums + other.sums, self.config, self.layers)
 
     @property
     def num_experts(self) -> int:
@@ -1345,8 +1391,10 @@ class RoutingStatistics:
         return self.sums[:, self.num_experts + 1 : -2]  # [L, E]
 
     def by_layer(self) -> pd.DataFrame:
-        """One row a layer; the README gives the formula of each column. Empty if no token came by."""
-        frame = pd.DataFrame(self._measures(pooled=False), columns=LAYER_COLUMNS)
+        """One row a layer, under its index; the README gives the formula of each column. Empty if no token
+        came by."""
+        measures = self._measures(pooled=False)
+        frame = pd.DataFrame(measures, columns=LAYER_COLUMNS, index=self.layers if measures else ())
         return frame.astype({"min_experts": int, "max_experts": int, "num_tokens": int})
 
     def row(self) -> dict[str, Any]:
@@ -1388,9 +1436,9 @@ class RoutingStatistics:
 
     @classmethod
     def unpack(cls, text: str, num_layers: int, config: Config) -> RoutingStatistics:
-        """What `pack` wrote."""
+        """What `pack` wrote of all the layers of a model."""
         sums = np.frombuffer(zlib.decompress(base64.b85decode(text)), "<i8").reshape(num_layers, -1)
-        return cls(torch.from_numpy(sums.copy()), config)
+        return cls(torch.from_numpy(sums.copy()), config, tuple(range(num_layers)))
 
 
 @dataclass
@@ -1461,7 +1509,8 @@ class RoutingRecorder:
         """Add what was kept to the sums."""
         calls, self._calls, self._tokens = self._calls, [], 0
         width, size = self._width, 2 * self._width + 3
-        for index, (layer, sums) in enumerate(zip(self._layers, self._sums, strict=True)):
+        for layer, sums in zip(self._layers, self._sums, strict=True):
+            index = layer.index
             seen = [call for call in calls if index in call.outputs]
             if not seen:
                 continue
@@ -1499,14 +1548,15 @@ class RoutingRecorder:
         """What was seen since the start: one for each row of the batch, or one."""
         self._flush()
         sums = torch.stack([part.cpu() for part in self._sums]).unflatten(1, (self._rows or 1, -1))
-        return [RoutingStatistics(part.contiguous(), self.config) for part in sums.unbind(1)]
+        layers = tuple(layer.index for layer in self._layers)
+        return [RoutingStatistics(part.contiguous(), self.config, layers) for part in sums.unbind(1)]
 
     def total(self) -> RoutingStatistics:
         """What was seen since the start."""
         return functools.reduce(RoutingStatistics.__add__, self.statistics())
 
     def summary(self) -> pd.DataFrame:
-        """What was seen since the start, one row a layer: LAYER_COLUMNS."""
+        """What was seen since the start, one row a layer, under its index: LAYER_COLUMNS."""
         return self.total().by_layer().rename_axis("layer")
 
     def _repr_html_(self) -> str:
@@ -1523,19 +1573,26 @@ def patched_routing(
     """Route `model` by `config` inside the `with` block; yields the recorder of what was routed.
 
     Reversible and local: instance attributes and hooks only, put back in reverse order whatever happens
-    inside. p_values "empirical" needs a `calibration`. Raises UserError for a model that is patched already.
+    inside. The model is in eval mode in the block. p_values "empirical" needs a `calibration`. layers: those
+    of `find_moe_layers` that are patched and recorded, all of them when None; the others stay as they are.
+    Raises UserError for a model that is patched already.
 
         with patched_routing(model, ROUTING_CONFIGS["bh_moderate"], calibrate(model, tokenizer)) as recorder:
             model.generate(**inputs)
     """
-    config, layers = resolve_config("routing", config), layers or find_moe_layers(model)
+    config = resolve_config("routing", config)
+    if layers is None:
+        layers = find_moe_layers(model)
+    if not layers:
+        raise UserError("layers is empty: give layers of find_moe_layers(model), or None for all of them")
     if config["max_k"]:
         config["max_k"] = min(config["max_k"], layers[0].max_k)
     recorder = RoutingRecorder(layers, config)
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as alone:
         alone.enter_context(_alone())
+        stack.enter_context(evaluating(model))
         stack.enter_context(model.register_forward_pre_hook(recorder.watch_model, with_kwargs=True))
-        for index, layer in enumerate(layers):
+        for layer in layers:
             _refuse_patched(layer.name, layer.router)
             _replace(stack, layer.router, "_bh_patched", True)
             width = _bounds(config, layer.max_k)[1]
@@ -1543,16 +1600,16 @@ def patched_routing(
                 width = max(width, layer.own_k)
             if config["method"] != "topk" or config["renormalize"] != "model" or not layer.knob:
                 width = width if layer.knob else layer.own_k
-                critical = critical_scores(config, layer.num_experts, index, calibration)
+                critical = critical_scores(config, layer.num_experts, layer.index, calibration)
                 critical = None if critical is None else critical.to(layer.device)
-                observe = recorder.observer(index)
-                routed = _adaptive_router(layer, config, critical, width, observe, seed=index)
+                observe = recorder.observer(layer.index)
+                routed = _adaptive_router(layer, config, critical, width, observe, seed=layer.index)
                 _replace(stack, layer.router, "forward", routed)
                 _replace(stack, layer.experts, "forward", _skipping_experts(layer.experts))
             # config.num_experts_per_tok has no effect after loading; the router's own attribute has.
             if layer.knob:
                 _replace(stack, *layer.knob, width)
-            stack.enter_context(layer.router.register_forward_hook(recorder.hook(index)))
+            stack.enter_context(layer.router.register_forward_hook(recorder.hook(layer.index)))
         alone.close()
         yield recorder
 
@@ -1571,6 +1628,22 @@ def _generation_config(tokenizer: Any, new_tokens: int, **options: Any) -> Any:
     )
 
 
+@contextlib.contextmanager
+def writing_plainly(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model is in eval mode, and `model.generate` does what it is given and no more.
+
+    What a `generation_config` leaves open, transformers takes from the model's own: penalties, forbidden or
+    forced words, beams, min_p, whatever a model comes with. Only its special tokens stay.
+    """
+    own = getattr(model, "generation_config", None)
+    with evaluating(model), contextlib.ExitStack() as stack:
+        if own is not None:
+            names = ("bos_token_id", "eos_token_id", "pad_token_id")
+            special = {name: getattr(own, name, None) for name in names}
+            _replace(stack, model, "generation_config", transformers.GenerationConfig(**special))
+        yield
+
+
 def sample_calibration_text(model: nn.Module, tokenizer: Any, seed: int) -> Tensor:
     """Text that the model itself writes: int64 [CALIBRATION_SEQUENCES, CALIBRATION_LENGTH].
 
@@ -1580,7 +1653,8 @@ def sample_calibration_text(model: nn.Module, tokenizer: Any, seed: int) -> Tens
     device = input_device(model)
     start = torch.full((CALIBRATION_SEQUENCES, 1), start_token(tokenizer), device=device)
     settings = _generation_config(tokenizer, CALIBRATION_LENGTH - 1, do_sample=True, top_k=0)
-    with torch.random.fork_rng([start.device] if start.is_cuda else []), torch.inference_mode():
+    generators = torch.random.fork_rng([start.device] if start.is_cuda else [])
+    with writing_plainly(model), generators, torch.inference_mode():
         torch.manual_seed(seed)
         return model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings)
 
@@ -1595,6 +1669,42 @@ def read_calibration_text(path: Path, tokenizer: Any) -> Tensor:
     return tokens[: windows * CALIBRATION_LENGTH].view(windows, CALIBRATION_LENGTH)[take]
 
 
+SHARED_RUN = 32  # so many equal tokens in a row are the same text, not the same phrase
+
+
+def count_shared_tokens(texts: Sequence[Tensor], calibration_text: Path | None, tokenizer: Any) -> int:
+    """How many tokens of `texts`, each [1, S], lie in a run of SHARED_RUN tokens of the calibration text.
+
+    Only the windows that calibration takes of it count; what is shorter than such a run is looked for as a
+    whole. First positions are left out, as everywhere in calibration. 0 where the model wrote its own
+    calibration text. A warning says how many there are: on them, nothing was held out.
+    """
+    if calibration_text is None:
+        return 0
+    windows = read_calibration_text(calibration_text, tokenizer)  # [W, CALIBRATION_LENGTH]
+
+    @functools.cache
+    def calibrated_on(length: int) -> set[tuple[int, ...]]:
+        return set(map(tuple, windows.unfold(1, length, 1).flatten(0, 1).tolist()))
+
+    shared = 0
+    for text in texts:
+        length = min(SHARED_RUN, windows.shape[1], text.numel())
+        runs = text.flatten().unfold(0, length, 1).tolist()
+        is_shared = [False] * text.numel()
+        for start, run in enumerate(runs):
+            if tuple(run) in calibrated_on(length):
+                is_shared[start : start + length] = [True] * length
+        shared += sum(is_shared[1:])
+    if shared:
+        total = sum(text.numel() - 1 for text in texts)
+        logger.warning(
+            f"--calibration-text {calibration_text} shares text with what is scored: {shared} of the {total} "
+            "tokens on which the nulls are diagnosed were calibrated on"
+        )
+    return shared
+
+
 def record_routers(model: nn.Module, batches: Sequence[Tensor]) -> Calibration:
     """Run the unpatched model on token ids [B, S] and keep what its routers did, first positions left out.
 
@@ -1604,17 +1714,17 @@ def record_routers(model: nn.Module, batches: Sequence[Tensor]) -> Calibration:
     seen: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in layers]  # logits [N, E], own [N, K]
     length = 0
 
-    def recorder(index: int) -> Callable:
+    def recorder(layer: MoELayer) -> Callable:
         def record(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
             first, _, indices = (part.unflatten(0, (-1, length))[:, 1:].flatten(0, 1) for part in output)
-            seen[index][0].append(layers[index].logits(first).float().cpu())
-            seen[index][1].append(indices.to("cpu", torch.int16))
+            seen[layer.index][0].append(layer.logits(first).float().cpu())
+            seen[layer.index][1].append(indices.to("cpu", torch.int16))
 
         return record
 
-    with contextlib.ExitStack() as stack, torch.inference_mode():
-        for index, layer in enumerate(layers):
-            stack.enter_context(layer.router.register_forward_hook(recorder(index)))
+    with contextlib.ExitStack() as stack, evaluating(model), torch.inference_mode():
+        for layer in layers:
+            stack.enter_context(layer.router.register_forward_hook(recorder(layer)))
         for batch in batches:
             length, batch = batch.shape[1], batch.to(input_device(model))
             model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
@@ -1653,11 +1763,12 @@ def match_experts(name: str, config: Config, target: float, calibration: Calibra
             total += counting_rule(changed, critical)(layer_scores).clamp(*bounds).double().mean().item()
         return total / len(scores)
 
-    lowest, what = 1e-6, f"--match-experts {target:g}: {name}"
+    what = f"--match-experts {target:g}: {name}"
+    lowest, highest = FIELDS[knob].search
     if config["p_values"] == "empirical":
         lowest = 1.001 * calibration.null(0, config["temperature"]).smallest_alpha(num_experts)
         lowest *= _correction(config, num_experts)
-    ends = math.log(lowest), 0.0
+    ends = math.log(lowest), math.log(highest)
     least, most = sorted(mean_experts(end) for end in ends)
     if not least <= target <= most:
         reach = f"{least:.2f} to {most:.2f} experts on the calibration text by its {knob}"
@@ -2297,7 +2408,7 @@ def harness_model(model: nn.Module, tokenizer: Any, batch_size: int) -> Any:
             return super()._loglikelihood_tokens(*args, **kwargs | quiet)
 
     # A copy, because the harness gives a tokenizer a padding token where it has none.
-    with _harness_seeds(model.device):
+    with _harness_seeds(model.device), evaluating(model):  # the harness puts it in eval mode for good
         return DocumentWise(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
 
 
@@ -2417,8 +2528,9 @@ class BHExperimentRunner:
 
     model_name: folder or hub name. output_dir: where results, checkpoint and log go.
     checkpoint_interval: each finished experiment is written at once; so many are forced to the disk together.
-    device: "auto", "cuda" or "cpu". use_fp16: False is the same as dtype "float32".
-    model, tokenizer: a model that is loaded already; device and dtype are then its own.
+    device: "auto" (None is the same), "cuda" or "cpu". use_fp16: False is the same as dtype "float32".
+    model, tokenizer: a model that is loaded already; device and dtype are then its own, and it is in eval
+    mode only while something runs.
     calibration_text: a text file for the empirical nulls; without it the model writes its own text.
     seed: for the sampled calibration text, and for sampling. dtype: see `choose_dtype`. revision, device_map,
     trust_remote_code: see `load_model`. sampling: {"temperature": ..., "top_p": ...}, greedy when None.
@@ -2432,7 +2544,7 @@ class BHExperimentRunner:
         model_name: str = DEFAULT_MODEL,
         output_dir: str | Path = DEFAULT_OUTPUT,
         checkpoint_interval: int = DEFAULT_CHECKPOINT_INTERVAL,
-        device: str = "auto",
+        device: str | None = "auto",
         use_fp16: bool = True,
         *,
         model: nn.Module | None = None,
@@ -2447,16 +2559,17 @@ class BHExperimentRunner:
         batch_size: int | str = "auto",
         command: str = "",
     ):
-        check_least("checkpoint_interval", checkpoint_interval)
+        checkpoint_interval = check_least("checkpoint_interval", checkpoint_interval)
+        seed = check_seed("seed", seed)
         if batch_size != "auto":
-            check_least("batch_size", batch_size)
+            batch_size = check_least("batch_size", batch_size)
         if (model is None) != (tokenizer is None):
             raise UserError("a ready model needs its tokenizer: pass both model= and tokenizer=, or neither")
         if calibration_text is not None and not Path(calibration_text).is_file():
             raise UserError(f"--calibration-text {calibration_text}: there is no such file")
         if not use_fp16 and dtype not in ("auto", "float32"):
             raise UserError(f"--no-fp16 means --dtype float32, but dtype is {dtype}: give one of them")
-        place = choose_device(device) if model is None else input_device(model)
+        place = choose_device(device or "auto") if model is None else input_device(model)
         self.processes = _Processes(place.type == "cpu")
         if model is None:
             if self.processes.world > 1 and device_map:
@@ -2466,10 +2579,13 @@ class BHExperimentRunner:
             precision = choose_dtype(place, dtype if use_fp16 else "float32")
             options = (device_map, revision, trust_remote_code)
             model, tokenizer = load_model(model_name, place, precision, *options)
-        self.model, self.tokenizer, self.layers = model.eval(), tokenizer, find_moe_layers(model)
+        self.model, self.tokenizer, self.layers = model, tokenizer, find_moe_layers(model)
         self.model_name, self.output_dir, self.seed = model_name, Path(output_dir), seed
         self.revision = getattr(model.config, "_commit_hash", None) or revision or ""
-        self.sampling = None if sampling is None else {"temperature": 1.0, "top_p": 1.0, **sampling}
+        self.sampling = None
+        if sampling is not None:
+            given = {name: _plain(value) for name, value in sampling.items()}
+            self.sampling = {"temperature": 1.0, "top_p": 1.0, **given}
         self.checkpoint_interval, self.command = checkpoint_interval, command
         self.calibration_text = None if calibration_text is None else Path(calibration_text)
         self.device = input_device(model)
@@ -2499,7 +2615,8 @@ class BHExperimentRunner:
         """Route by a configuration, or the built-in one of that name, in the block; yields the recorder."""
         name = config if isinstance(config, str) else "routing"
         if isinstance(config, str):
-            config = SUITES["all"][_choice("configuration", config, tuple(SUITES["all"]))]
+            known = suites()["all"]
+            config = known[_choice("configuration", config, tuple(known))]
         with self._routed(self._resolve(name, config)) as recorder:
             yield recorder
 
@@ -2583,6 +2700,8 @@ class BHExperimentRunner:
         if not texts:
             return {}
         report = diagnose_nulls(self.calibration, record_routers(self.model, texts))
+        shared = count_shared_tokens(texts, self.calibration_text, self.tokenizer)
+        report["n_shared_tokens"] = shared
         write_json(self.output_dir / "null_diagnostics.json", report, indent=None)
         return report
 
@@ -2604,7 +2723,8 @@ class BHExperimentRunner:
         settings = _generation_config(self.tokenizer, new_tokens, **sampling, **(self.sampling or {}))
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
-        with torch.random.fork_rng([self.device] if on_gpu else []), torch.inference_mode():
+        generators = torch.random.fork_rng([self.device] if on_gpu else [])
+        with writing_plainly(self.model), generators, torch.inference_mode():
             torch.manual_seed(seed)
             self._synchronize()
             start = time.perf_counter()
@@ -2911,8 +3031,8 @@ class BHExperimentRunner:
         """
         prompts = [resolve_prompt(p) for p in (TEST_PROMPTS if test_prompts is None else test_prompts)]
         configs = self._configs(routing_configs)
-        check_least("max_new_tokens", max_new_tokens)
-        check_least("num_samples", num_samples)
+        max_new_tokens = check_least("max_new_tokens", max_new_tokens)
+        num_samples = check_least("num_samples", num_samples)
         if not configs or not prompts:
             raise UserError("a suite needs at least one configuration and one prompt")
         if num_samples > 1 and self.sampling is None:
@@ -4447,7 +4567,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--trust-remote-code", action="store_true", help="execute Python code that comes with the model")
     sizes = "texts scored in one forward pass; auto halves it when memory does not suffice"
     add("--batch-size", type=_batch_size, default="auto", metavar="N", help=sizes)
-    add("--suite", default="default", help=f"family of configurations: {', '.join(SUITES)}")
+    add("--suite", default="default", help=f"family of configurations: {', '.join(suites())}")
     add("--configs", help="comma-separated names: only these configurations")
     add("--routing-configs", type=Path, metavar="FILE", help="JSON file of your own configurations, by name")
     add("--match-experts", type=float, metavar="K", help="move every adaptive rule's knob to keep K experts")
@@ -4465,6 +4585,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-fewshot", type=int, metavar="N", help="examples in the context of --tasks; else a task's own")
     add("--task-limit", type=float, metavar="N", help="documents of each of --tasks, or a share below 1")
     add("--include-path", type=Path, metavar="FOLDER", help="with task files of your own for --tasks")
+    add("--baseline", metavar="NAME", help="the configuration that the others are compared with")
     add("--p-values", choices=P_VALUES, help="null for every step-up rule, instead of its own")
     add("--calibration-text", metavar="FILE", help="text for the empirical null, instead of the model's own")
     add("--do-sample", action="store_true", help="sample the texts instead of greedy decoding")
@@ -4479,9 +4600,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a command line, and which of them it gave: `given`, for those with a default too."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    nothing = argparse.Namespace(**dict.fromkeys(vars(args)))  # what is set already gets no default
+    seen = vars(parser.parse_args(argv, nothing))
+    args.given = {name for name, value in seen.items() if value is not None}
+    return args
+
+
 def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The configurations that --suite, --configs, --routing-configs and --p-values ask for."""
-    suite = SUITES[_choice("--suite", args.suite, tuple(SUITES))]
+    """The configurations that --suite, --configs, --routing-configs and --p-values ask for.
+
+    Raises UserError where --p-values, --match-experts or --baseline has none to work on.
+    """
+    families = suites()
+    suite = families[_choice("--suite", args.suite, tuple(families))]
     own, what = {}, f"--routing-configs {args.routing_configs}"
     if args.routing_configs:
         text = _read_text(args.routing_configs, "--routing-configs")
@@ -4491,13 +4626,22 @@ def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             raise UserError(f"{what}: not valid JSON: {error}") from error
         if not isinstance(own, dict) or not all(isinstance(config, dict) for config in own.values()):
             raise UserError(f'{what}: it must hold {{"name": {{"method": ...}}}}')
-    known = SUITES["all"] | own
+    known = families["all"] | own
     names = [name.strip() for name in args.configs.split(",")] if args.configs else [*suite, *own]
     configs = {}
     for name in names:
         config = known[_choice("configuration in --configs", name, tuple(known))]
         null = {"p_values": args.p_values} if args.p_values and config.get("method") in STEP_UP else {}
         configs[name] = resolve_config(name, config | null)
+    methods = {config["method"] for config in configs.values()}
+    if args.p_values and methods.isdisjoint(STEP_UP):
+        what = f"--p-values {args.p_values}: no chosen configuration takes a null"
+        raise UserError(f"{what}; choose one with method {' or '.join(STEP_UP)}, see --suite and --configs")
+    if args.match_experts is not None and methods <= {"topk"}:
+        what = f"--match-experts {args.match_experts:g}: every chosen configuration is Top-K"
+        raise UserError(f"{what}; choose one that adapts, see --suite and --configs")
+    if args.baseline is not None:
+        _choice("--baseline", args.baseline, tuple(configs))
     return configs
 
 
@@ -4505,6 +4649,11 @@ NEEDS = {  # option -> options that mean nothing without it
     "dataset": ("split", "text_column", "category_column", "reference_column", "limit", "random_rows"),
     "tasks": ("num_fewshot", "task_limit", "include_path"),
     "do_sample": ("sampling_temperature", "sampling_top_p", "num_samples"),
+    "text": ("window",),
+}
+ALONE = {  # option that runs nothing -> the options that mean something beside it
+    "analyze_only": ("output", "baseline"),
+    "list_architectures": (),
 }
 LEAST = dict.fromkeys(("max_tokens", "checkpoint_interval", "window", "num_samples", "limit"), 1)
 LEAST["num_fewshot"] = 0
@@ -4513,7 +4662,11 @@ LEAST["num_fewshot"] = 0
 def check_options(args: argparse.Namespace) -> None:
     """UserError for options that are out of range, mean nothing or contradict each other."""
     option = {name: name.replace("_", "-") for name in vars(args)}
-    given = {name: value for name, value in vars(args).items() if value is not None and value is not False}
+    given = {name: value for name, value in vars(args).items() if name in args.given}
+    for owner, allowed in ALONE.items():
+        others = [option[name] for name in given if name not in (owner, *allowed)]
+        if owner in given and others:
+            raise UserError(f"--{others[0]} means nothing beside --{option[owner]}: leave one of them out")
     for name, value in given.items():
         if value == "":
             raise UserError(f"--{option[name]} is empty")
@@ -4531,6 +4684,7 @@ def check_options(args: argparse.Namespace) -> None:
         )
     if args.tasks and args.do_sample:
         raise UserError("--tasks and --do-sample exclude each other: a task says itself how to generate")
+    check_seed("--seed", args.seed)
     if args.device_map and args.device != "auto":
         raise UserError(f"--device {args.device} and --device-map exclude each other")
     if not 0 < given.get("sampling_temperature", 1) < math.inf:
@@ -4569,6 +4723,7 @@ def measure(args: argparse.Namespace) -> pd.DataFrame | None:
             for name, config in configs.items():
                 configs[name] = match_experts(name, config, args.match_experts, runner.calibration)
     how = {"resume": not args.no_resume, "retry_failed": args.retry_failed, "fail_fast": args.fail_fast}
+    how["baseline"] = args.baseline
     if args.tasks:
         names, limit = [name.strip() for name in args.tasks.split(",")], args.task_limit
         limit = int(limit) if limit is not None and limit >= 1 else limit
@@ -4581,16 +4736,21 @@ def measure(args: argparse.Namespace) -> pd.DataFrame | None:
 
 def run(args: argparse.Namespace) -> int:
     """What the command line asks for; returns the exit code: 0, or 1 when an experiment failed."""
+    check_options(args)
     if args.list_architectures:
         titles = ("model type", "class", "status", "why")
         print(_table(list_architectures(), {title: (title, "s") for title in titles}), end="")
         return 0
-    check_options(args)
-    frame = read_results(args.output / "bh_routing_results.csv") if args.analyze_only else measure(args)
+    if args.analyze_only:
+        frame = read_results(args.output / "bh_routing_results.csv")
+        if args.baseline is not None:
+            _choice("--baseline", args.baseline, tuple(frame["config_name"].unique()))
+    else:
+        frame = measure(args)
     if frame is None:
         return 0
     with log_to(args.output / "experiment_log.txt"):
-        write_report(frame, args.output)
+        write_report(frame, args.output, baseline=args.baseline)
         logger.info(f"report: {args.output / 'REPORT.md'}")
     return 1 if (frame["status"] != "ok").any() else 0
 
@@ -4606,7 +4766,7 @@ def _terminate(number: int, frame: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 1 an experiment failed, 2 a mistake in the call, 130 Ctrl-C, 143
     SIGTERM."""
-    args = build_parser().parse_args(argv)
+    args = parse_options(argv)
     args.command = shlex.join(["run_bh_experiments.py", *(sys.argv[1:] if argv is None else argv)])
     first = os.environ.get("RANK", "0") == "0"  # one of several processes speaks, but all may complain
     console, level = _ConsoleHandler(logging.INFO if first else logging.WARNING), logger.level

@@ -15,6 +15,7 @@ import collections
 import contextlib
 import copy
 import csv
+import dataclasses
 import doctest
 import errno
 import inspect
@@ -1524,9 +1525,7 @@ def test_exit_codes(tiny_folder, tmp_path, monkeypatch, capsys):
     ("options", "message"),
     [(["--max-tokens", "0"], "--max-tokens 0"), (["--checkpoint-interval", "0"], "--checkpoint-interval 0"),
      (["--calibration-text", "no.txt"], "no.txt"), (["--model", "nobody/no-such-model"], "models/olmoe-mini"),
-     (["--analyze-only"], "does not exist"),
-     (["--output", "{file}"], "{file}"), (["--output", "{file}/x"], "{file}"),
-     (["--analyze-only", "--output", "{file}"], "{file}")],
+     (["--output", "{file}"], "{file}"), (["--output", "{file}/x"], "{file}")],
 )  # fmt: skip
 def test_bad_command_lines(options, message, tiny_folder, tmp_path, capsys):
     """Wrong input ends with exit code 2 and one line that names it."""
@@ -1910,7 +1909,7 @@ def test_own_configurations(tmp_path):
     assert list(bh.choose_configs(parse(["--routing-configs", str(path)]))) == [*bh.ROUTING_CONFIGS, "mine"]
     chosen = bh.choose_configs(parse(["--routing-configs", str(path), "--configs", "mine, topk_3"]))
     assert list(chosen) == ["mine", "topk_3"]
-    assert {len(bh.choose_configs(parse(["--suite", name]))) for name in bh.SUITES} == {5, 24, 20, 36}
+    assert {len(bh.choose_configs(parse(["--suite", name]))) for name in bh.suites()} == {5, 24, 20, 36}
 
 
 def quality_frame(columns, experts, tokens=None, documents=None):
@@ -2930,7 +2929,7 @@ def signal_series(model_folder, folder):
 
     folder = Path(folder)
     torch.set_num_threads(1)
-    vars(bh).update(CALIBRATION, PLOTS={}, ROUTING_CONFIGS=SMALL, SUITES={"default": SMALL, "all": SMALL})
+    vars(bh).update(CALIBRATION, PLOTS={}, ROUTING_CONFIGS=SMALL)
     bh.TEST_PROMPTS = PROMPTS
     report = {}
 
@@ -3699,7 +3698,7 @@ doc_to_text: "{{{{{asked}}}}}"
 doc_to_target: "{{{{{target}}}}}"
 """
 TASKS = ["mini", "mini_text"]  # the first is a group of two
-TASK_CONFIGS = {name: bh.SUITES["all"][name] for name in ("topk_1", "topk_8")}
+TASK_CONFIGS = {name: bh.suites()["all"][name] for name in ("topk_1", "topk_8")}
 
 
 @pytest.fixture(scope="module")
@@ -3875,6 +3874,362 @@ def test_bad_tasks(tasks, message, task_folder, tiny_folder, tmp_path, capsys):
     assert len(errors) == 1
     assert message in errors[0]
     assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 15. Taken as given: layers, models, numbers, names and options
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mock_calibration(mock_model):
+    return bh.calibrate(mock_model, MockTokenizer(), seed=0)
+
+
+@pytest.mark.parametrize("picked", [(2, 3), (1,), (3, 0)])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_some_layers_only(mock_model, mock_calibration, picked, shuffle):
+    """Each patched layer uses the nulls and the shuffle of its own index; the others run as they are."""
+    config, ids = bh.resolve_config("x", {**EMPIRICAL, "max_k": 8, "shuffle": shuffle}), sample_ids(4, 20)
+    layers, before, seen = bh.find_moe_layers(mock_model), logits_of(mock_model, ids), {}
+    kinds = [(layer.router, "gate") for layer in layers] + [(layer.experts, "experts") for layer in layers]
+
+    def watch(seen):
+        stack = contextlib.ExitStack()
+        for number, (module, kind) in enumerate(kinds):
+            key = kind, number % len(layers)
+            hook = module.register_forward_hook(
+                lambda module, args, output, key=key: seen.update({key: (args, output)})
+            )
+            stack.enter_context(hook)
+        return stack
+
+    native = {}
+    with watch(native):
+        logits_of(mock_model, ids)
+    chosen = [layers[index] for index in picked]
+    with bh.patched_routing(mock_model, config, mock_calibration, chosen) as recorder, watch(seen):
+        logits_of(mock_model, ids)
+        for index, layer in enumerate(layers):
+            for module in (layer.router, layer.experts):
+                assert ("forward" in vars(module)) == (index in picked)
+    assert torch.equal(logits_of(mock_model, ids), before)
+    for row, index in enumerate(picked):
+        logits, weights, _ = seen["gate", index][1]
+        critical = bh.critical_scores(config, 64, index, mock_calibration)
+        count = bh.count_rejections(bh.gate_scores(logits), critical).clamp(1, 8)
+        if shuffle:
+            count = count[torch.randperm(len(count), generator=torch.Generator().manual_seed(index))]
+        assert torch.equal((weights != 0).sum(-1), count)
+        assert recorder.total().counts[row].tolist() == torch.bincount(count, minlength=65).tolist()
+        mean = recorder.summary()["avg_experts_per_token"].iloc[row]
+        assert mean == pytest.approx(count.double().mean().item())
+    assert recorder.summary().index.tolist() == list(picked)
+    for index in range(min(picked)):  # what comes before the first patched layer saw the same
+        for kind in ("gate", "experts"):
+            for found, expected in zip(seen[kind, index], native[kind, index], strict=True):
+                assert all(map(torch.equal, found, expected))
+    for index in set(range(len(layers))) - set(picked):  # the rest keeps all of the model's own choice
+        assert (seen["gate", index][1][1] != 0).all()
+    with (
+        pytest.raises(bh.UserError, match="layers is empty"),
+        bh.patched_routing(mock_model, config, mock_calibration, []),
+    ):
+        pass
+
+
+HOSTILE_GENERATION = {
+    "temperature": 0.1, "top_p": 0.2, "min_p": 0.5, "typical_p": 0.2, "epsilon_cutoff": 0.05,
+    "eta_cutoff": 0.05, "top_h": 0.3, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "num_beams": 3,
+    "bad_words_ids": [[token] for token in range(40, 80)], "suppress_tokens": list(range(100, 200)),
+    "begin_suppress_tokens": list(range(1, 250)), "forced_bos_token_id": 7, "forced_eos_token_id": 9,
+    "sequence_bias": [[[5], 50.0]], "exponential_decay_length_penalty": (1, 9.0), "num_return_sequences": 2,
+    "max_time": 1e-9, "guidance_scale": 3.0, "prompt_lookup_num_tokens": 3, "remove_invalid_values": True,
+    "renormalize_logits": True, "watermarking_config": {"bias": 20.0}, "cache_implementation": "static",
+    "use_cache": False, "output_scores": True, "return_dict_in_generate": True, "stop_strings": ["a"],
+    "max_length": 3, "min_length": 600, "an_entry_of_its_own": 1,
+}  # fmt: skip
+
+
+def texts_of(model, folder):
+    """Calibration text, greedy text and sampled text of a model."""
+    tokenizer = byte_tokenizer()
+    texts = [bh.sample_calibration_text(model, tokenizer, 3).tolist()]
+    for sampling in (None, {"temperature": 1.5}):
+        runner = bh.BHExperimentRunner("x", folder, model=model, tokenizer=tokenizer, sampling=sampling)
+        texts.append(runner.generate("a small boat on the river", 24))
+    return texts
+
+
+def test_the_models_own_generation_settings_do_not_matter(tmp_path):
+    """Neither each by itself nor many at once changes a text; afterwards they are there again."""
+    model = build("olmoe-eager")
+    usual, expected = model.generation_config, texts_of(model, tmp_path)
+    together = ("temperature", "top_p", "min_p", "repetition_penalty", "bad_words_ids", "num_beams")
+    cases = [{name: value} for name, value in HOSTILE_GENERATION.items()]
+    for case in [*cases, {name: HOSTILE_GENERATION[name] for name in together}]:
+        hostile = model.generation_config = copy.deepcopy(usual)
+        vars(hostile).update(case)
+        assert texts_of(model, tmp_path) == expected, case
+        assert model.generation_config is hostile
+        assert vars(hostile) == {**vars(usual), **case}
+
+
+def test_special_tokens_come_from_the_model_where_the_tokenizer_has_none():
+    model = build("olmoe-eager")
+    model.generation_config.update(eos_token_id=[5, 6], pad_token_id=8, bos_token_id=7, top_k=3)
+    with bh.writing_plainly(model):
+        inside = model.generation_config
+        assert [inside.eos_token_id, inside.pad_token_id, inside.bos_token_id] == [[5, 6], 8, 7]
+        assert inside.top_k is None
+    assert model.generation_config.top_k == 3
+
+
+def test_training_flags_stay(tmp_path):
+    """A model that partly trains is looked at, calibrated, patched and run in eval mode, and trains again."""
+
+    def make():
+        torch.manual_seed(0)
+        model = MockMoE(top_k=4, layers=2, experts=16, hidden=32)
+        model.head = nn.Sequential(model.head, nn.Dropout(0.5))
+        return model
+
+    def frame_of(model, folder):
+        runner = mock_runner(model, folder, seed=1)
+        prompts = [{**PROMPTS[0], "reference": "and so they went"}, PROMPTS[1]]
+        return runner.run_full_experiment_suite({"topk_4": fixed(4, 4), "bh": EMPIRICAL}, prompts, 3)
+
+    expected = frame_of(make().eval(), tmp_path / "eval")
+    model = make().train()
+    model.layers[1].eval()
+    model.layers[1].norm.train()
+    flags, ids = [module.training for module in model.modules()], sample_ids()
+
+    def check():
+        assert [module.training for module in model.modules()] == flags
+
+    layers = bh.find_moe_layers(model)
+    check()
+    calibration = bh.calibrate(model, MockTokenizer())
+    check()
+    with bh.patched_routing(model, EMPIRICAL, calibration, layers):
+        assert not any(module.training for module in model.modules())
+        assert torch.equal(logits_of(model, ids), logits_of(model, ids))
+    check()
+    runner = mock_runner(model, tmp_path / "by hand")
+    check()
+    assert runner.generate("a small boat") == runner.generate("a small boat")
+    check()
+    runner._patch_bh_routing(0.05, 1.0, 1, 4)
+    runner._restore_original_routing()
+    check()
+    rows = [runner.run_single_experiment("bh", EMPIRICAL, PROMPTS[0], 3) for _ in range(2)]
+    assert rows[0]["generated_text"] == rows[1]["generated_text"]
+    check()
+    assert_same_results(frame_of(model, tmp_path / "train"), expected)
+    check()
+
+
+def test_training_flags_stay_with_the_harness(tiny_folder):
+    pytest.importorskip("lm_eval")
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder).train()
+    bh.harness_model(model, byte_tokenizer(), 1)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"])
+def test_lines_end_at_line_ends_only(tmp_path, character):
+    text = f"one{character}two"
+    for end in ("\n", "\r\n"):
+        (tmp_path / "p.txt").write_bytes(f"{text}{end}three{end}".encode())
+        assert [prompt["text"] for prompt in bh.load_prompts(tmp_path / "p.txt")] == [text, "three"]
+        if character >= "\x80":  # JSON forbids the others inside a string
+            line = json.dumps({"text": text}, ensure_ascii=False)
+            (tmp_path / "p.jsonl").write_bytes(f'{line}{end}{{"text": "three"}}{end}'.encode())
+            assert [prompt["text"] for prompt in bh.load_prompts(tmp_path / "p.jsonl")] == [text, "three"]
+
+
+@pytest.mark.parametrize("seed", [99999999999999999999, 2**63, -1])
+def test_seeds_out_of_range(seed, mock_model, tmp_path, capsys):
+    message = f"seed {seed}: it must be a whole number from 0 to {2**63 - 1}"
+    assert bh.main(["--model", "nowhere", "--output", str(tmp_path), f"--seed={seed}"]) == 2
+    assert f"--{message}" in capsys.readouterr().err
+    with pytest.raises(bh.UserError, match=message):
+        mock_runner(mock_model, tmp_path, seed=seed)
+
+
+def test_largest_seed(mock_model, tmp_path):
+    runner = mock_runner(mock_model, tmp_path, seed=2**63 - 1, sampling={})
+    frame = runner.run_full_experiment_suite({"bh": FLAT}, PROMPTS[:1], 2)
+    assert frame["status"].tolist() == ["ok"]
+    assert frame["seed"].tolist() == [2**63 - 1]
+    assert len(bh.sample_calibration_text(mock_model, MockTokenizer(), 2**63 - 1))
+
+
+def test_numpy_numbers(mock_model, tmp_path):
+    """They are taken as numbers, and kept as Python's own; what is no number is refused all the same."""
+    static = bh.resolve_config("x", {"method": "topk", "k": np.int64(4)})
+    given = {"method": "bh", "alpha": np.float32(0.25), "temperature": np.float64(2), "min_k": np.int32(2),
+             "max_k": np.uint8(9), "shuffle": np.bool_(False), "p_values": "flat"}  # fmt: skip
+    adaptive = bh.resolve_config("x", given)
+    assert {type(adaptive[field]) for field in ("min_k", "max_k")} == {int} == {type(static["k"])}
+    assert {type(adaptive[field]) for field in ("alpha", "temperature")} == {float}
+    assert json.loads(json.dumps(adaptive))["alpha"] == 0.25
+    for wrong in (np.float64(4), np.bool_(True), np.int64(0), np.array([4])):
+        with pytest.raises(bh.UserError, match="k = "):
+            bh.resolve_config("x", {"method": "topk", "k": wrong})
+    for wrong in (np.float32("nan"), np.bool_(True), np.float64(1.5)):
+        with pytest.raises(bh.UserError, match="alpha = "):
+            bh.resolve_config("x", {"method": "bh", "alpha": wrong})
+    options = {"seed": np.int64(3), "batch_size": np.int64(2), "sampling": {"temperature": np.float32(0.5)}}
+    runner = bh.BHExperimentRunner(
+        "mock", tmp_path, np.int64(2), model=mock_model, tokenizer=MockTokenizer(), **options
+    )
+    frame = runner.run_full_experiment_suite({"x": given}, PROMPTS[:1], np.int64(2), num_samples=np.int64(2))
+    assert frame["status"].tolist() == ["ok", "ok"]
+    assert frame["seed"].tolist() == [3, 3]
+
+
+def test_device_none_is_auto(tiny_folder, tmp_path):
+    assert bh.BHExperimentRunner(str(tiny_folder), tmp_path, device=None).device == bh.choose_device("auto")
+
+
+def test_return_stats_comes_before_null():
+    *_, count, found = bh.benjamini_hochberg_routing(random_logits(4, 16), 0.05, 1.0, 1, 16, True)
+    assert found["rejections"].clamp(1, 16).tolist() == count.tolist()
+
+
+def test_names_are_looked_up_when_they_are_used(mock_model, tmp_path, monkeypatch):
+    """A configuration added to ROUTING_CONFIGS is known to suites, options and runner, and comes first."""
+    late = {"method": "threshold", "threshold": 0.01}
+    monkeypatch.setitem(bh.ROUTING_CONFIGS, "late", late)
+    monkeypatch.setitem(bh.ROUTING_CONFIGS, "top_p", late)
+    parse = bh.build_parser().parse_args
+    assert list(bh.choose_configs(parse(["--configs", "late, topk_3"]))) == ["late", "topk_3"]
+    for suite in ("default", "controls", "all"):
+        chosen = bh.choose_configs(parse(["--suite", suite]))
+        assert {chosen[name]["threshold"] for name in ("late", "top_p")} == {0.01}
+    with mock_runner(mock_model, tmp_path).routing("late") as recorder:
+        assert recorder.config["threshold"] == 0.01
+
+
+def test_each_knob_is_searched_where_its_field_says(tiny, monkeypatch):
+    """--match-experts finds a value inside the range of the knob, and says what that range can reach."""
+    knobs = {fields[0] for method, fields in bh.METHODS.items() if method != "topk"}
+    assert {name for name, field in bh.FIELDS.items() if field.search} == knobs
+    wide = {"method": "top_p", "max_k": 16}
+    usual = bh.match_experts("top_p", wide, 2.0, tiny.calibration)["p"]
+    for search in ((usual / 2, 1.0), (1e-3, usual * 1.1)):
+        monkeypatch.setitem(bh.FIELDS, "p", dataclasses.replace(bh.FIELDS["p"], search=search))
+        assert bh.match_experts("top_p", wide, 2.0, tiny.calibration)["p"] == pytest.approx(usual, rel=0.02)
+    for search in ((usual * 1.1, 1.0), (1e-3, usual / 1.1)):
+        monkeypatch.setitem(bh.FIELDS, "p", dataclasses.replace(bh.FIELDS["p"], search=search))
+        with pytest.raises(bh.UserError, match="can keep"):
+            bh.match_experts("top_p", wide, 2.0, tiny.calibration)
+
+
+ANALYZE, LIST = "--analyze-only", "--list-architectures"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--window", "256"], "--window needs --text"),
+     (["--p-values", "flat", "--configs", "topk_8,top_p"], "no chosen configuration takes a null"),
+     (["--match-experts", "4", "--configs", "topk_1,topk_8"], "every chosen configuration is Top-K"),
+     (["--baseline", "bh_strct"], 'Did you mean "bh_strict"'),
+     (["--baseline", "topk_3", "--configs", "topk_8,top_p"], "Available: topk_8, top_p"),
+     ([ANALYZE], "does not exist"), ([ANALYZE, "--output", "{file}"], "{file}"),
+     ([ANALYZE, "--seed", "0"], "--seed means nothing beside --analyze-only"),
+     ([ANALYZE, "--model", "x"], "--model means nothing beside --analyze-only"),
+     ([ANALYZE, "--no-resume"], "--no-resume means nothing beside --analyze-only"),
+     ([LIST, "--window", "256"], "--window means nothing beside --list-architectures"),
+     ([LIST, "--output", "x"], "--output means nothing beside --list-architectures"),
+     ([LIST, ANALYZE], "means nothing beside")],
+)  # fmt: skip
+def test_options_that_mean_nothing(options, message, tmp_path, monkeypatch, capsys):
+    """They are refused, even with their default as value, before a model is loaded."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "file"
+    file.write_text("keep me")
+
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(bh, "load_model", load)
+    assert bh.main([option.replace("{file}", str(file)) for option in options]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message.replace("{file}", str(file)) in errors[0]
+
+
+def test_baseline_is_passed_on(tmp_path, monkeypatch, capsys):
+    """--baseline reaches the run and the report; the report alone knows the names from the results."""
+    frame, seen = pd.DataFrame({"config_name": ["topk_8", "mine"], "status": "ok"}), []
+
+    class Runner:
+        processes = SimpleNamespace(rank=0)
+
+        def __init__(self, *args, **options):
+            pass
+
+        def run(self, *args, baseline, **how):
+            seen.append(baseline)
+            return frame
+
+        run_full_experiment_suite = run_tasks = run
+
+    monkeypatch.setattr(bh, "BHExperimentRunner", Runner)
+    monkeypatch.setattr(bh, "read_results", lambda path: frame)
+    monkeypatch.setattr(bh, "write_report", lambda frame, folder, baseline: seen.append(baseline))
+    for options, expected in (
+        ([], [None, None]),
+        (["--baseline", "bh_loose"], ["bh_loose"] * 2),
+        (["--baseline", "bh_loose", "--tasks", "x"], ["bh_loose"] * 2),
+        ([ANALYZE, "--baseline", "mine"], ["mine"]),
+    ):
+        seen.clear()
+        assert bh.main(["--output", str(tmp_path), *options]) == 0
+        assert seen == expected
+    assert bh.main(["--output", str(tmp_path), ANALYZE, "--baseline", "bh_loose"]) == 2
+    assert "Available: topk_8, mine" in capsys.readouterr().err
+
+
+def test_help_shows_defaults(capsys):
+    with pytest.raises(SystemExit):
+        bh.main(["--help"])
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for words in ("tokens in a window of --text (default: 256)", "calibration text (default: 0)"):
+        assert words in text
+    args = bh.parse_options(["--seed", "0", "--no-resume"])
+    assert (args.seed, args.window, args.given) == (0, bh.DEFAULT_WINDOW, {"seed", "no_resume"})
+
+
+def test_text_shared_with_calibration_is_counted(tiny_folder, tmp_path, caplog):
+    """Tokens that are diagnosed and were calibrated on are counted and told; others are not."""
+    letters = np.random.default_rng(0).integers(97, 123, 4000).astype(np.uint8).tobytes().decode()
+    one, other = tmp_path / "one.txt", tmp_path / "other.txt"
+    one.write_text(letters[:2000])
+    other.write_text(letters[2000:])
+
+    def diagnosed(text, calibration_text, window):
+        folder = tmp_path / f"{text.stem}-{calibration_text and calibration_text.stem}"
+        runner = bh.BHExperimentRunner(str(tiny_folder), folder, calibration_text=calibration_text)
+        with caplog.at_level("WARNING"):
+            caplog.clear()
+            return runner.diagnose(bh.text_windows([text], runner.tokenizer, window))
+
+    length, sequences = (CALIBRATION[f"CALIBRATION_{name}"] for name in ("LENGTH", "SEQUENCES"))
+    found = diagnosed(one, one, 500)
+    assert sequences * length * 0.9 < found["n_shared_tokens"] <= sequences * length
+    assert f"{found['n_shared_tokens']} of the {found['n_tokens']} tokens" in caplog.text
+    assert diagnosed(one, one, 8)["n_shared_tokens"] > 0  # windows shorter than a run
+    for calibration_text in (other, None):
+        assert diagnosed(one, calibration_text, 500)["n_shared_tokens"] == 0
+        assert "shares text" not in caplog.text
+    saved = json.loads((tmp_path / "one-one" / "null_diagnostics.json").read_text())
+    assert saved["n_shared_tokens"] > 0
 
 
 if __name__ == "__main__":
