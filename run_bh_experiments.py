@@ -180,13 +180,18 @@ def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -
     write_whole(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """What a run left in its folder beside the results; None where there is nothing that can be read."""
+def _read_json(path: Path, runs: set[str] | None = None) -> dict[str, Any] | None:
+    """What a run left in its folder beside the results; None where there is nothing that can be read.
+
+    runs: the ids of the results' runs, see `run_ids`; what is not of just that run is not read.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
+    if not isinstance(content, dict) or (runs is not None and runs != {str(content.get("run_id", ""))}):
+        return None
+    return content
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1828,6 +1833,75 @@ def diagnose_nulls(calibration: Calibration, heldout: Calibration) -> dict[str, 
 
 WAY_OUT = "choose another --output, or --no-resume to set what is there aside"
 Key = tuple[str, str, int]  # configuration, prompt id, sample: what names an experiment
+ADDED_SETTINGS = ("tokenizer",)  # which checkpoints of older scripts lack: not compared there
+
+# What a finished row depends on: it counts only while all of that is as it was. Every field of a prompt and
+# every argument of a run is classified here, or a test fails; a configuration's fields all count.
+PROMPT_IDENTITY: dict[str, bool] = {  # field -> whether it is part of the row's `input_hash`
+    "id": False,  # names the row
+    **dict.fromkeys(("text", "reference", "category", "document", "token_ids"), True),
+    "description": False,  # for the reader of the prompts only
+}
+ROWS, NOTHING = "compared row by row", "no row depends on it"
+RUN_IDENTITY: dict[str, str] = {  # argument -> ROWS, NOTHING, or the entry of the settings that holds it
+    # BHExperimentRunner
+    **dict.fromkeys(("model_name", "model", "revision", "trust_remote_code"), "model"),
+    "tokenizer": "tokenizer",
+    "device": "device",
+    **dict.fromkeys(("dtype", "use_fp16"), "dtype"),
+    "seed": "seed",
+    "sampling": "sampling",
+    "calibration_text": "calibration_text",
+    **dict.fromkeys(("output_dir", "checkpoint_interval", "command"), NOTHING),
+    **dict.fromkeys(("device_map", "batch_size"), NOTHING),  # beyond rounding
+    # run_full_experiment_suite, run_tasks
+    **dict.fromkeys(("routing_configs", "test_prompts", "num_samples", "tasks"), ROWS),
+    "max_new_tokens": "max_new_tokens",
+    "num_fewshot": "num_fewshot",
+    "limit": "limit",
+    "include_path": "task_files",
+    **dict.fromkeys(("baseline", "resume", "retry_failed", "fail_fast"), NOTHING),
+}
+
+
+def fingerprint(content: Any) -> str:
+    """16 hex digits that name a piece of plain data."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def input_hashes(prompt: Prompt) -> dict[str, str]:
+    """Field -> hash, for each field of a resolved prompt that its rows depend on."""
+    hashes = {}
+    for field, counts in PROMPT_IDENTITY.items():
+        if counts and field in prompt:
+            value = prompt[field]
+            hashes[field] = fingerprint(value.tolist() if isinstance(value, Tensor) else value)
+    return hashes
+
+
+RUN_FILES = (  # what a run leaves in its folder, beside its log and its calibration
+    *("checkpoints/*.json", "bh_routing_results.csv", "layer_statistics.csv", "expert_usage.csv"),
+    *("task_results.json", "null_diagnostics.json", "analysis_summary.json", "REPORT.md", "plots/*.png"),
+)
+
+
+def set_aside(folder: Path) -> None:
+    """Move all files of an earlier run into a new folder inside `folder`, from where nothing reads them.
+
+    The log goes on in its place. So does the calibration: it is used again only if it was made from the same.
+    """
+    files = [path for pattern in RUN_FILES for path in sorted(folder.glob(pattern))]
+    if not files:
+        return
+    numbers = itertools.count(1)
+    aside = folder / f"earlier_{next(numbers)}"
+    while aside.exists():
+        aside = folder / f"earlier_{next(numbers)}"
+    for file in files:
+        target = aside / file.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)
+    logger.info(f"the files of an earlier run were set aside in {aside}")
 
 
 def _checked_row(line: bytes) -> dict[str, Any] | None:
@@ -1852,7 +1926,7 @@ class Checkpoint:
     SCHEMA = 2
     END = b"\n]}\n"
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], sync_every: int = 1, resume: bool = True):
+    def __init__(self, path: Path, settings: Mapping[str, Any], sync_every: int = 1):
         """Open or create. Raises UserError, touching nothing, where the file is of another run or not a
         checkpoint.
 
@@ -1863,8 +1937,6 @@ class Checkpoint:
         self.elsewhere: dict[Key, tuple[int, str]] = {}  # the same of another process's file
         self._unsynced = 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not resume:
-            logger.info(f"earlier results were set aside as {path.replace(self._unused('old'))}")
         if not path.exists():
             self._write(b"")
         self._open()
@@ -1939,7 +2011,7 @@ class Checkpoint:
         if what := "; ".join(
             f"{key} is {stored.get(key)!r} there, {self.settings.get(key)!r} here"
             for key in {**stored, **self.settings}
-            if stored.get(key) != self.settings.get(key)
+            if stored.get(key) != self.settings.get(key) and (key in stored or key not in ADDED_SETTINGS)
         ):
             raise UserError(f"{self.path.parent.parent} holds results of another run: {what}; {WAY_OUT}")
 
@@ -2015,7 +2087,8 @@ class Checkpoint:
 
 # Every column of bh_routing_results.csv, in order; the README gives each formula.
 IDENTITY_COLUMNS = (
-    *("config_name", "prompt_id", "sample", "prompt_category", "document", "prompt_text", "status", "error"),
+    *("config_name", "prompt_id", "sample", "prompt_category", "document", "prompt_text", "input_hash"),
+    *("status", "error"),
 )
 QUALITY_COLUMNS = (
     *("reference_nll", "reference_tokens", "reference_bytes", "reference_perplexity", "bits_per_byte"),
@@ -2031,7 +2104,7 @@ CLOCK_COLUMNS = (  # the only ones that may differ when the same experiment is r
 )
 SETTING_COLUMNS = (
     *("model_name", "model_revision", "model_hash", "device", "dtype", "seed", "max_new_tokens", "sampling"),
-    *("torch_version", "transformers_version", "script_hash", "git_commit"),
+    *("torch_version", "transformers_version", "script_hash", "git_commit", "run_id"),
 )
 RESULT_COLUMNS = (
     *(*IDENTITY_COLUMNS, *TEXT_COLUMNS, *COUNT_COLUMNS, *ROUTING_COLUMNS, *QUALITY_COLUMNS),
@@ -2039,6 +2112,7 @@ RESULT_COLUMNS = (
 )
 STRING_COLUMNS = {*IDENTITY_COLUMNS, *TEXT_COLUMNS, *SETTING_COLUMNS} - {"sample", "seed", "max_new_tokens"}
 STRING_COLUMNS |= {"timestamp", "command", "static_nll", "task_metric", "method", "p_values", "renormalize"}
+REQUIRED_COLUMNS = ("config_name", "prompt_id", "status")  # an older script's CSV may lack any other
 # A spreadsheet would run a cell that begins like this; one more quote in front makes it text, and goes again.
 _FORMULA = re.compile(r"(?='*[=+\-@\t\r])")
 # From pandas 3 on floats are read as they were written, and saying so is deprecated.
@@ -2057,11 +2131,15 @@ def write_results(rows: Iterable[Row], path: Path) -> None:
     with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
         writer.writerow(RESULT_COLUMNS)
-        writer.writerows([_csv_cell(row[column]) for column in RESULT_COLUMNS] for row in rows)
+        # A row that an older script finished may lack a column.
+        writer.writerows([_csv_cell(row.get(column)) for column in RESULT_COLUMNS] for row in rows)
 
 
 def read_results(path: Path) -> pd.DataFrame:
-    """The results CSV of a run as it was written. Raises UserError where there is none or it is not one."""
+    """The results CSV of a run as it was written; columns that an older script did not know are empty.
+
+    Raises UserError where there is none or it is not one.
+    """
     if not path.is_file():
         raise UserError(f"{path} does not exist: run the experiments first, or give their folder as --output")
 
@@ -2078,9 +2156,16 @@ def read_results(path: Path) -> pd.DataFrame:
         frames = [part.assign(**{column: part[column].map(plain) for column in words}) for part in parts]
     except ValueError as error:  # undecodable bytes, no columns, or a number column with words in it
         raise UserError(f"{path} is not a results CSV: {error}") from error
-    if lacking := sorted(set(RESULT_COLUMNS) - header):
+    if lacking := [column for column in REQUIRED_COLUMNS if column not in header]:
         raise UserError(f"{path} is not a results CSV of this script: it lacks {', '.join(lacking)}")
-    return pd.concat(frames, ignore_index=True)
+    frame = pd.concat(frames, ignore_index=True)
+    frame = frame.assign(**dict.fromkeys(STRING_COLUMNS - header, ""))
+    return frame.reindex(columns=[*RESULT_COLUMNS, *frame.columns.difference(RESULT_COLUMNS, sort=False)])
+
+
+def run_ids(frame: pd.DataFrame) -> set[str]:
+    """The runs whose rows these are: one, or several where frames were joined; "" for an older script's."""
+    return set(frame["run_id"].fillna("")) if "run_id" in frame else {""}
 
 
 class LayerTables:
@@ -2125,7 +2210,7 @@ class LayerTables:
         p_values = (1 + (np.stack(permuted) >= observed).sum(0)) / (1 + self.PERMUTATIONS)
         return pd.DataFrame(dict(zip(columns, (observed, p_values), strict=True)))
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, run_id: str) -> None:
         """layer_statistics.csv (configuration x layer) and expert_usage.csv (by category and expert)."""
         layers, usage = [], []
         for name, by_category in self.sums.items():
@@ -2143,7 +2228,7 @@ class LayerTables:
                 usage.append(pd.DataFrame({**about, "count": use.ravel(), "share": share.ravel()}))
         for file, tables in (("layer_statistics.csv", layers), ("expert_usage.csv", usage)):
             if tables:
-                write_whole(folder / file, pd.concat(tables).to_csv(index=False))
+                write_whole(folder / file, pd.concat(tables).assign(run_id=run_id).to_csv(index=False))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2213,6 +2298,17 @@ def model_fingerprint(model: nn.Module) -> str:
             values = tensor.detach().flatten()
             digest.update(values[:: max(1, values.numel() // 1024)].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+PROBE = (  # words, numbers, code, accents and other scripts: tokenizers that differ split it differently
+    "The cat sat on the mat; 3.14159 + 2,718 = ?\n\tdef f(x: int) -> str: return x['key'] # na\u00efve "
+    "stra\u00dfe \u0441\u043b\u043e\u0432\u043e \u8a9e \u05de\u05d9\u05dc\u05d4 <s> </s>"
+)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """16 hex digits that name what a tokenizer does."""
+    return fingerprint([int(token) for token in tokenizer(PROBE, verbose=False)["input_ids"]])
 
 
 @functools.cache
@@ -2597,7 +2693,8 @@ class BHExperimentRunner:
         self._routing = contextlib.ExitStack()
         self._own = resolve_config("own", {"method": "topk", "k": self.layers[0].own_k})
         # Static Top-k that the baseline's rows are scored at as well
-        self._curve = range(1, self.layers[0].own_k)
+        self._curve: Sequence[int] = range(1, self.layers[0].own_k)
+        self._run_id = ""  # of the run that is at work
         self._repeated: set[str] | None = None  # scored items that show the noise floor; all where None
         # Of the one batch or prompt that is at work: its key, and what the model's own routing makes of it.
         self._own_scored: tuple[Any, Any] = (None, None)
@@ -2658,8 +2755,15 @@ class BHExperimentRunner:
         return config
 
     def _configs(self, given: Configs | None) -> dict[str, dict[str, Any]]:
-        configs = ROUTING_CONFIGS if given is None else given
-        return {name: self._resolve(name, config) for name, config in configs.items()}
+        """The configurations of a run, resolved; first the model's own routing, where it is not among them:
+        what it predicts is what all others are compared with."""
+        given = ROUTING_CONFIGS if given is None else given
+        configs = {name: self._resolve(name, config) for name, config in given.items()}
+        if not configs or any(self._is_own(config) for config in configs.values()):
+            return configs
+        names = (f"topk_{self._own['k']}", "own_topk", *(f"own_topk_{n}" for n in range(2, len(configs) + 2)))
+        name = next(name for name in names if name not in configs)
+        return {name: self._own | {"description": "The model's own routing"}} | configs
 
     # What decides the numbers, besides configuration and prompt
 
@@ -2668,6 +2772,7 @@ class BHExperimentRunner:
         text = self.calibration_text
         source = "sampled" if text is None else hashlib.sha256(text.read_bytes()).hexdigest()[:16]
         weights = {"model": model_fingerprint(self.model), "dtype": self.dtype, "device": self.device.type}
+        weights["tokenizer"] = tokenizer_fingerprint(self.tokenizer)
         return {**weights, "seed": self.seed, "calibration_text": source, "sampling": self.sampling}
 
     @functools.cached_property
@@ -2702,7 +2807,8 @@ class BHExperimentRunner:
         report = diagnose_nulls(self.calibration, record_routers(self.model, texts))
         shared = count_shared_tokens(texts, self.calibration_text, self.tokenizer)
         report["n_shared_tokens"] = shared
-        write_json(self.output_dir / "null_diagnostics.json", report, indent=None)
+        path = self.output_dir / "null_diagnostics.json"
+        write_json(path, {"run_id": self._run_id} | report, indent=None)
         return report
 
     # Experiments
@@ -2752,14 +2858,17 @@ class BHExperimentRunner:
         return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
 
     def _row(self, name: str, config: Config, prompt: Prompt, tokens: int, sample: int) -> dict[str, Any]:
-        """The part of a result row that is known before the experiment."""
-        on_cpu = self.device.type == "cpu"
+        """The part of a result row that is known before the experiment. Only the checkpoint keeps `inputs`:
+        from it a resumed run can say which field of a prompt is another."""
+        on_cpu, inputs = self.device.type == "cpu", input_hashes(prompt)
         return dict.fromkeys(RESULT_COLUMNS) | {
             "config_name": name,
             "sample": sample,
             **{f"prompt_{key}": prompt[key] for key in ("id", "category")},
             "prompt_text": self._text(prompt),
             "document": prompt["document"],
+            "inputs": inputs,
+            "input_hash": fingerprint(inputs),
             "status": "ok",
             **dict.fromkeys(("error", "static_nll", "routing"), ""),
             **{field: config[field] for field in CONFIG_FIELDS},
@@ -2883,9 +2992,19 @@ class BHExperimentRunner:
         again = self._nll(batch, self._log_probabilities(batch)) if repeat else [None] * len(own.rows)
         return [row | {"repeat_reference_nll": nll} for row, nll in zip(own.rows, again, strict=True)]
 
+    def _is_static(self, config: Config, k: int) -> bool:
+        """Whether a resolved configuration is plain Top-k, a point of the static curve, whatever its name."""
+        plain = self._own | {"k": k}
+        return all(config[field] == plain[field] for field in CONFIG_FIELDS)
+
     def _is_own(self, config: Config) -> bool:
         """Whether a resolved configuration is the model's own routing."""
-        return all(config[field] == self._own[field] for field in CONFIG_FIELDS)
+        return self._is_static(config, self._own["k"])
+
+    def _static_widths(self, configs: Configs) -> list[int]:
+        """The k below the model's own that plain Top-K configurations among these run."""
+        widths = range(1, self._own["k"])
+        return [k for k in widths if any(self._is_static(config, k) for config in configs.values())]
 
     def _score_only(
         self, name: str, config: Config, prompts: Sequence[Prompt], tokens: int
@@ -3019,15 +3138,17 @@ class BHExperimentRunner:
         num_samples: int = 1,
         retry_failed: bool = False,
         fail_fast: bool = False,
+        baseline: str | None = None,
     ) -> pd.DataFrame:
         """Run every configuration on every prompt; returns a row each, in that order, and writes the CSV.
 
         Configurations take turns within each prompt, so that a machine that slows down slows all of them
-        alike. With `resume`, what the output folder holds is not run again; without, it is set aside. A
-        failed experiment becomes a row with status "error"; retry_failed tries the earlier ones again,
-        fail_fast stops at the first. num_samples: texts to sample for each prompt. Ctrl-C keeps what is
-        finished and is passed on. Under `accelerate launch` each process runs its share; the first one
-        returns all rows, the others their own.
+        alike. The model's own routing is run as well where it is not among them. With `resume`, what the
+        output folder holds is not run again; without, it is set aside. A failed experiment becomes a row with
+        status "error"; retry_failed tries the earlier ones again, fail_fast stops at the first. num_samples:
+        texts to sample for each prompt. baseline: the configuration that the others will be compared with;
+        refused where it is not one of them. Ctrl-C keeps what is finished and is passed on. Under `accelerate
+        launch` each process runs its share; the first one returns all rows, the others their own.
         """
         prompts = [resolve_prompt(p) for p in (TEST_PROMPTS if test_prompts is None else test_prompts)]
         configs = self._configs(routing_configs)
@@ -3038,39 +3159,84 @@ class BHExperimentRunner:
         if num_samples > 1 and self.sampling is None:
             raise UserError(f"num_samples {num_samples}: greedy texts are all alike; sample with --do-sample")
         check_ids(prompts)
-        self._curve = [k for k in range(1, self.layers[0].own_k) if f"topk_{k}" not in configs]
+        self._check_baseline(baseline, configs)
+        static = self._static_widths(configs)
+        self._curve = [k for k in range(1, self._own["k"]) if k not in static]
         units = self._units(prompts, num_samples)
         self._repeated = {prompt["id"] for prompt in units[0][0]}  # one batch shows it, at little cost
         settings = {**self.settings, "max_new_tokens": max_new_tokens}
-        with self._opened(settings, resume, configs, prompts) as checkpoint:
-            plan = [
-                (name, prompt["id"], sample)
-                for prompt in prompts
-                for sample in range(1 if "token_ids" in prompt else num_samples)
-                for name in configs
-            ]
+        plan = [
+            (name, prompt["id"], sample)
+            for prompt in prompts
+            for sample in range(1 if "token_ids" in prompt else num_samples)
+            for name in configs
+        ]
+        empirical = any(config["p_values"] == "empirical" for config in configs.values())
+        scored = any("token_ids" in prompt or prompt["reference"] for prompt in prompts)
+        with self._opened(settings, resume, configs, prompts, plan) as checkpoint:
+            diagnosed = (_read_json(self.output_dir / "null_diagnostics.json") or {}).get("run_id")
+            self._say_what_was_added(configs, routing_configs)
             done = checkpoint.done(retry_failed)
             pending = sum(key not in done for key in plan)
             logger.info(f"{self!r}: {len(plan)} experiments, {len(plan) - pending} finished already")
             if pending:
                 self._warm_up(configs, units[0], max_new_tokens)
-                if self.processes.rank == 0 and any(c["p_values"] == "empirical" for c in configs.values()):
+            if empirical and scored and diagnosed != self._run_id:
+                self._calibrate_for(configs)  # all processes together
+                if self.processes.rank == 0:
                     self.diagnose(prompts)
             self._run_units(units, configs, max_new_tokens, done, checkpoint, fail_fast)
             rows = self._gather(checkpoint)
             if self.processes.rank > 0:
-                return pd.DataFrame(rows, columns=RESULT_COLUMNS)
+                return pd.DataFrame(rows, columns=RESULT_COLUMNS).assign(run_id=self._run_id)
             return self._finish(checkpoint.rows(plan), configs, {prompt["category"] for prompt in prompts})
+
+    @staticmethod
+    def _check_baseline(baseline: str | None, configs: Configs) -> None:
+        if baseline is not None:
+            _choice("baseline", baseline, tuple(configs))
+
+    @staticmethod
+    def _say_what_was_added(configs: Configs, given: Configs | None) -> None:
+        given = ROUTING_CONFIGS if given is None else given
+        for name in configs:
+            if name not in given:
+                logger.info(
+                    f"{name}, the model's own routing, is run as well: the others are compared with it"
+                )
 
     def _finish(self, rows: Iterable[Row], configs: Configs, categories: set[str]) -> pd.DataFrame:
         """Write results and layer tables to the output folder; returns the results as they were written."""
         tables = LayerTables(configs, [layer.name for layer in self.layers], categories)
         path = self.output_dir / "bh_routing_results.csv"
-        write_results(map(tables.add, rows), path)
-        tables.write(self.output_dir)
+        self._drop_plots_of_another_run(path)
+        rows = self._with_one_static_curve(rows, configs)
+        write_results((tables.add(row) | {"run_id": self._run_id} for row in rows), path)
+        tables.write(self.output_dir, self._run_id)
         frame = read_results(path)
         logger.info(f"{len(frame)} experiments, {int((frame['status'] != 'ok').sum())} failed: {path}")
         return frame
+
+    def _drop_plots_of_another_run(self, results: Path) -> None:
+        """Plots do not say which run they show: those of what `results` holds go, unless it is this run."""
+        with contextlib.suppress(OSError, ValueError):
+            first = pd.read_csv(results, nrows=1, dtype=str)
+            if run_ids(first) != {self._run_id}:
+                for name in PLOTS:
+                    (self.output_dir / "plots" / f"{name}.png").unlink(missing_ok=True)
+
+    def _with_one_static_curve(self, rows: Iterable[Row], configs: Configs) -> Iterator[Row]:
+        """`rows` with each point of the static curve once for each item, whatever else earlier runs into the
+        same folder scored: in the rows of the first configuration that is the model's own routing, without
+        the k that a configuration of this run has rows of its own for."""
+        baseline = next(name for name, config in configs.items() if self._is_own(config))
+        own_rows = set(self._static_widths(configs))
+        for row in rows:
+            if row.get("static_nll"):
+                curve = json.loads(row["static_nll"]) if row["config_name"] == baseline else {}
+                kept = {k: nll for k, nll in curve.items() if int(k) not in own_rows}
+                row = row | {"static_nll": json.dumps(kept) if kept else ""}
+            yield row
 
     def run_tasks(
         self,
@@ -3083,6 +3249,7 @@ class BHExperimentRunner:
         *,
         retry_failed: bool = False,
         fail_fast: bool = False,
+        baseline: str | None = None,
     ) -> pd.DataFrame:
         """Run tasks of lm-evaluation-harness under every configuration; a row for each document of each.
 
@@ -3099,6 +3266,7 @@ class BHExperimentRunner:
         names, configs = list(dict.fromkeys(tasks)), self._configs(routing_configs)
         if not configs or not names:
             raise UserError("a run needs at least one configuration and one task")
+        self._check_baseline(baseline, configs)
         with _harness_seeds(self.device):
             loaded = load_tasks(names, include_path, num_fewshot)
         items = {name: resolve_prompt({"id": name, "text": name, "category": name}) for name in names}
@@ -3106,8 +3274,9 @@ class BHExperimentRunner:
         files = hashlib.sha256(b"".join(path.read_bytes() for path in own)).hexdigest()[:16]
         how = {"lm_eval": lm_eval.__version__, "num_fewshot": num_fewshot, "limit": limit}
         settings = {**self.settings, **how, "task_files": files}
-        with self._opened(settings, resume, configs, list(items.values())) as checkpoint:
-            plan = [(config, name, 0) for name in names for config in configs]
+        plan = [(config, name, 0) for name in names for config in configs]
+        with self._opened(settings, resume, configs, list(items.values()), plan) as checkpoint:
+            self._say_what_was_added(configs, routing_configs)
             done = checkpoint.done(retry_failed)
             pending = [key for key in plan if key not in done]
             logger.info(f"{self!r}: {len(plan)} tasks x configurations, {len(plan) - len(pending)} finished")
@@ -3115,20 +3284,26 @@ class BHExperimentRunner:
                 self._calibrate_for(configs)
                 size = 1 if self.batch_size == "auto" else self.batch_size
                 lm = harness_model(self.model, self.tokenizer, size)
-            for config, name, _ in pending[self.processes.rank :: self.processes.world]:
+            share = pending[self.processes.rank :: self.processes.world]
+            for number, (config, name, _) in enumerate(share, 1):
                 logger.info(f"{name} under {config}")
+                start = time.perf_counter()
                 row = self._run_task(config, configs[config], items[name], loaded[name], lm, limit)
                 checkpoint.append(row)
+                seconds = time.perf_counter() - start
+                logger.debug(f"{number} of {len(share)}: {config} x {name}, {seconds:.2f} s")
                 if fail_fast and row["status"] != "ok":
                     logger.error("stopped at the first failed task, as --fail-fast asks")
                     break
             rows = self._gather(checkpoint)
             if self.processes.rank > 0:
-                return pd.DataFrame(_documents(rows), columns=RESULT_COLUMNS)
+                frame = pd.DataFrame(_documents(rows), columns=RESULT_COLUMNS)
+                return frame.assign(run_id=self._run_id)
             harness: dict[str, dict[str, Any]] = {name: {} for name in configs}
             for row in checkpoint.rows(plan):
                 harness[row["config_name"]][row["prompt_id"]] = row["task_results"]
-            write_json(self.output_dir / TASK_RESULTS, strict_json({**how, "configurations": harness}))
+            results = {"run_id": self._run_id, **how, "configurations": harness}
+            write_json(self.output_dir / TASK_RESULTS, strict_json(results))
             rows = list(_documents(checkpoint.rows(plan)))
             return self._finish(rows, configs, {row["prompt_category"] for row in rows})
 
@@ -3166,6 +3341,7 @@ class BHExperimentRunner:
                     "prompt_category": part,
                     "document": place,
                     "prompt_text": asked if len(asked) <= SHOWN_TEXT else f"... {asked[-SHOWN_TEXT:]}",
+                    "input_hash": fingerprint(repr(sample["arguments"])),
                     "generated_text": answer if isinstance(answer, str) else None,
                     "task_metric": metric,
                     "task_score": score,
@@ -3177,23 +3353,32 @@ class BHExperimentRunner:
 
     @contextlib.contextmanager
     def _opened(
-        self, settings: Mapping[str, Any], resume: bool, configs: Configs, prompts: Sequence[Prompt]
+        self,
+        settings: Mapping[str, Any],
+        resume: bool,
+        configs: Configs,
+        prompts: Sequence[Prompt],
+        plan: Sequence[Key],
     ) -> Iterator[Checkpoint]:
-        """The log, the lock and the checkpoint of a run. Each process has its own file; what an earlier run
-        of any number of processes left is gathered in the first one's beforehand."""
+        """The log, the lock, the id and the checkpoint of a run. Each process has its own file; what an
+        earlier run of any number of processes left is gathered in the first one's beforehand.
+
+        The id follows from all that the results follow from: the same command has the same one.
+        """
         self._restore_original_routing()
         folder, rank = self.output_dir / "checkpoints", self.processes.rank
         main, by_id = folder / "latest_checkpoint.json", {prompt["id"]: prompt for prompt in prompts}
+        inputs = {prompt["id"]: input_hashes(prompt) for prompt in prompts}
         with contextlib.ExitStack() as stack:
             if rank == 0:
                 stack.enter_context(log_to(self.output_dir / "experiment_log.txt"))
                 stack.enter_context(locked(folder))
-                checkpoint = Checkpoint(main, settings, self.checkpoint_interval, resume)
+                if not resume or not any(folder.glob("*.json")):
+                    set_aside(self.output_dir)
+                checkpoint = Checkpoint(main, settings, self.checkpoint_interval)
                 stack.callback(checkpoint.close)
                 self._take_over(checkpoint)
-                for row in checkpoint.rows(list(checkpoint.places)):
-                    if row["config_name"] in configs and row["prompt_id"] in by_id:
-                        self._check_same(row, configs[row["config_name"]], by_id[row["prompt_id"]])
+                self._check_rows(checkpoint, configs, by_id, inputs)
             self.processes.wait()
             if rank > 0:
                 own = folder / f"process_{rank}.json"
@@ -3203,6 +3388,8 @@ class BHExperimentRunner:
                     checkpoint.elsewhere = gathered.places
             self.processes.wait()
             self.checkpoint = checkpoint
+            self._run_id = fingerprint(strict_json([settings, configs, inputs, sorted(plan)]))
+            stack.callback(setattr, self, "_run_id", "")
             yield checkpoint
 
     def _take_over(self, checkpoint: Checkpoint) -> None:
@@ -3220,15 +3407,53 @@ class BHExperimentRunner:
             self._take_over(checkpoint)
         return own
 
-    def _check_same(self, row: Row, config: Config, prompt: Prompt) -> None:
-        """A finished row must be of the same configuration and prompt as what now goes by its names."""
-        wanted = {"prompt_text": self._text(prompt)} | {field: config[field] for field in CONFIG_FIELDS}
-        for column, value in wanted.items():
-            if row.get(column) != value:
+    def _check_rows(
+        self,
+        checkpoint: Checkpoint,
+        configs: Configs,
+        prompts: Mapping[str, Prompt],
+        inputs: Mapping[str, dict[str, str]],
+    ) -> None:
+        """Finished rows must be of the same configurations and prompts as what now goes by their names."""
+        older = 0
+        for row in checkpoint.rows(list(checkpoint.places)):
+            name, prompt_id = row["config_name"], row["prompt_id"]
+            if name in configs and prompt_id in prompts:
+                self._check_configuration(row, configs[name])
+                if "inputs" in row:
+                    before, now = row["inputs"], inputs[prompt_id]
+                else:
+                    older += 1
+                    before, now = self._inputs_that_show(row, prompts[prompt_id])
+                for field in {**before, **now}:
+                    if before.get(field) != now.get(field):
+                        why = f"holds {name} x {prompt_id}, run with another {field} of that prompt"
+                        raise UserError(f"{self.output_dir} {why}; {WAY_OUT}")
+        if older:
+            logger.warning(
+                f"{older} finished experiments are of an older script, which did not note all that was fed "
+                "in: whether their references are the same is seen by their lengths only"
+            )
+
+    def _check_configuration(self, row: Row, config: Config) -> None:
+        for field in CONFIG_FIELDS:
+            known = field in row or config[field] is None  # an older script may not have known the field
+            before = row.get(field) if known else FIELDS[field][0]
+            if before != config[field]:
                 raise UserError(
-                    f"{self.output_dir} holds {row['config_name']} x {prompt['id']} with {column} = "
-                    f"{row.get(column)!r}, now it is {value!r}; {WAY_OUT}"
+                    f"{self.output_dir} holds {row['config_name']} x {row['prompt_id']} with {field} = "
+                    f"{before!r}, now it is {config[field]!r}; {WAY_OUT}"
                 )
+
+    def _inputs_that_show(self, row: Row, prompt: Prompt) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Field -> value, of an older script's row and of a prompt, as far as such a row shows them."""
+        now = {"text": self._text(prompt), "category": prompt["category"], "document": prompt["document"]}
+        columns = {"text": "prompt_text", "category": "prompt_category", "document": "document"}
+        before = {field: row.get(column, now[field]) for field, column in columns.items()}
+        if row["status"] == "ok" and row["sample"] == 0 and "token_ids" not in prompt:
+            before["reference"] = row.get("reference_bytes") or 0
+            now["reference"] = len(prompt["reference"].encode())
+        return before, now
 
     def _calibrate_for(self, configs: Configs) -> None:
         """Calibrate if a configuration needs it; a mistake in what was asked for ends the run here."""
@@ -3264,8 +3489,9 @@ class BHExperimentRunner:
         total = sum(len(prompts) for _, prompts, _ in jobs)
         quiet = None if self.processes.rank == 0 else True  # None: shown on a terminal only
         with tqdm.tqdm(total=total, unit="experiment", disable=quiet) as progress:
-            for name, prompts, sample in jobs:
+            for number, (name, prompts, sample) in enumerate(jobs, 1):
                 progress.set_description(name)
+                start = time.perf_counter()
                 for row in self._run_safely(name, configs[name], prompts, max_new_tokens, sample):
                     if Checkpoint.key(row) in done:
                         continue
@@ -3274,6 +3500,17 @@ class BHExperimentRunner:
                         logger.error("stopped at the first failed experiment, as --fail-fast asks")
                         return
                 progress.update(len(prompts))
+                seconds = time.perf_counter() - start
+                done_now = self._in_words(prompts, sample)
+                logger.debug(f"{number} of {len(jobs)}: {name} x {done_now}, {seconds:.2f} s")
+
+    @staticmethod
+    def _in_words(prompts: Sequence[Prompt], sample: int) -> str:
+        """The items of a unit of work, for the log."""
+        first = prompts[0]["id"]
+        if len(prompts) > 1:
+            return f"{len(prompts)} items from {first} on"
+        return f"{first}, sample {sample}" if sample else first
 
     def _save_checkpoint(self) -> None:
         """Force everything finished so far to the disk."""
@@ -3682,7 +3919,7 @@ def compare_tasks(frame: pd.DataFrame, baseline: str, output_dir: Path) -> list[
             entry |= paired_comparison(*base.align(own["task_score"], join="inner"))
         found[task, name] = entry
     adjust_p_values([entry for entry in found.values() if "p_value" in entry])
-    report = _read_json(output_dir / TASK_RESULTS) if found else None
+    report = _read_json(output_dir / TASK_RESULTS, run_ids(frame)) if found else None
     for name, units in (report or {}).get("configurations", {}).items():
         for task, values in itertools.chain(*(unit.get("results", {}).items() for unit in units.values())):
             metrics = {
@@ -3697,14 +3934,18 @@ def compare_tasks(frame: pd.DataFrame, baseline: str, output_dir: Path) -> list[
     return [{"task": task, "configuration": name, **found[task, name]} for task, name in keys]
 
 
-def read_layer_table(output_dir: Path, name: str) -> pd.DataFrame | None:
-    """layer_statistics or expert_usage of a run, None where the folder has none that can be read."""
+def read_layer_table(output_dir: Path, name: str, runs: set[str] | None = None) -> pd.DataFrame | None:
+    """layer_statistics or expert_usage of a run, None where the folder has none that can be read, or one that
+    is not of `runs`, see `_read_json`."""
     path = output_dir / f"{name}.csv"
     try:
-        frame = pd.read_csv(path, **_EXACT_FLOATS, keep_default_na=False, na_values={"": ""})
+        options = {"keep_default_na": False, "na_values": {"": ""}, "dtype": {"run_id": str}}
+        frame = pd.read_csv(path, **_EXACT_FLOATS, **options)
     except (OSError, ValueError):
         return None
-    numbers = [c for c in frame if c not in ("config_name", "router", "prompt_category")]
+    if runs is not None and runs != run_ids(frame):
+        return None
+    numbers = [c for c in frame if c not in ("config_name", "router", "prompt_category", "run_id")]
     return frame.assign(**{c: pd.to_numeric(frame[c], errors="coerce") for c in numbers})
 
 
@@ -3773,8 +4014,8 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path) -> dict[str, Any]:
             column: paired_comparison(base[column], base[f"repeat_{column}"]) for column in REPEATED
         },
         "tasks": compare_tasks(done, baseline, folder),
-        "null_diagnostics": _read_json(folder / "null_diagnostics.json"),
-        "layers": summarize_layers(read_layer_table(folder, "layer_statistics")),
+        "null_diagnostics": _read_json(folder / "null_diagnostics.json", run_ids(df)),
+        "layers": summarize_layers(read_layer_table(folder, "layer_statistics", run_ids(df))),
     }
     analysis = strict_json(analysis | {"hypotheses": check_hypotheses(analysis)})
     write_json(folder / "analysis_summary.json", analysis)
@@ -4067,8 +4308,9 @@ def create_visualizations(
     for column in ("prompt_category", "task_metric"):  # somebody's words: their dollar signs are no formula
         words = done[column].astype(str).map(_visible).str.replace("$", r"\$", regex=False)
         done = done.assign(**{column: words})
-    tables = {name: read_layer_table(output_dir, name) for name in ("layer_statistics", "expert_usage")}
-    tables["null_diagnostics"] = _read_json(output_dir / "null_diagnostics.json")
+    runs, names = run_ids(df), ("layer_statistics", "expert_usage")
+    tables = {name: read_layer_table(output_dir, name, runs) for name in names}
+    tables["null_diagnostics"] = _read_json(output_dir / "null_diagnostics.json", runs)
     with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
         for name, (draw, _, needed) in PLOTS.items():
             path = output_dir / "plots" / f"{name}.png"

@@ -965,6 +965,7 @@ def test_mini_suite(mock_model, tmp_path):
     assert_same_results(read, frame, list(bh.RESULT_COLUMNS))
     assert read["max_new_tokens"].tolist() == [5] * 6
     stored = pd.DataFrame(rows_in(tmp_path / "checkpoints" / "latest_checkpoint.json"))
+    stored["run_id"] = frame["run_id"]  # a run's, not a row's: a larger run may take the row over
     assert_same_results(stored[list(bh.RESULT_COLUMNS)], frame, list(bh.RESULT_COLUMNS))
 
 
@@ -1034,7 +1035,7 @@ def invented_results(configs=("topk_8", "bh_strict", "bh_loose"), prompts=8):
         row |= {"reference_nll": nll, "reference_tokens": 50, "reference_bytes": 200,
                 "reference_perplexity": 19.0, "reference_avg_experts": experts,
                 "kl_to_baseline": 0.01, "top1_agreement": 0.9, "static_nll": "",
-                "document": f"p{p}"}  # fmt: skip
+                "document": f"p{p}", "run_id": ""}  # fmt: skip
         if name == "topk_8":
             row |= {
                 "repeat_reference_nll": nll,
@@ -1315,8 +1316,8 @@ def rows_in(path):
     return [{key: value for key, value in row.items() if key != "crc32"} for row in rows]
 
 
-def open_checkpoint(path, resume=True, **settings):
-    return bh.Checkpoint(path, {"model": "m", "seed": 0, **settings}, 2, resume)
+def open_checkpoint(path, **settings):
+    return bh.Checkpoint(path, {"model": "m", "seed": 0, **settings}, 2)
 
 
 def filled(path, rows):
@@ -1390,19 +1391,6 @@ def test_foreign_files_are_refused(content, message, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_no_resume_sets_aside(tmp_path):
-    """Earlier results are kept under another name, however quickly runs follow each other."""
-    path = tmp_path / "latest.json"
-    contents = set()
-    for i in range(3):
-        checkpoint = open_checkpoint(path, resume=False)
-        assert not checkpoint.places
-        checkpoint.append(checkpoint_row(i))
-        checkpoint.close()
-        contents.add(path.read_bytes())
-    assert {file.read_bytes() for file in tmp_path.iterdir()} == contents
-
-
 def count_experiments(monkeypatch, tokens, stop_after=None):
     """Count experiments, without warm-up; Ctrl-C in place of the one after `stop_after` of them."""
     real, done = bh.BHExperimentRunner._run, []
@@ -1466,7 +1454,8 @@ def test_finished_work_is_not_run_again(mock_model, tmp_path, monkeypatch, unint
     fresh = mock_runner(mock_model, folder).run_full_experiment_suite(SUITE, PROMPTS, 6, resume=False)
     assert len(done) == 3 + 9
     assert_same_results(fresh, frame)
-    assert len(list((folder / "checkpoints").glob("*.json"))) == 2
+    assert len(list((folder / "checkpoints").glob("*.json"))) == 1
+    assert (folder / "earlier_1" / "checkpoints" / "latest_checkpoint.json").exists()
 
 
 def test_save_checkpoint_by_hand(mock_model, tmp_path):
@@ -1481,7 +1470,7 @@ def test_save_checkpoint_by_hand(mock_model, tmp_path):
     ("change", "message"),
     [({"tokens": 7}, "max_new_tokens is 6 there, 7 here"), ({"seed": 3}, "seed is 0 there, 3 here"),
      ({"configs": {**SUITE, "bh_flat": {**FLAT, "alpha": 0.25}}}, "alpha = 0.5, now it is 0.25"),
-     ({"prompts": [{**PROMPTS[0], "text": "other"}]}, "prompt_text"),
+     ({"prompts": [{**PROMPTS[0], "text": "other"}]}, "topk_8 x one, run with another text"),
      ({"model": "other weights"}, "model is")],
 )  # fmt: skip
 def test_other_runs_results_are_refused(mock_model, tmp_path, uninterrupted, change, message):
@@ -1650,6 +1639,7 @@ def test_embedded_model_adapts(embedded):
     configs = {name: bh.ROUTING_CONFIGS[name] for name in ("bh_strict", "bh_moderate", "bh_loose")}
     frame = embedded.run_full_experiment_suite(configs, bh.TEST_PROMPTS[::5], max_new_tokens=16)
     assert (frame["status"] == "ok").all()
+    frame = frame[frame["config_name"] != "topk_8"]  # what they are compared with
     strict, moderate, loose = frame.groupby("config_name", sort=False)["avg_experts_per_token"].mean()
     assert 1.5 < strict < moderate < loose < 7.8
     assert (frame["floor_frac"] < 0.9).all()
@@ -2403,7 +2393,7 @@ def test_another_process_resumes(mock_model, tmp_path, monkeypatch):
         patch.setattr(bh.BHExperimentRunner, "_run", lambda *_: 1 / 0)
         mock_runner(mock_model, tmp_path).run_full_experiment_suite(SMALL, PROMPTS, 2)
     path = tmp_path / "checkpoints" / "latest_checkpoint.json"
-    for own in (3, 0):  # the second time its share is finished
+    for own in (4, 0):  # the second time its share is finished
         runner, waits = mock_runner(mock_model, tmp_path), itertools.count(1)
 
         def wait(runner=runner, waits=waits):
@@ -2419,7 +2409,7 @@ def test_another_process_resumes(mock_model, tmp_path, monkeypatch):
         assert rows["status"].tolist() == ["ok"] * own
         assert [file.name for file in path.parent.glob("*.json")] == [path.name]
     frame = mock_runner(mock_model, tmp_path).run_full_experiment_suite(SMALL, PROMPTS, 2)
-    assert (frame["status"] == "ok").sum() == 3
+    assert (frame["status"] == "ok").sum() == 4
 
 
 @pytest.mark.parametrize(
@@ -3009,8 +2999,8 @@ def test_signals_full_disk_and_removed_folder(tiny_folder, tmp_path):
     # The second signal can come when the first was dealt with already, or while Python itself winds up.
     assert report["SIGINT twice"]["exit"] in (130, 1, -signal.SIGINT)
     for name, found in report.items():
-        assert (found["again"], found["all"], found["same"]) == (0, 9, True), (name, found)
-        assert found["rows"] == 9 if name == "removed folder" else 1 <= found["rows"] < 9, (name, found)
+        assert (found["again"], found["all"], found["same"]) == (0, 12, True), (name, found)
+        assert found["rows"] == 12 if name == "removed folder" else 1 <= found["rows"] < 12, (name, found)
         assert "Traceback" not in found["errors"] or name == "SIGINT twice", found["errors"]
     assert "same command goes on" in report["SIGINT"]["errors"]
     assert "mend this, then run the same command again" in report["full disk"]["errors"]
@@ -3845,8 +3835,8 @@ def test_tasks_in_batches(task_run, task_folder, tmp_path):
     """Batches change rounding only; padding hides what was routed, so nothing is recorded."""
     frame, *_ = task_run
     runner = task_runner(tmp_path, batch_size=8)
-    batched = runner.run_tasks(["mini_text"], {"topk_1": TASK_CONFIGS["topk_1"]}, include_path=task_folder)
-    one = frame[(frame["prompt_category"] == "mini_text") & (frame["config_name"] == "topk_1")]
+    batched = runner.run_tasks(["mini_text"], TASK_CONFIGS, include_path=task_folder)
+    one = frame[frame["prompt_category"] == "mini_text"]
     assert list(batched["task_score"]) == pytest.approx(list(one["task_score"]), rel=1e-4)
     assert batched["avg_experts_per_token"].isna().all()
     bh.write_report(batched, tmp_path)
@@ -4230,6 +4220,390 @@ def test_text_shared_with_calibration_is_counted(tiny_folder, tmp_path, caplog):
         assert "shares text" not in caplog.text
     saved = json.loads((tmp_path / "one-one" / "null_diagnostics.json").read_text())
     assert saved["n_shared_tokens"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 16. What belongs to a run: its identity, its files, what an older script left
+# ---------------------------------------------------------------------------------------------------------
+
+TESTDATA = HERE / "testdata"
+SCORED_PROMPTS = [
+    {**prompt, "reference": f"and {word} on the way home"}
+    for prompt, word in zip(PROMPTS, ("snow", "rain", "sun"), strict=True)
+]
+WINDOWS = [
+    {"id": f"w{n}", "text": "", "document": "file", "token_ids": list(range(6 + n, 18 + n))} for n in range(3)
+]
+TOP_8 = {"topk_8": {"method": "topk", "k": 8}}
+
+
+def run_suite(model, folder, configs=CONFIGS, prompts=SCORED_PROMPTS, tokens=2, **options):
+    return mock_runner(model, folder).run_full_experiment_suite(configs, prompts, tokens, **options)
+
+
+def test_every_field_and_argument_is_classified():
+    """A new field of a prompt or argument of a run must be said to be part of the identity, or not to be."""
+    whole = bh.resolve_prompt({"text": "x", "token_ids": [1, 2]})
+    tree, read = ast.parse(Path(bh.__file__).read_text(encoding="utf-8")), set()
+    for node in ast.walk(tree):  # prompt["field"], wherever the script reads one
+        owner = ast.unparse(node.value) if isinstance(node, ast.Subscript) else ""
+        if owner in ("prompt", "prompts[0]") and isinstance(node.slice, ast.Constant):
+            read.add(node.slice.value)
+    assert {"reference", "token_ids"} <= read
+    assert set(bh.PROMPT_IDENTITY) == {*bh.PROMPT_FIELDS, *whole, *read}
+    runner = bh.BHExperimentRunner
+    calls = (runner.__init__, runner.run_full_experiment_suite, runner.run_tasks)
+    arguments = {name for call in calls for name in inspect.signature(call).parameters} - {"self"}
+    assert set(bh.RUN_IDENTITY) == arguments
+
+
+def test_settings_hold_what_is_classified_as_theirs(mock_model, tmp_path):
+    """Each entry that an argument is classified to be held by is there, and each entry holds an argument."""
+    entries = set(bh.RUN_IDENTITY.values()) - {bh.ROWS, bh.NOTHING}
+    run_suite(mock_model, tmp_path, prompts=PROMPTS[:1])
+    head = (tmp_path / "checkpoints" / "latest_checkpoint.json").read_text().splitlines()[1]
+    of_suite = set(json.loads(head.removeprefix('"settings": ').rstrip(",")))
+    of_tasks = {"num_fewshot", "limit", "task_files"}  # see test_tasks_resume_after_ctrl_c
+    assert entries == of_suite | of_tasks
+
+
+CHANGES = {
+    "text": {"text": "another boat on the river"},
+    "reference": {"reference": "and snow on the way back"},
+    "category": {"category": "other"},
+    "document": {"document": "other"},
+    "token_ids": {"token_ids": [*range(6, 17), 500]},  # the tokenizer decodes it as before
+}
+
+
+@pytest.mark.parametrize("field", [field for field, counts in bh.PROMPT_IDENTITY.items() if counts])
+def test_another_input_is_refused(field, mock_model, tmp_path):
+    """A folder whose rows come of another input is refused, naming configuration, prompt and field."""
+    prompts = WINDOWS if field == "token_ids" else SCORED_PROMPTS
+    run_suite(mock_model, tmp_path, prompts=prompts)
+    path = tmp_path / "checkpoints" / "latest_checkpoint.json"
+    before = path.read_bytes()
+    changed = [prompts[0] | CHANGES[field], *prompts[1:]]
+    more = CONFIGS | {"bh_third": {**FLAT, "alpha": 0.1}}
+    message = f"topk_8 x {prompts[0]['id']}, run with another {field} of that prompt; choose another --output"
+    with pytest.raises(bh.UserError, match=message):
+        run_suite(mock_model, tmp_path, more, changed)
+    assert path.read_bytes() == before
+    described = [prompt | {"description": "new words"} for prompt in prompts]
+    assert len(run_suite(mock_model, tmp_path, more, described)) == 9
+
+
+def test_a_taken_away_reference_is_refused(mock_model, tmp_path):
+    run_suite(mock_model, tmp_path)
+    with pytest.raises(bh.UserError, match="topk_8 x one, run with another reference"):
+        run_suite(mock_model, tmp_path, prompts=PROMPTS)
+
+
+def test_another_tokenizer_is_refused(mock_model, tmp_path, monkeypatch):
+    """The same weights with other token ids are another run."""
+    run_suite(mock_model, tmp_path)
+    real = MockTokenizer.__call__
+
+    def shifted(self, text, **options):
+        return real(self, f"begin {text}", **options)
+
+    monkeypatch.setattr(MockTokenizer, "__call__", shifted)
+    with pytest.raises(bh.UserError, match="tokenizer is"):
+        run_suite(mock_model, tmp_path)
+
+
+def test_rows_carry_a_hash_of_their_input(mock_model, tmp_path):
+    """16 hex digits, the same for what is fed the same, another for any other field."""
+    runner = mock_runner(mock_model, tmp_path)
+    prompts = [
+        SCORED_PROMPTS[0],
+        *(SCORED_PROMPTS[0] | change for field, change in CHANGES.items() if field != "token_ids"),
+    ]
+    rows = [runner.run_single_experiment("bh_flat", FLAT, prompt, 1) for prompt in prompts]
+    hashes = [row["input_hash"] for row in rows]
+    assert all(re.fullmatch("[0-9a-f]{16}", value) for value in hashes)
+    assert len(set(hashes)) == len(prompts)
+    again = runner.run_single_experiment(
+        "topk_8", TOP_8["topk_8"], SCORED_PROMPTS[0] | {"description": "x"}, 2
+    )
+    assert again["input_hash"] == hashes[0]
+
+
+def files_below(folder):
+    return {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+
+
+def test_no_resume_sets_everything_aside(mock_model, tmp_path, monkeypatch):
+    """After a run of two processes that was killed: nothing of it is taken over, whatever the settings; its
+    files are together in one folder, the log and the calibration stay, and nobody else's file is touched."""
+    only_plots(monkeypatch, "avg_experts_comparison")
+    configs = CONFIGS | {"bh": EMPIRICAL}
+    bh.write_report(run_suite(mock_model, tmp_path, configs), tmp_path)
+    checkpoint = tmp_path / "checkpoints" / "latest_checkpoint.json"
+    lines = checkpoint.read_text().splitlines(keepends=True)  # the second one's rows are in its own file
+    own = "".join(lines[:3]) + lines[-2] + lines[-1]
+    (checkpoint.parent / "process_1.json").write_text(own)
+    (tmp_path / "notes.txt").write_text("mine")
+    before = {name: path.read_bytes() for name, path in files_below(tmp_path).items()}
+    stay = {"experiment_log.txt", "calibration.safetensors", "notes.txt", "checkpoints/.lock"}
+    assert stay <= set(before)
+    for number, tokens in ((1, 3), (2, 2)):  # with other settings, then with the first ones again
+        frame = run_suite(mock_model, tmp_path, configs, SCORED_PROMPTS[:1], tokens, resume=False)
+        assert (len(frame), set(frame["prompt_id"])) == (3, {"one"})
+        assert len(rows_in(checkpoint)) == 3
+        assert (tmp_path / f"earlier_{number}" / "checkpoints" / "latest_checkpoint.json").exists()
+    aside = {name: path.read_bytes() for name, path in files_below(tmp_path / "earlier_1").items()}
+    assert aside == {name: content for name, content in before.items() if name not in stay}
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not list((tmp_path / "plots").glob("*"))
+
+
+@pytest.mark.parametrize("name", ["latest_checkpoint", "process_1"])
+def test_no_message_advises_what_was_given(name, tiny_folder, tmp_path, monkeypatch, capsys):
+    """With --no-resume no file of an earlier run can stop a run, and none makes it advise --no-resume."""
+    only_plots(monkeypatch)
+    monkeypatch.setattr(bh, "TEST_PROMPTS", PROMPTS[:1])
+    options = ["--max-tokens", 2, "--configs", "topk_8", "--no-resume"]
+    for content in ("hello", '{"schema": 2,\n"settings": {"model": "other"},\n"results": [\n]}\n'):
+        path = tmp_path / "checkpoints" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        assert cli(tiny_folder, tmp_path, *options) == 0
+        assert "or --no-resume" not in capsys.readouterr().err
+    assert not (path.parent / "process_1.json").exists()
+
+
+def test_results_whose_checkpoint_is_gone_are_set_aside(mock_model, tmp_path):
+    """A run that begins anew leaves no side file of the earlier one beside its own."""
+    run_suite(mock_model, tmp_path, CONFIGS | {"bh": EMPIRICAL})
+    shutil.rmtree(tmp_path / "checkpoints")
+    run_suite(mock_model, tmp_path, CONFIGS, PROMPTS[:1])
+    assert not (tmp_path / "null_diagnostics.json").exists()
+    assert (tmp_path / "earlier_1" / "null_diagnostics.json").exists()
+    assert len(bh.read_results(tmp_path / "earlier_1" / "bh_routing_results.csv")) == 9
+
+
+# Results of the first command with `--prompts testdata/prompts.json --configs topk_8,bh_loose --max-tokens 4
+# --dtype float32`, written by the script at these commits.
+OLDER = ["92f8b74", "6894e3a"]
+OLD_CONFIGS = {name: bh.ROUTING_CONFIGS[name] for name in ("topk_8", "bh_loose")}
+
+
+@pytest.mark.parametrize("commit", OLDER)
+def test_older_results_are_read(commit, tmp_path):
+    """What an older script did not know is empty; the rest is analysed, its side files with it."""
+    shutil.copytree(TESTDATA / commit, tmp_path, dirs_exist_ok=True)
+    frame = bh.read_results(tmp_path / "bh_routing_results.csv")
+    assert list(frame) == list(bh.RESULT_COLUMNS)
+    assert (frame[["input_hash", "run_id"]] == "").all(axis=None)
+    assert frame["task_score"].isna().all()
+    with (TESTDATA / commit / "bh_routing_results.csv").open(encoding="utf-8", newline="") as file:
+        for written, row in zip(csv.DictReader(file), frame.to_dict("records"), strict=True):
+            assert written["generated_text"] == row["generated_text"]
+            assert float(written["reference_nll"]) == row["reference_nll"]
+    analysis = bh.analyze_results(frame, tmp_path)
+    assert analysis["n_experiments"] == 4
+    assert analysis["null_diagnostics"]["n_tokens"] > 0
+    assert set(analysis["layers"]) == set(OLD_CONFIGS)
+
+
+def test_the_example_is_read():
+    frame = bh.read_results(HERE / "results" / "example" / "bh_routing_results.csv")
+    assert list(frame) == list(bh.RESULT_COLUMNS)
+    assert len(frame) == 60
+
+
+def test_what_is_no_results_table_is_refused(tmp_path):
+    path = tmp_path / "bh_routing_results.csv"
+    path.write_text("config_name,prompt_id\ntopk_8,one\n")
+    with pytest.raises(bh.UserError, match="is not a results CSV of this script: it lacks status"):
+        bh.read_results(path)
+
+
+@pytest.fixture(scope="module")
+def float32_runner(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("float32")
+    return bh.BHExperimentRunner(str(EMBEDDED), folder, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("commit", OLDER)
+def test_changes_since_an_older_checkpoint_are_refused(commit, float32_runner, tmp_path):
+    """A changed category, text or length of a reference, or a changed setting."""
+    shutil.copytree(TESTDATA / commit, tmp_path, dirs_exist_ok=True)
+    float32_runner.output_dir = tmp_path
+    prompts = bh.load_prompts(TESTDATA / "prompts.json")
+    path = tmp_path / "checkpoints" / "latest_checkpoint.json"
+    before = path.read_bytes()
+    for field in ("text", "category", "reference"):
+        changed = [prompts[0] | {field: prompts[0][field] + "s"}, prompts[1]]
+        with pytest.raises(bh.UserError, match=f"topk_8 x cat, run with another {field} of that prompt"):
+            float32_runner.run_full_experiment_suite(OLD_CONFIGS, changed, 4)
+        assert path.read_bytes() == before
+    with pytest.raises(bh.UserError, match="max_new_tokens is 4 there, 5 here"):
+        float32_runner.run_full_experiment_suite(OLD_CONFIGS, prompts, 5)
+
+
+@pytest.mark.parametrize("commit", OLDER)
+def test_older_checkpoints_are_resumed(commit, float32_runner, tmp_path, caplog):
+    """Their rows are kept and counted, what they lack is empty, and what they do not show is said."""
+    shutil.copytree(TESTDATA / commit, tmp_path, dirs_exist_ok=True)
+    float32_runner.output_dir = tmp_path
+    prompts = bh.load_prompts(TESTDATA / "prompts.json")
+    old = rows_in(tmp_path / "checkpoints" / "latest_checkpoint.json")
+    frame = float32_runner.run_full_experiment_suite(OLD_CONFIGS | {"bh_flat": FLAT}, prompts, 4)
+    assert "4 finished experiments are of an older script" in caplog.text
+    assert (frame["status"] == "ok").all()
+    kept = frame[frame["config_name"] != "bh_flat"]
+    assert kept["reference_nll"].tolist() == [row["reference_nll"] for row in old]
+    assert (kept["input_hash"] == "").all()
+    new = frame[frame["config_name"] == "bh_flat"]
+    assert (new["input_hash"] != "").all()
+    assert set(bh.read_layer_table(tmp_path, "layer_statistics")["config_name"]) == set(frame["config_name"])
+
+
+def test_side_files_of_another_run_are_ignored(mock_model, tmp_path, monkeypatch):
+    """Diagnostics and layer tables go into the report of the run that wrote them only."""
+    only_plots(monkeypatch, "layer_profile", "null_calibration")
+    configs = CONFIGS | {"bh": EMPIRICAL}
+    long = run_suite(mock_model, tmp_path / "long", configs)
+    short = run_suite(mock_model, tmp_path / "short", configs, PROMPTS[:1])  # nothing to be scored
+    assert bh.analyze_results(long, tmp_path / "long")["null_diagnostics"] is not None
+    assert {path.stem for path in bh.create_visualizations(long, tmp_path / "long")} == set(bh.PLOTS)
+    for name in ("null_diagnostics.json", "layer_statistics.csv", "expert_usage.csv"):
+        shutil.copy(tmp_path / "long" / name, tmp_path / "short")
+    analysis = bh.write_report(short, tmp_path / "short")
+    assert (analysis["null_diagnostics"], analysis["layers"]) == (None, {})
+    assert "of the scored text" not in (tmp_path / "short" / "REPORT.md").read_text()
+    assert not list((tmp_path / "short" / "plots").glob("*.png"))
+    # Files without an id belong to results without one, and to no others.
+    assert bh.analyze_results(long.assign(run_id=""), tmp_path / "long")["layers"] == {}
+    for path in (tmp_path / "long").glob("*.csv"):
+        if path.stem != "bh_routing_results":
+            pd.read_csv(path).drop(columns="run_id").to_csv(path, index=False)
+    path = tmp_path / "long" / "null_diagnostics.json"
+    content = json.loads(path.read_text())
+    del content["run_id"]
+    bh.write_json(path, content)
+    analysis = bh.analyze_results(long, tmp_path / "long")
+    assert (analysis["null_diagnostics"], analysis["layers"]) == (None, {})
+    analysis = bh.analyze_results(long.drop(columns="run_id"), tmp_path / "long")
+    assert analysis["null_diagnostics"]["n_tokens"] == content["n_tokens"]
+    assert set(analysis["layers"]) == set(configs)
+
+
+def test_side_files_follow_a_run_that_grows_or_shrinks(mock_model, tmp_path):
+    """Whatever part of what a folder holds is asked for, the files beside the results are of that part."""
+    configs = CONFIGS | {"bh": EMPIRICAL}
+    seen = set()
+    for asked, prompts in (
+        (configs, SCORED_PROMPTS[:2]),
+        (configs | {"bh_2": FLAT}, SCORED_PROMPTS),
+        (configs, SCORED_PROMPTS),
+    ):
+        (tmp_path / "plots").mkdir(exist_ok=True)
+        (tmp_path / "plots" / "avg_experts_comparison.png").write_text("of the run before")
+        frame = run_suite(mock_model, tmp_path, asked, prompts)
+        [run_id] = set(frame["run_id"])
+        seen.add(run_id)
+        assert json.loads((tmp_path / "null_diagnostics.json").read_text())["run_id"] == run_id
+        table = bh.read_layer_table(tmp_path, "layer_statistics", {run_id})
+        assert set(table["config_name"]) == set(asked)
+        assert bh.read_layer_table(tmp_path, "expert_usage", {run_id}) is not None
+        assert not (tmp_path / "plots" / "avg_experts_comparison.png").exists()
+    assert len(seen) == 3
+    again = run_suite(mock_model, tmp_path, configs, SCORED_PROMPTS)
+    pd.testing.assert_frame_equal(again, frame)
+
+
+def test_the_models_own_routing_is_always_run(mock_model, tmp_path, caplog):
+    """Where no configuration does what the model does, one is added, under a name that is free."""
+    frame = run_suite(mock_model, tmp_path / "a", {"bh_flat": FLAT}, SCORED_PROMPTS[:1])
+    assert frame["config_name"].tolist() == ["topk_8", "bh_flat"]
+    assert (
+        "topk_8, the model's own routing, is run as well" in (tmp_path / "a/experiment_log.txt").read_text()
+    )
+    own = frame.iloc[0]
+    assert list(json.loads(own["static_nll"])) == [str(k) for k in range(1, 8)]
+    assert frame["kl_to_baseline"].tolist()[0] == 0
+    taken = {"topk_8": {"method": "topk", "k": 4}, "own_topk": FLAT}
+    frame = run_suite(mock_model, tmp_path / "b", taken, SCORED_PROMPTS[:1])
+    assert frame["config_name"].tolist() == ["own_topk_2", "topk_8", "own_topk"]
+    assert frame["k"].tolist()[:2] == [8, 4]
+    frame = run_suite(
+        mock_model, tmp_path / "c", {"mine": TOP_8["topk_8"], "bh_flat": FLAT}, SCORED_PROMPTS[:1]
+    )
+    assert frame["config_name"].tolist() == ["mine", "bh_flat"]  # by what it does, not by its name
+    with pytest.raises(bh.UserError, match="at least one configuration"):
+        run_suite(mock_model, tmp_path / "d", {})
+
+
+def test_the_static_curve_leaves_out_what_plain_top_k_runs(mock_model, tmp_path):
+    """Whatever its name: `topk_4` that is another rule takes nothing from the curve, `my4` does."""
+    others = {"topk_4": FLAT, "topk_5": {"method": "topk", "k": 5, "renormalize": "sum"}}
+    frame = run_suite(
+        mock_model, tmp_path, TOP_8 | others | {"my3": {"method": "topk", "k": 3}}, SCORED_PROMPTS[:1]
+    )
+    curve = json.loads(frame["static_nll"][0])
+    assert list(curve) == ["1", "2", "4", "5", "6", "7"]
+
+
+def test_the_static_curve_has_each_point_once(mock_model, tmp_path):
+    """Also when a static configuration joins a finished run, or two are the model's own routing."""
+    four = {"topk_4": {"method": "topk", "k": 4}}
+    first = run_suite(mock_model, tmp_path, TOP_8 | {"bh_flat": FLAT})
+    scored = json.loads(first["static_nll"][0])
+    frame = run_suite(mock_model, tmp_path, TOP_8 | four | {"bh_flat": FLAT, "my8": TOP_8["topk_8"]})
+    rows = frame[frame["prompt_id"] == "one"].set_index("config_name")
+    assert list(json.loads(rows["static_nll"]["topk_8"])) == ["1", "2", "3", "5", "6", "7"]
+    assert rows["reference_nll"]["topk_4"] == scored["4"]
+    assert rows["static_nll"]["my8"] == ""
+    verdict = bh.analyze_results(frame, tmp_path)["verdict"]
+    assert verdict["bh_flat"]["delta_nll"] is not None
+
+
+def test_an_unknown_baseline_is_refused(mock_model, tmp_path):
+    with pytest.raises(bh.UserError, match="unknown baseline 'topk_9'.*Available: topk_8, bh_flat"):
+        run_suite(mock_model, tmp_path, {"bh_flat": FLAT}, baseline="topk_9")
+    assert not (tmp_path / "checkpoints").exists()
+    assert len(run_suite(mock_model, tmp_path, {"bh_flat": FLAT}, SCORED_PROMPTS[:1], baseline="topk_8")) == 2
+
+
+def test_the_log_tells_how_far_a_run_is(mock_model, tmp_path, capsys):
+    """A line for each finished experiment or batch, in the log only."""
+    console = bh._ConsoleHandler(logging.INFO)
+    bh.logger.addHandler(console)
+    try:
+        run_suite(mock_model, tmp_path / "a", prompts=SCORED_PROMPTS[:2])
+        run_suite(mock_model, tmp_path / "b", prompts=WINDOWS)
+    finally:
+        bh.logger.removeHandler(console)
+    pattern = r"DEBUG (\d+ of \d+: .*), \d+\.\d\d s$"
+    lines = [re.findall(pattern, (tmp_path / f / "experiment_log.txt").read_text(), re.M) for f in "ab"]
+    assert lines[0] == [
+        f"{n} of 4: {name} x {item}"
+        for n, (item, name) in enumerate(itertools.product(("one", "two"), CONFIGS), 1)
+    ]
+    assert lines[1] == [f"{n} of 2: {name} x 3 items from w0 on" for n, name in enumerate(CONFIGS, 1)]
+    assert "of 4: " not in capsys.readouterr().err
+
+
+def test_tasks_add_the_models_own_routing(task_folder, tmp_path):
+    """Of tasks too: the baseline is run, the side file has the run's id, the log tells how far it is."""
+    runner = bh.BHExperimentRunner(str(EMBEDDED), tmp_path, device="cpu", dtype="float32")
+    one = {"topk_1": bh.SUITES["all"]["topk_1"]}
+    with pytest.raises(bh.UserError, match="unknown baseline 'topk_2'"):
+        runner.run_tasks(["mini_text"], one, limit=2, include_path=task_folder, baseline="topk_2")
+    frame = runner.run_tasks(["mini_text"], one, limit=2, include_path=task_folder)
+    assert frame["config_name"].unique().tolist() == ["topk_8", "topk_1"]
+    assert frame.groupby("prompt_id")["input_hash"].nunique().eq(1).all()
+    assert frame["input_hash"].nunique() == 2
+    saved = json.loads((tmp_path / bh.TASK_RESULTS).read_text())
+    assert {saved["run_id"]} == set(frame["run_id"])
+    assert "DEBUG 2 of 2: topk_1 x mini_text, " in (tmp_path / "experiment_log.txt").read_text()
+    tasks = bh.analyze_results(frame, tmp_path)["tasks"]
+    assert any("harness" in row for row in tasks)
+    bh.write_json(tmp_path / bh.TASK_RESULTS, saved | {"run_id": "another"})
+    assert not any("harness" in row for row in bh.analyze_results(frame, tmp_path)["tasks"])
 
 
 if __name__ == "__main__":

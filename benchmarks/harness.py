@@ -232,7 +232,7 @@ def _row(number: int) -> dict[str, Any]:
 
 def _checkpoint(folder: str, rows: int) -> bh.Checkpoint:
     path = Path(folder) / f"{rows}.json"
-    checkpoint = bh.Checkpoint(path, {"model": "none"}, bh.DEFAULT_CHECKPOINT_INTERVAL, resume=True)
+    checkpoint = bh.Checkpoint(path, {"model": "none"}, bh.DEFAULT_CHECKPOINT_INTERVAL)
     checkpoint.sync = lambda: None  # while it is filled
     for number in range(rows):
         checkpoint.append(_row(number))
@@ -269,7 +269,7 @@ def resume(scale: float) -> None:
         spent = []
         for _ in range(3):
             start = time.perf_counter()
-            bh.Checkpoint(path, {"model": "none"}, bh.DEFAULT_CHECKPOINT_INTERVAL, resume=True).close()
+            bh.Checkpoint(path, {"model": "none"}, bh.DEFAULT_CHECKPOINT_INTERVAL).close()
             spent.append(time.perf_counter() - start)
         size = path.stat().st_size
     print_header("results in the checkpoint", "size, MB", "opened in, s")
