@@ -4545,7 +4545,7 @@ def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], outp
     first, base, by_config = done.iloc[0], analysis["baseline"], analysis["summary_by_config"]
     minutes = done["inference_time_sec"].sum() / 60
     machine = f"{_show(first, 'dtype')} on {_show(first, 'device')}"
-    documents, generated = done["document"].nunique(), done["inference_time_sec"].notna().any()
+    documents, generated = item_documents(done).nunique(), done["inference_time_sec"].notna().any()
     amount = f"scored text of {documents} documents, nothing generated"
     if generated:
         tokens = _show(first, "max_new_tokens", ".0f")

@@ -3930,29 +3930,33 @@ def test_report_says_where_intervals_hold(tmp_path):
         assert (f"as few as {prompts})" in report) is told
 
 
-def test_shuffled_counts_are_claimed_by_the_adjusted_p_value():
-    """Without effect the sentence claims something in about 5 %; an interval alone is no claim."""
-    frame = simulated(1, n=12)
+def with_shuffled(frame, differences):
+    """`frame` of `simulated` and, for each list of differences [n], a shuffled `bh` that differs by it."""
     frame = frame.assign(**dict.fromkeys(set(bh.CONFIG_FIELDS) - set(frame))).assign(shuffle=False)
     twin = frame[frame["config_name"] == "bh"]
-    random, claims = np.random.default_rng(0), 0
-    for _ in range(300):
-        other = twin["reference_nll"] + random.normal(0, 0.01, len(twin))
-        shuffled = twin.assign(config_name="bh_shuffled", shuffle=True, reference_nll=other)
-        effects = bh.shuffle_effects(pd.concat([frame, shuffled], ignore_index=True))
-        effect = effects["bh_shuffled"]
-        (sentence,) = bh._shuffle_sentences({"shuffle_effects": effects})
-        claimed = "not shown to differ" not in sentence
-        assert claimed == effect["significant"] == (effect["p_value_adjusted"] < 0.05)
-        claims += claimed
-    assert claims <= 300 * 0.05 + 3 * math.sqrt(300 * 0.05 * 0.95)
-    many = [
-        twin.assign(config_name=f"shuffled_{i}", shuffle=True, reference_nll=twin["reference_nll"] + noise)
-        for i, noise in enumerate(random.normal(0.002, 0.01, (6, 12)))
+    nlls = [twin["reference_nll"] + difference for difference in differences]
+    shuffled = [
+        twin.assign(config_name=f"shuffled_{i}", shuffle=True, reference_nll=nll)
+        for i, nll in enumerate(nlls)
     ]
-    effects = list(bh.shuffle_effects(pd.concat([frame, *many], ignore_index=True)).values())
-    adjusted = stats.false_discovery_control([effect["p_value"] for effect in effects])
-    assert [effect["p_value_adjusted"] for effect in effects] == pytest.approx(adjusted.tolist())
+    return pd.concat([frame, *shuffled], ignore_index=True)
+
+
+@pytest.mark.parametrize("n", [3, 12])
+def test_shuffled_counts_are_claimed_by_the_adjusted_p_value(n):
+    """Without effect the sentence claims something in about 5 %; an interval alone is no claim."""
+    random, claims = np.random.default_rng(0), 0
+    for difference in random.normal(0, 0.01, (200, n)):
+        effects = bh.shuffle_effects(with_shuffled(simulated(1, n=n), [difference]))
+        (sentence,) = bh._shuffle_sentences({"shuffle_effects": effects})
+        claims += ": worse, " in sentence or ": better, " in sentence
+    assert claims <= 200 * 0.05 + 3 * math.sqrt(200 * 0.05 * 0.95)
+    effects = bh.shuffle_effects(with_shuffled(simulated(1, n=n), random.normal(0.006, 0.01, (8, n))))
+    adjusted = stats.false_discovery_control([effect["p_value"] for effect in effects.values()])
+    sentences = bh._shuffle_sentences({"shuffle_effects": effects})
+    for effect, p_value, sentence in zip(effects.values(), adjusted, sentences, strict=True):
+        assert effect["p_value_adjusted"] == pytest.approx(p_value)
+        assert effect["significant"] == (p_value < 0.05) == ("not shown to differ" not in sentence)
 
 
 def test_windows_of_a_document_are_no_independent_units(tmp_path):
@@ -4001,8 +4005,31 @@ def test_static_topk_under_any_name_is_the_curve():
     # Twice the same: both are the curve.
     twice = pd.concat([frame, renamed(frame[frame["config_name"] == "topk_4"], topk_4="again")])
     found = bh.quality_verdicts(twice.reset_index(drop=True), "topk_5")
-    assert found["again"] == expected["topk_4"]
+    assert found["again"] == found["topk_4"] == expected["topk_4"]
     assert found["bh"]["delta_nll"] == expected["bh"]["delta_nll"]
+
+
+def test_static_topk_beside_the_curve_that_rows_carry(tmp_path):
+    """A Top-4 of another name is the curve's point, and is not compared with itself."""
+    frame = invented_results(("topk_8", "bh_strict"), 12)
+    own = frame["config_name"] == "topk_8"
+    own_4 = frame[own]["static_nll"].map(lambda curve: json.loads(curve)["4"])
+    my4 = frame[own].assign(config_name="my4", k=4, static_nll="", reference_nll=own_4)
+    my4 = my4.assign(
+        reference_avg_experts=4.0,
+        avg_experts_per_token=4.0,
+        repeat_reference_nll=math.nan,
+        repeat_inference_time_sec=math.nan,
+    )
+    expected = bh.analyze_results(frame, tmp_path)["verdict"]
+    both = pd.concat([frame, my4], ignore_index=True)
+    analysis = bh.analyze_results(both, tmp_path)
+    assert analysis["verdict"]["my4"]["verdict"] is None
+    assert "topk_4" not in analysis["verdict"]
+    assert analysis["verdict"]["bh_strict"]["delta_nll"] == pytest.approx(expected["bh_strict"]["delta_nll"])
+    report = bh.generate_markdown_report(both, analysis, tmp_path / "REPORT.md").read_text()
+    assert "`my4` ran" not in report
+    assert report.count("choose another") == 0
 
 
 def test_a_rule_named_like_a_static_one_is_a_rule(tmp_path):
