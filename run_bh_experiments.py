@@ -10,6 +10,10 @@
 #     "matplotlib>=3.9",
 #     "seaborn>=0.13.2",
 #     "tqdm>=4.66",
+#     "jinja2>=3.1",
+#     "numpy>=1.26",
+#     "safetensors>=0.8",
+#     "filelock>=3.12",
 # ]
 # ///
 """Can a token use fewer experts? Benjamini-Hochberg (BH) against Top-K routing, measured.
@@ -32,19 +36,19 @@ with static Top-K at the same compute, and reported.
     frame = runner.run_full_experiment_suite(max_new_tokens=50)
 
 Contents, in reading order
-    1   Settings and routing configurations      what is varied
-    2   Prompts                                  what is fed in
-    3   Nulls                                    score -> p-value -> table of critical scores
-    4   Selection                                scores or p-values -> how many experts
-    5   Routers                                  found in a model, and understood by what they do
-    6   The seam                                 routers patched, experts skipped, all recorded and restored
-    7   Calibration                              nulls, knobs and diagnostics from text
-    8   Checkpoints                              nothing finished is lost
-    9   Results                                  rows -> CSV files
-    10  The machine                              device, model, log, lock, processes
-    11  Downstream tasks                         what lm-evaluation-harness asks, document by document
-    12  BHExperimentRunner                       configurations x prompts -> rows
-    13  Analysis                                 rows -> paired tests, verdicts at equal compute
+    1   Settings                   what can be varied: suites of configurations
+    2   Prompts and texts          what is fed in
+    3   Nulls                      score -> p-value -> critical scores
+    4   Rules                      how many of a token's ranked experts run
+    5   Routers                    found in a model, and understood by what they do
+    6   The seam                   routers patched, experts skipped, all recorded and restored
+    7   Calibration                nulls, knobs and diagnostics from text
+    8   Tables                     what a row holds
+    9   Checkpoints                nothing finished is lost
+    10  The machine                device, model, log, lock, processes
+    11  Measuring                  generation, scores of text, scores of tasks
+    12  BHExperimentRunner         configurations x prompts and texts -> rows
+    13  Analysis                   rows -> paired tests, verdicts at equal compute
     14  Figures
     15  Report
     16  Command line
@@ -74,12 +78,13 @@ import errno
 import functools
 import hashlib
 import importlib
-import inspect
+import importlib.util
 import io
 import itertools
 import json
 import logging
 import math
+import numbers
 import os
 import platform
 import random
@@ -93,11 +98,11 @@ import threading
 import time
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import filelock
 import numpy as np
@@ -118,9 +123,15 @@ class _Lazy:
         return getattr(importlib.import_module(self._name), name)
 
 
-accelerate, tqdm, transformers = _Lazy("accelerate"), _Lazy("tqdm.auto"), _Lazy("transformers")
-optimize, special, stats = _Lazy("scipy.optimize"), _Lazy("scipy.special"), _Lazy("scipy.stats")
-plt, sns = _Lazy("matplotlib.pyplot"), _Lazy("seaborn")
+accelerate = _Lazy("accelerate")
+jinja2 = _Lazy("jinja2")
+optimize = _Lazy("scipy.optimize")
+plt = _Lazy("matplotlib.pyplot")
+sns = _Lazy("seaborn")
+special = _Lazy("scipy.special")
+stats = _Lazy("scipy.stats")
+tqdm = _Lazy("tqdm.auto")
+transformers = _Lazy("transformers")
 logger = logging.getLogger("bh_experiments")
 Config = Prompt = Row = Mapping[str, Any]  # a routing configuration, a prompt, a row of the results
 Configs = Mapping[str, Config]  # by name
@@ -137,8 +148,13 @@ def _first_line(error: BaseException) -> str:
 
 def _visible(text: str) -> str:
     """`text` on one line, with control and direction characters shown as escapes: nothing hides in it."""
-    hidden, category = ("Cc", "Cf", "Cs", "Zl", "Zp"), unicodedata.category
-    return "".join(c.encode("unicode_escape").decode() if category(c) in hidden else c for c in text)
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in hidden
+        else character
+        for character in text
+    )
 
 
 def strict_json(value: Any) -> Any:
@@ -180,22 +196,81 @@ def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -
     write_whole(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
-def _read_json(path: Path, runs: set[str] | None = None) -> dict[str, Any] | None:
-    """What a run left in its folder beside the results; None where there is nothing that can be read.
-
-    runs: the ids of the results' runs, see `run_ids`; what is not of just that run is not read.
-    """
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that a run left; empty where there is none that can be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    if not isinstance(content, dict) or (runs is not None and runs != {str(content.get("run_id", ""))}):
-        return None
-    return content
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def fingerprint(content: Any) -> str:
+    """16 hex digits that name a piece of plain data."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+LARGEST_SEED = 2**63 - 1  # what a column of whole numbers can hold
+
+
+def _is_whole_number(value: Any, least: int) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
+
+
+def check_least(name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int; UserError unless it is a whole number of at least `least`."""
+    if not _is_whole_number(value, least):
+        raise UserError(f"{name} {value!r}: it must be a whole number of at least {least}")
+    return int(value)
+
+
+def check_seed(name: str, value: Any) -> int:
+    """`value` as an int; UserError unless torch, numpy and the columns of a table can all hold it."""
+    if not _is_whole_number(value, 0) or value > LARGEST_SEED:
+        raise UserError(f"{name} {value!r}: it must be a whole number from 0 to {LARGEST_SEED}")
+    return int(value)
+
+
+def check_name(name: str, kind: str = "configuration") -> None:
+    """Names go into tables and plots as they are: raises UserError for one that could break them."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]{1,64}", name, re.ASCII):
+        raise UserError(f"{kind} name {name!r}: it must be 1 to 64 letters, digits, or any of _ . + -")
+
+
+def _choice(what: str, value: Any, allowed: Sequence[str]) -> Any:
+    """`value` if it is one of `allowed`, else a UserError that suggests the nearest."""
+    if value in allowed:
+        return value
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f' Did you mean "{near[0]}"?' if near else ""
+    raise UserError(f"unknown {what} {value!r}.{hint} Available: {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a measured quantity is named in tables and tests: title, unit ("" for none) and digits."""
+
+    title: str
+    unit: str
+    digits: int
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its name, type (str, int, float or bool) and meaning, in the words of the manual.
+
+    clock: it may differ when the same command is run again. metric: configurations are compared by it.
+    """
+
+    name: str
+    kind: type
+    words: str
+    clock: bool = False
+    metric: Metric | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 1. Settings and routing configurations
+# 1. Settings: what can be varied
 # ---------------------------------------------------------------------------------------------------------
 
 DEFAULT_MODEL = "allenai/OLMoE-1B-7B-0924"
@@ -203,7 +278,6 @@ DEFAULT_OUTPUT = "./results"
 DEFAULT_MAX_TOKENS = 50
 DEFAULT_CHECKPOINT_INTERVAL = 5
 DEFAULT_SEED = 0
-LARGEST_SEED = 2**63 - 1  # what a column of whole numbers can hold
 DEFAULT_WINDOW = 256
 DEFAULT_LIMIT = 100  # rows of a data set that become prompts
 CALIBRATION_SEQUENCES = 32  # sequences of calibration text ...
@@ -211,17 +285,8 @@ CALIBRATION_LENGTH = 128  # ... and tokens in each; the first position of each i
 SIGNIFICANCE_LEVEL = 0.05  # for the tests in the report; unrelated to a configuration's alpha
 BASELINE = "topk_8"
 
-# Every rule but "topk" decides how many of the ranked experts run, per token and layer, from min_k to max_k.
-# method       "topk": the best k, always. "bh": as many as the Benjamini-Hochberg step-up rejects.
-#              "by": the same with Benjamini-Yekutieli's correction, valid under any dependence.
-#              "top_p": as few as reach gate mass `p`. "min_p": gate at least `ratio` of the best gate.
-#              "threshold": gate at least `threshold`.
-# alpha        false-discovery-rate level of the step-up
-# temperature  router logits are divided by it before the softmax that gives the scores (not the weights)
-# p_values     the null behind the p-values, see section 3: "empirical", "flat" or "softmax"
-# shuffle      permute the counts over the tokens of a forward pass: a control for *which* token gets many
-# renormalize  what kept weights sum to: "model" its own convention, "none" left as they are, "sum" 1,
-#              "topk_mass" the sum of the model's own Top-K
+# A configuration names a rule, its `method`, and values of the fields that this rule takes; section 4
+# declares both. Any number may be a list, one value for each MoE layer.
 _BH = {"method": "bh", "temperature": 1.0, "min_k": 1, "max_k": 8, "p_values": "empirical"}
 ROUTING_CONFIGS: dict[str, dict[str, Any]] = {
     "topk_8": {"method": "topk", "k": 8, "description": "Fixed Top-K, the baseline: the model's own K"},
@@ -263,126 +328,8 @@ def suites() -> dict[str, dict[str, dict[str, Any]]]:
     }
 
 
-P_VALUES = ("empirical", "flat", "softmax")
-RENORMALIZE = ("model", "none", "sum", "topk_mass")
-_ANY = ("temperature", "min_k", "max_k", "shuffle", "renormalize")
-STEP_UP = ("bh", "by")  # the methods that take a null
-METHODS = {  # method -> the fields it takes; the first is the knob that moves its mean number of experts
-    "topk": ("k", "renormalize"),
-    "bh": ("alpha", "p_values", *_ANY),
-    "by": ("alpha", "p_values", *_ANY),
-    "top_p": ("p", *_ANY),
-    "min_p": ("ratio", *_ANY),
-    "threshold": ("threshold", *_ANY),
-}
-
-
-def _plain(value: Any) -> Any:
-    """`value`, as Python's own number where it is one of numpy's, so that it can be written as JSON."""
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _is_count(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_share(value: Any) -> bool:
-    return not isinstance(value, bool) and 0 < value <= 1
-
-
-def check_least(what: str, value: Any, least: int = 1) -> int:
-    """`value` as an int; UserError unless it is a whole number of at least `least`."""
-    value = _plain(value)
-    if not _is_count(value, least):
-        raise UserError(f"{what} {value!r}: it must be a whole number of at least {least}")
-    return value
-
-
-def check_seed(what: str, value: Any) -> int:
-    """`value` as an int; UserError unless torch, numpy and the columns of a table can all hold it."""
-    value = _plain(value)
-    if not _is_count(value, 0) or value > LARGEST_SEED:
-        raise UserError(f"{what} {value!r}: it must be a whole number from 0 to {LARGEST_SEED}")
-    return value
-
-
-@dataclass(frozen=True)
-class Field:
-    """A field of a routing configuration."""
-
-    default: Any
-    is_valid: Callable[[Any], bool]
-    allowed: str  # what is valid, in words
-    search: tuple[float, float] | None = None  # of a knob: where --match-experts looks, on a log scale
-
-
-FIELDS = {
-    "k": Field(8, _is_count, "a whole number of at least 1"),
-    # The empirical null sets a lower end of its own: the smallest alpha at which anything is rejected.
-    "alpha": Field(0.05, _is_share, "a number in (0, 1]", search=(1e-6, 1.0)),
-    "p": Field(0.5, _is_share, "a number in (0, 1]", search=(1e-6, 1.0)),
-    "ratio": Field(0.2, _is_share, "a number in (0, 1]", search=(1e-6, 1.0)),
-    "threshold": Field(0.03, _is_share, "a number in (0, 1]", search=(1e-6, 1.0)),
-    "temperature": Field(1.0, lambda value: 0 < value < math.inf, "a number above 0"),
-    "min_k": Field(1, _is_count, "a whole number of at least 1"),
-    "max_k": Field(8, _is_count, "a whole number of at least 1"),
-    "p_values": Field("empirical", P_VALUES.__contains__, f"one of {', '.join(P_VALUES)}"),
-    "shuffle": Field(False, lambda value: isinstance(value, bool), "true or false"),
-    "renormalize": Field("model", RENORMALIZE.__contains__, f"one of {', '.join(RENORMALIZE)}"),
-}
-CONFIG_FIELDS = ("method", *FIELDS)
-
-
-def _choice(what: str, value: Any, allowed: Sequence[str]) -> Any:
-    """`value` if it is one of `allowed`, else a UserError that suggests the nearest."""
-    if value in allowed:
-        return value
-    near = difflib.get_close_matches(str(value), allowed, n=1)
-    hint = f' Did you mean "{near[0]}"?' if near else ""
-    raise UserError(f"unknown {what} {value!r}.{hint} Available: {', '.join(allowed)}")
-
-
-def check_name(name: str) -> None:
-    """Names go into tables and plots as they are: raises UserError for one that could break them."""
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]{1,64}", name, re.ASCII):
-        raise UserError(f"configuration name {name!r}: it must be 1 to 64 letters, digits, or any of _ . + -")
-
-
-def resolve_config(name: str, config: Config) -> dict[str, Any]:
-    """A routing configuration with its defaults filled in and its values checked.
-
-    Returns a dict with exactly CONFIG_FIELDS (None where the method has no such field) and `description`.
-    Raises UserError naming configuration, field, value and what is allowed.
-    """
-    check_name(name)
-    what = f"configuration {name!r}"
-    given = {field: _plain(value) for field, value in config.items() if value is not None}
-    method = _choice(f"method in {what}", given.pop("method", None), tuple(METHODS))
-    full = {"method": method, **dict.fromkeys(FIELDS), "description": given.pop("description", "")}
-    takes = METHODS[method]
-    if unknown := sorted(set(given) - set(takes)):
-        why = f"does not apply to method {method!r}, which takes {', '.join(takes)}"
-        raise UserError(f"{what}: {', '.join(unknown)} {why}")
-    for field in takes:
-        value = full[field] = given.get(field, FIELDS[field].default)
-        try:
-            accepted = FIELDS[field].is_valid(value)
-        except TypeError:
-            accepted = False
-        if not accepted:
-            raise UserError(f"{what}: {field} = {value!r}, but it must be {FIELDS[field].allowed}")
-    if (full["min_k"] or 0) > (full["max_k"] or math.inf):
-        raise UserError(f"{what}: min_k = {full['min_k']} is above max_k = {full['max_k']}")
-    return full
-
-
-def is_plain_topk(config: Mapping[str, Any]) -> bool:
-    """Whether a resolved configuration, or a row with its fields, is static Top-K as the model has it."""
-    return config["method"] == "topk" and config["renormalize"] == "model"
-
-
 # ---------------------------------------------------------------------------------------------------------
-# 2. Prompts
+# 2. Prompts and texts: what is fed in
 # ---------------------------------------------------------------------------------------------------------
 
 # Each prompt carries a continuation written for this script, so that quality can be scored on text that no
@@ -473,32 +420,41 @@ TEST_PROMPTS: list[dict[str, str]] = [
     dict(zip(("id", "category", "description", "text", "reference"), row, strict=True)) for row in _PROMPTS
 ]
 
-
 PROMPT_FIELDS = ("id", "text", "category", "description", "reference")
+# Which of them, and of a text's, a finished row depends on; every field is classified, or a test fails.
+PROMPT_IDENTITY: dict[str, bool] = {
+    "id": False,  # names the row
+    "text": True,
+    "category": True,
+    "description": False,  # for the reader of the prompts only
+    "reference": False,  # not of what is generated; a row of TextItem says so itself
+}
 
 
-def resolve_prompt(prompt: Prompt) -> dict[str, Any]:
-    """A prompt with all its fields; only `text` is needed. Raises UserError where that is missing.
+def input_hashes(prompt: Prompt) -> dict[str, str]:
+    """Field -> hash, for each field of a resolved prompt that its generated rows depend on."""
+    return {field: fingerprint(prompt[field]) for field, counts in PROMPT_IDENTITY.items() if counts}
 
-    `document` groups the items of one text (an item is its own document otherwise), and `token_ids`, a list
-    or array of integers, is scored as it is, the first being context only, and nothing is generated: see
-    `text_windows`.
-    """
-    text, name = prompt.get("text"), f"prompt {prompt.get('id', dict(prompt))!r:.80}"
-    if not isinstance(text, str) or not (text.strip() or "token_ids" in prompt):
+
+def resolve_prompt(prompt: Prompt) -> dict[str, str]:
+    """A prompt with exactly PROMPT_FIELDS; only `text` is needed. Raises UserError where that is missing."""
+    text = prompt.get("text")
+    name = f"prompt {prompt.get('id', dict(prompt))!r:.80}"
+    if not isinstance(text, str) or not text.strip():
         raise UserError(f"{name} has no text: it needs a non-empty string under 'text'")
+    unknown = sorted(set(prompt) - set(PROMPT_FIELDS))
+    if unknown:
+        raise UserError(
+            f"{name}: unknown {', '.join(map(repr, unknown))}; it takes {', '.join(PROMPT_FIELDS)}"
+        )
     digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
-    full = {"id": f"prompt_{digest[:12]}", "category": "none", "description": "", "reference": "", **prompt}
+    defaults = {"id": f"prompt_{digest[:12]}", "category": "none", "description": "", "reference": ""}
+    resolved = defaults | dict(prompt)
     for field in PROMPT_FIELDS:
-        if not isinstance(full[field], str) or re.search("[\ud800-\udfff]", full[field]):
+        value = resolved[field]
+        if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
             raise UserError(f"{name}: {field} must be a string, without half a character (a surrogate)")
-    if "token_ids" in full:
-        with contextlib.suppress(TypeError, ValueError, RuntimeError):  # those are refused below
-            full["token_ids"] = torch.as_tensor(full["token_ids"])
-        ids = full["token_ids"]
-        if not isinstance(ids, Tensor) or ids.ndim != 1 or len(ids) < 2 or ids.is_floating_point():
-            raise UserError(f"{name}: token_ids must be a list of at least 2 whole numbers")
-    return {"document": full["id"], **full}
+    return {field: resolved[field] for field in PROMPT_FIELDS}
 
 
 def _read_text(path: Path, option: str) -> str:
@@ -512,48 +468,111 @@ def _read_text(path: Path, option: str) -> str:
     return text
 
 
-def check_ids(prompts: Sequence[Prompt]) -> None:
+def check_ids(ids: Sequence[str]) -> None:
     """Results are paired by id: raises UserError for one that occurs twice."""
-    [(name, times)] = collections.Counter(prompt["id"] for prompt in prompts).most_common(1)
-    if times > 1:
-        raise UserError(f"prompt ids must differ, but {name!r} occurs {times} times")
+    for name, times in collections.Counter(ids).most_common(1):
+        if times > 1:
+            raise UserError(f"ids must differ, but {name!r} occurs {times} times")
 
 
-def load_prompts(path: Path) -> list[dict[str, Any]]:
+PROMPT_FILES = (".txt", ".jsonl", ".json", ".csv")
+
+
+def _prompt_entries(text: str, suffix: str) -> list[Any]:
+    """What the entries of a prompt file are, not yet checked. ValueError where it is not of its kind."""
+    if suffix == ".csv":
+        table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
+        return [{key: value for key, value in row.items() if value} for row in table.to_dict("records")]
+    if suffix == ".json":
+        entries = json.loads(text)
+        return entries if isinstance(entries, list) else []
+    # Not `splitlines`, which also cuts at characters that may stand inside a text, such as U+2028.
+    lines = [line for line in text.split("\n") if line.strip()]
+    return [{"text": line} if suffix == ".txt" else json.loads(line) for line in lines]
+
+
+def load_prompts(path: Path) -> list[dict[str, str]]:
     """Prompts from a file: .txt (one a line), .jsonl, .json (a list) or .csv, with PROMPT_FIELDS as keys.
 
     Raises UserError naming file and entry for what is not a prompt, and for ids that occur twice.
     """
-    text, suffix = _read_text(path, "--prompts"), path.suffix.lower()
-    _choice("kind of --prompts file", suffix, (".txt", ".jsonl", ".json", ".csv"))
-    # Not `splitlines`, which also cuts at characters that may stand inside a text, such as U+2028.
-    lines = [line for line in text.split("\n") if line.strip()]
+    suffix = path.suffix.lower()
+    _choice("kind of --prompts file", suffix, PROMPT_FILES)
+    text = _read_text(path, "--prompts")
     try:
-        if suffix == ".csv":
-            rows = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False).to_dict("records")
-            rows = [{key: value for key, value in row.items() if value} for row in rows]
-        elif suffix == ".json":
-            rows = json.loads(text)
-        else:
-            rows = [{"text": line} if suffix == ".txt" else json.loads(line) for line in lines]
+        entries = _prompt_entries(text, suffix)
     except (ValueError, RecursionError) as error:
         raise UserError(f"--prompts {path}: not valid {suffix[1:]}: {error}") from error
-    if not isinstance(rows, list) or not rows:
+    if not entries:
         raise UserError(f"--prompts {path}: it must hold a list of prompts")
     prompts = []
-    for number, row in enumerate(rows, 1):
+    for number, entry in enumerate(entries, 1):
         try:
-            if not isinstance(row, dict):
-                raise UserError(f"it is {type(row).__name__}, not an object with 'text'")
-            prompts.append(resolve_prompt({k: row[k] for k in PROMPT_FIELDS if row.get(k) is not None}))
+            if not isinstance(entry, dict):
+                raise UserError(f"it is {type(entry).__name__}, not an object with 'text'")
+            given = {field: entry[field] for field in PROMPT_FIELDS if entry.get(field) is not None}
+            prompts.append(resolve_prompt(given))
         except UserError as error:
             raise UserError(f"--prompts {path}, entry {number}: {error}") from error
-    check_ids(prompts)
+    check_ids([prompt["id"] for prompt in prompts])
     return prompts
 
 
 DATASET_FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SHUFFLE_BUFFER = 10_000  # rows held at a time when rows are drawn at random
+
+
+def _dataset_source(dataset: str) -> tuple[str, tuple[str, ...], dict[str, str]]:
+    """The name of a data set, and the arguments with which `datasets.load_dataset` finds it."""
+    path = Path(dataset)
+    if path.is_file():
+        builder = DATASET_FILES[_choice("kind of --dataset file", path.suffix.lower(), tuple(DATASET_FILES))]
+        return path.name, (builder,), {"data_files": str(path)}
+    if path.exists():
+        return path.name or dataset, (dataset,), {}
+    return dataset, tuple(dataset.split(":", 1)), {}
+
+
+def _dataset_rows(
+    dataset: str, split: str | None, limit: int, random_seed: int | None
+) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
+    """The split that was read, and (number, row) of the rows taken."""
+    import datasets
+
+    _, source, files = _dataset_source(dataset)
+    try:
+        splits = datasets.load_dataset(*source, **files, streaming=True)
+        if split is None:
+            split = "train" if "train" in splits or len(splits) > 1 else next(iter(splits))
+            option = f"default --split of {dataset}"
+        else:
+            option = f"--split of {dataset}"
+        rows = splits[_choice(option, split, tuple(splits))]
+        # Numbered before they are shuffled: a row keeps its number, whichever rows are drawn.
+        columns = rows.column_names
+        rows = rows.map(lambda row, n: {"row": row, "number": n}, with_indices=True, remove_columns=columns)
+        if random_seed is not None:
+            rows = rows.shuffle(seed=random_seed, buffer_size=SHUFFLE_BUFFER)
+        return split, [(item["number"], item["row"]) for item in rows.take(limit)]
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        way_out = "(give a local file or folder of csv, json, jsonl or parquet, or a data set of the hub)"
+        raise UserError(f"--dataset {dataset} cannot be read: {_first_line(error)} {way_out}") from error
+
+
+def _only_text_column(dataset: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The column that holds the texts: "text" where there is one, else the only column of strings."""
+    columns = tuple(rows[0])
+    if "text" in columns:
+        return "text"
+    of_strings = [
+        column for column in columns if {type(row.get(column)) for row in rows} in ({str}, {str, type(None)})
+    ]
+    if len(of_strings) != 1:
+        why = f'has no column "text" and {len(of_strings)} columns of strings: choose one with --text-column'
+        raise UserError(f"--dataset {dataset} {why}. Available: {', '.join(columns)}")
+    return of_strings[0]
 
 
 def load_dataset_prompts(
@@ -572,53 +591,68 @@ def load_dataset_prompts(
     the rows at random instead, from a buffer of SHUFFLE_BUFFER rows, so uniformly if there are no more. Ids
     are NAME-ROW, whatever is drawn. Rows without text are left out. Raises UserError.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("--dataset needs the datasets library: pip install datasets") from None
-
-    what, path = f"--dataset {dataset}", Path(dataset)
-    name, source, files = path.name or dataset, (dataset,), {}
-    if path.is_file():
-        source = (DATASET_FILES[_choice("kind of --dataset file", path.suffix.lower(), (*DATASET_FILES,))],)
-        files = {"data_files": str(path)}
-    elif not path.exists():
-        name, source = dataset, tuple(dataset.split(":", 1))
-    try:
-        splits = datasets.load_dataset(*source, **files, streaming=True)
-        which = f"{'' if split else 'default '}--split of {dataset}"
-        split = split or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
-        rows = splits[_choice(which, split, tuple(splits))]
-        old = rows.column_names
-        rows = rows.map(lambda row, n: {"row": row, "number": n}, with_indices=True, remove_columns=old)
-        if random_seed is not None:
-            rows = rows.shuffle(seed=random_seed, buffer_size=SHUFFLE_BUFFER)
-        taken = [(item["number"], item["row"]) for item in rows.take(limit)]
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        way_out = "(give a local file or folder of csv, json, jsonl or parquet, or a data set of the hub)"
-        raise UserError(f"{what} cannot be read: {_first_line(error)} {way_out}") from error
-    columns, words = tuple(taken[0][1]) if taken else (), ({str}, {str, type(None)})
-    strings = [c for c in columns if {type(row.get(c)) for _, row in taken} in words]
-    text_column = text_column or ("text" if "text" in columns else strings[0] if len(strings) == 1 else None)
-    if taken and text_column is None:
-        why = f'has no column "text" and {len(strings)} columns of strings: choose one with --text-column'
-        raise UserError(f"{what} {why}. Available: {', '.join(columns)}")
-    fields = {"text": text_column, "category": category_column, "reference": reference_column}
-    for field, column in fields.items():
-        if taken and column is not None:
-            _choice(f"--{field}-column", column, columns)
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError("--dataset needs the datasets library: pip install datasets")
+    split, taken = _dataset_rows(dataset, split, limit, random_seed)
+    if not taken:
+        raise UserError(f"--dataset {dataset}, split {split}: none of 0 rows has a text")
+    rows = [row for _, row in taken]
+    for field, column in (
+        ("text", text_column),
+        ("category", category_column),
+        ("reference", reference_column),
+    ):
+        if column is not None:
+            _choice(f"--{field}-column", column, tuple(rows[0]))
+    columns = {
+        "text": text_column or _only_text_column(dataset, rows),
+        "category": category_column,
+        "reference": reference_column,
+    }
+    name, _, _ = _dataset_source(dataset)
     prompts = []
     for number, row in taken:
-        if isinstance(row.get(text_column), str) and row[text_column].strip():
-            given = {field: str(row[c]) for field, c in fields.items() if row.get(c) is not None}
+        text = row.get(columns["text"])
+        if isinstance(text, str) and text.strip():
+            given = {
+                field: str(row[column]) for field, column in columns.items() if row.get(column) is not None
+            }
             prompts.append(resolve_prompt({"id": f"{name}-{number}", "category": name, **given}))
     if not prompts:
-        raise UserError(f"{what}, split {split}: none of {len(taken)} rows has a text")
-    if missing := len(taken) - len(prompts):
-        logger.warning(f"{what}: {missing} of {len(taken)} rows have no text in column {text_column!r}")
+        raise UserError(f"--dataset {dataset}, split {split}: none of {len(taken)} rows has a text")
+    missing = len(taken) - len(prompts)
+    if missing:
+        column = columns["text"]
+        logger.warning(
+            f"--dataset {dataset}: {missing} of {len(taken)} rows have no text in column {column!r}"
+        )
     return prompts
+
+
+@dataclass(frozen=True)
+class TextItem:
+    """A text to be scored: the first `context` tokens are given, the others are predicted."""
+
+    id: str
+    document: str  # what it was cut from
+    category: str
+    token_ids: np.ndarray  # int32 [S]
+    context: int
+    num_bytes: int  # of the predicted text, in UTF-8
+    inputs: dict[str, str]  # field -> hash, of everything that its scores depend on
+
+    def __post_init__(self) -> None:
+        """Takes any list of token ids. UserError where there is nothing given, or nothing to predict."""
+        ids = np.array(None)
+        with contextlib.suppress(ValueError):  # lists of different lengths: refused below
+            ids = np.asarray(self.token_ids)
+        is_list = ids.ndim == 1 and len(ids) >= 2 and np.issubdtype(ids.dtype, np.integer)
+        if not is_list or ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
+            raise UserError(f"text {self.id!r}: token_ids must be a list of at least 2 whole numbers")
+        if not 1 <= self.context < len(ids):
+            allowed = f"it must be 1 to {len(ids) - 1}"
+            raise UserError(f"text {self.id!r}: context = {self.context}, but {allowed}")
+        object.__setattr__(self, "token_ids", ids.astype(np.int32))
 
 
 def start_token(tokenizer: Any) -> int:
@@ -626,36 +660,79 @@ def start_token(tokenizer: Any) -> int:
     return next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 
-def text_windows(paths: Sequence[Path], tokenizer: Any, window: int) -> list[dict[str, Any]]:
-    """Plain text files, or folders of .txt files, cut into items of `window` tokens to be scored.
+def reference_items(prompts: Sequence[Prompt], tokenizer: Any) -> list[TextItem]:
+    """The references of resolved prompts, each to be scored after its prompt; a document of its own."""
+    items = []
+    for prompt in prompts:
+        reference = prompt["reference"]
+        if reference:
+            given = tokenizer(prompt["text"], verbose=False)["input_ids"]
+            predicted = tokenizer(reference, add_special_tokens=False, verbose=False)["input_ids"]
+            if not given or not predicted:
+                logger.warning(f"prompt {prompt['id']!r} or its reference has no tokens: it is not scored")
+                continue
+            items.append(
+                TextItem(
+                    id=prompt["id"],
+                    document=prompt["id"],
+                    category=prompt["category"],
+                    token_ids=np.array([*given, *predicted], dtype=np.int32),
+                    context=len(given),
+                    num_bytes=len(reference.encode()),
+                    inputs={field: fingerprint(prompt[field]) for field in ("text", "category", "reference")},
+                )
+            )
+    return items
+
+
+def _text_files(paths: Sequence[Path]) -> list[tuple[str, Path]]:
+    """(name, file) of each text file: those given, and the .txt files of the folders given."""
+    files = []
+    for path in paths:
+        if not path.is_dir():
+            files.append((path.name, path))
+            continue
+        inside = sorted(path.rglob("*.txt"))
+        if not inside:
+            raise UserError(f"--text {path}: the folder holds no .txt file")
+        files += [(str(file.relative_to(path)), file) for file in inside]
+    return files
+
+
+def text_windows(paths: Sequence[Path], tokenizer: Any, window: int) -> list[TextItem]:
+    """Plain text files, or folders of .txt files, cut into windows of `window` tokens to be scored.
 
     Each file is a document. Every token is scored once, with the one before its window as first context (the
     end-of-text token at the start): the windows of lm-evaluation-harness's rolling log-likelihood. A last
-    window shorter than half is left out. Their `text` stays empty: the tokens hold it in less memory.
+    window shorter than half is left out.
     """
-    files = []  # (file, name)
-    for path in paths:
-        found = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-        if not found:
-            raise UserError(f"--text {path}: the folder holds no .txt file")
-        files += [(file, str(file.relative_to(path)) if path.is_dir() else file.name) for file in found]
     items = []
-    for file, name in files:
+    for name, file in _text_files(paths):
         tokens = tokenizer(_read_text(file, "--text"), add_special_tokens=False, verbose=False)["input_ids"]
         tokens = np.array([start_token(tokenizer), *tokens], dtype=np.int32)
         for first in range(1, len(tokens), window):
             part = tokens[first - 1 : first + window]
             if len(part) > max(1, window // 2):
-                item = {"id": f"{name}:{first - 1}", "text": "", "category": "text", "document": name}
-                items.append(resolve_prompt(item | {"token_ids": part}))
+                inputs = {"token_ids": fingerprint(part.tolist()), "document": fingerprint(name)}
+                items.append(
+                    TextItem(
+                        id=f"{name}:{first - 1}",
+                        document=name,
+                        category="text",
+                        token_ids=part,
+                        context=1,
+                        num_bytes=len(tokenizer.decode(part[1:]).encode()),
+                        inputs=inputs,
+                    )
+                )
     if not items:
         raise UserError(f"--text: no file has {window // 2} tokens, half a window of {window}")
-    check_ids(items)
+    check_ids([item.id for item in items])
     return items
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 3. Nulls: score -> p-value -> table of critical scores
+# 3. Nulls: score -> p-value -> critical scores
 # ---------------------------------------------------------------------------------------------------------
 #
 # A null says how large the score of an irrelevant expert may be by chance. Each null gives p-values for
@@ -683,6 +760,9 @@ class FlatNull:
 
     num_experts: int
 
+    def smallest_alpha(self, num_experts: int) -> float:
+        return 0.0
+
     def p_values(self, scores: Tensor) -> Tensor:
         """[..., E] scores -> [..., E] p-values in float64."""
         if self.num_experts == 1:  # Beta(1, 0): the only expert always has q = 1
@@ -705,6 +785,9 @@ class SoftmaxNull:
     """
 
     num_experts: int
+
+    def smallest_alpha(self, num_experts: int) -> float:
+        return 0.0
 
     def p_values(self, scores: Tensor) -> Tensor:
         """[..., E] scores -> [..., E] values in float64."""
@@ -754,14 +837,195 @@ class EmpiricalNull:
 
 Null = FlatNull | SoftmaxNull | EmpiricalNull
 
+
+class Calibration:
+    """What the unpatched routers did on calibration text: the source of the empirical nulls.
+
+    logits [L, N, E] float32 and own [L, N, K] int16, the experts that the model chose, for N tokens. Both
+    are kept, and not the scores, so that one forward pass serves every temperature.
+    """
+
+    def __init__(self, logits: Tensor, own: Tensor):
+        self.logits = logits
+        self.own = own
+        self._nulls: dict[tuple[int, float], EmpiricalNull] = {}
+
+    def scores(self, layer_index: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """Scores [N, E] of one layer, and bool [N, E]: which pairs lie outside the model's own Top-K."""
+        scores = gate_scores(self.logits[layer_index], temperature)
+        everywhere = torch.ones_like(scores, dtype=torch.bool)
+        return scores, everywhere.scatter(1, self.own[layer_index].long(), False)
+
+    def null(self, layer_index: int, temperature: float) -> EmpiricalNull:
+        """The null of one layer: the scores of its irrelevant pairs. Built once: every patch asks for it."""
+        key = (layer_index, temperature)
+        if key not in self._nulls:
+            scores, outside = self.scores(layer_index, temperature)
+            self._nulls[key] = EmpiricalNull(scores[outside])
+        return self._nulls[key]
+
+    def save(self, path: Path, about: Mapping[str, Any]) -> None:
+        """Write as safetensors, whole or not at all, together with what it was made from."""
+        about = {"about": json.dumps(about)}
+        with replacing(path) as part:
+            try:
+                safetensors.torch.save_file({"logits": self.logits, "own": self.own}, part, metadata=about)
+            except safetensors.SafetensorError as error:  # such as a full disk
+                raise OSError(errno.EIO, str(error)) from error
+
+    @classmethod
+    def load(cls, path: Path, about: Mapping[str, Any]) -> Calibration | None:
+        """The calibration saved at `path` if it was made from exactly `about`, else None."""
+        if not path.exists():
+            return None
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                if json.loads((file.metadata() or {}).get("about", "null")) == about:
+                    return cls(file.get_tensor("logits"), file.get_tensor("own"))
+        except (OSError, safetensors.SafetensorError, ValueError) as error:
+            logger.warning(f"{path} is not readable ({error}); calibrating again")
+        return None
+
+
+@dataclass(frozen=True)
+class NullKind:
+    """A null that a configuration can name: its p-value and assumption in words, and how it is made.
+
+    make: (calibration, layer index, temperature, E) -> the null of a layer.
+    """
+
+    p_value: str
+    assumption: str
+    make: Callable[[Calibration | None, int, float, int], Null]
+
+
+def _empirical_null(
+    calibration: Calibration | None, layer_index: int, temperature: float, num_experts: int
+) -> Null:
+    if calibration is None:
+        raise UserError('p_values "empirical" needs calibration=calibrate(model, tokenizer); "flat" does not')
+    return calibration.null(layer_index, temperature)
+
+
+NULLS = {
+    "empirical": NullKind(
+        "(1 + number of null scores >= s) / (n0 + 1), per layer",
+        "the null scores are those of all (token, expert) pairs *outside the model's own Top-K* on "
+        "calibration text; a tested irrelevant score is exchangeable with them. Needs n0 + 1 >= E / alpha",
+        _empirical_null,
+    ),
+    "flat": NullKind(
+        "(1 - q)^(E - 1)",
+        "the gates are uniform on the simplex (flat Dirichlet, so each is Beta(1, E - 1)). Closed form, no "
+        "data; strict",
+        lambda calibration, layer_index, temperature, num_experts: FlatNull(num_experts),
+    ),
+    "softmax": NullKind(
+        "1 - q",
+        "none that holds. p_(k) >= 1 - 1/k for any logits, so BH always returns `min_k`. For the record: an "
+        "earlier attempt used it",
+        lambda calibration, layer_index, temperature, num_experts: SoftmaxNull(num_experts),
+    ),
+}
+
 # ---------------------------------------------------------------------------------------------------------
-# 4. Selection: scores or p-values -> how many experts
+# 4. Rules: how many of a token's ranked experts run
 # ---------------------------------------------------------------------------------------------------------
+#
+# A rule is declared once, by `register_rule`: its name, its knob, where it was published, and a pure function
+# of the gates. Configurations, JSON files, --match-experts, the report and the manual know it from there.
+
+
+def _plain_number(value: Any) -> Any:
+    """A number of numpy's as Python's own; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a routing configuration: its type, default, what is valid (test and words), and meaning.
+
+    A number may be given as a list as well, one for each MoE layer, from layer 0 on.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    is_valid: Callable[[Any], bool]
+    allowed: str
+    words: str
+
+    @property
+    def varies_by_layer(self) -> bool:
+        return self.kind in (int, float)
+
+    def parse(self, value: Any) -> Any:
+        """`value` as plain Python, numpy's numbers too. ValueError where it is not valid for one layer."""
+        if isinstance(value, list):  # of layers
+            value = [_plain_number(item) for item in value]
+        value = _plain_number(value)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if self.kind is float and is_number:
+            value = float(value)
+        elif not isinstance(value, self.kind) or (self.varies_by_layer and not is_number):
+            raise ValueError
+        if not self.is_valid(value):
+            raise ValueError
+        return value
+
+
+def share_field(name: str, default: float, words: str) -> Field:
+    """A field that is a number in (0, 1]."""
+    return Field(name, float, default, lambda value: 0 < value <= 1, "a number in (0, 1]", words)
+
+
+def count_field(name: str, default: int, words: str) -> Field:
+    """A field that is a whole number of experts."""
+    return Field(name, int, default, lambda value: value >= 1, "a whole number of at least 1", words)
+
+
+def _choice_field(name: str, allowed: tuple[str, ...], words: str) -> Field:
+    return Field(name, str, allowed[0], allowed.__contains__, f"one of {', '.join(allowed)}", words)
+
+
+def _is_layer_selection(value: Any) -> bool:
+    """ "all", "first N", "last N", or a list of layer numbers."""
+    if isinstance(value, str):
+        return value == "all" or re.fullmatch(r"(first|last) [1-9]\d{0,3}", value, re.ASCII) is not None
+    is_numbered = isinstance(value, list) and all(_is_whole_number(layer, 0) for layer in value)
+    return is_numbered and 0 < len(value) == len(set(value))
+
+
+# What every rule takes, and what every rule takes that decides by token. A rule's knob is declared with it.
+WEIGHTS_FIELD = _choice_field(
+    "renormalize",
+    ("model", "none", "sum", "topk_mass"),
+    "what kept weights sum to: `model` its own convention, `none` left as they are, `sum` 1, `topk_mass` the "
+    "sum of the model's own Top-K",
+)
+LAYERS_FIELD = Field(
+    "layers",
+    object,
+    "all",
+    _is_layer_selection,
+    'all, "first N", "last N" or a list of different layer numbers from 0',
+    "the MoE layers that are routed so, from 0; the others are left alone",
+)
+NULL_FIELD = _choice_field("p_values", tuple(NULLS), "the null behind the p-values")
+ADAPTIVE_FIELDS = (
+    Field("temperature", float, 1.0, lambda value: 0 < value < math.inf, "a number above 0",
+          "router logits are divided by it before the softmax that gives the scores (not the weights)"),
+    count_field("min_k", 1, "fewest experts"),
+    count_field("max_k", 8, "most experts"),
+    Field("shuffle", bool, False, lambda value: True, "true or false",
+          "permute the counts over the tokens of a forward pass: a control for *which* token gets many"),
+)  # fmt: skip
 
 
 def _last_true(mask: Tensor) -> Tensor:
     """Position, from 1, of the last True along the last axis, 0 where there is none: [..., D] -> [...]."""
-    return (mask * torch.arange(1, mask.shape[-1] + 1, device=mask.device)).amax(-1)
+    places = torch.arange(1, mask.shape[-1] + 1, dtype=torch.int32, device=mask.device)
+    return (mask * places).amax(-1).long()
 
 
 def bh_levels(alpha: float, num_experts: int) -> Tensor:
@@ -779,54 +1043,344 @@ def bh_rejections(p_values: Tensor, alpha: float) -> Tensor:
     return _last_true(ranked <= bh_levels(alpha, p_values.shape[-1]).to(ranked.device))
 
 
-FEW_SCORES = 4096  # up to here, tokens times experts, a sort takes less time than counting does
+@functools.lru_cache(maxsize=1024)
+def critical_scores(
+    null: Null, alpha: float, num_experts: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """The scores c_1 >= ... >= c_E at which BH at `alpha` rejects: [E]. Kept: every patch asks for them.
 
-
-def count_rejections(scores: Tensor, critical: Tensor) -> Tensor:
-    """The same number from scores and a table of critical scores: the largest k with s_(k) >= c_k.
-
-    scores: [T, E]; critical: [E], non-increasing; returns int64 [T], exact at every rank.
-
-    For many tokens on a CPU a sort is what costs, so there nothing is sorted. With n(k) the number of scores
-    >= c_k, the answer is the largest k with n(k) >= k. n grows with k: from k = E on, k <- n(k) falls until
-    k = n(k), and cannot pass the answer. 5 to 9 steps are usual with 64 experts. On a GPU each step would
-    wait for the host, and the sort is cheap.
+    For a fixed null p_(k) <= k alpha / E is the same event as s_(k) >= c_k. Raises UserError where the null
+    rests on too few scores for so small an alpha.
     """
-    if scores.device.type != "cpu" or scores.numel() <= FEW_SCORES:
-        return _last_true(scores.sort(dim=-1, descending=True).values >= critical)
-    table = nn.functional.pad(critical, (1, 0), value=math.inf)  # [E + 1], at 0 what no score reaches
-    scores = scores.detach()
-    reached = torch.empty_like(scores)  # reused, and not bool: a sum of bool costs three times as much
-
-    def number(level: Tensor) -> Tensor:
-        return torch.ge(scores, level, out=reached).sum(-1).long()  # [T, E] -> [T]
-
-    count = number(table[-1])  # n(E)
-    while not torch.equal(fewer := number(table[count].unsqueeze(-1)), count):
-        count = fewer
-    return count
+    smallest = null.smallest_alpha(num_experts)
+    if alpha < smallest:
+        raise UserError(
+            f"alpha = {alpha:.2g} needs n0 + 1 >= E / alpha = {num_experts / alpha:,.0f} null scores a "
+            f"layer; the calibration has n0 = {null.n0:,}, enough for alpha >= {smallest:.2g}. Use a "
+            "larger alpha, a longer --calibration-text, or --p-values flat"
+        )
+    return null.critical_scores(bh_levels(alpha, num_experts)).to(device=device, dtype=dtype)
 
 
-def counting_rule(config: Config, critical: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """The rule of a resolved configuration: scores [T, E] -> counts before floor and cap, int64 [T].
+@dataclass
+class Gates:
+    """The gates of T tokens in one layer, as a rule sees them."""
 
-    critical: the table [E] of a step-up rule, see `critical_scores`; None for the others.
+    scores: Tensor  # s = log q at the configuration's temperature, float32 or better [T, E]
+    null: Null | None = None  # of this layer, for the rules that test
+
+    @property
+    def num_experts(self) -> int:
+        return self.scores.shape[-1]
+
+    @functools.cached_property
+    def ranked(self) -> Tensor:
+        """The scores, best first: [T, E]."""
+        scores = self.scores.detach()
+        if scores.device.type == "cpu":  # torch sorts their places along, which takes 20 times as long
+            return torch.from_numpy(np.sort(scores.numpy(), axis=-1)).flip(-1)
+        return scores.sort(dim=-1, descending=True).values
+
+    @functools.cached_property
+    def mass(self) -> Tensor:
+        """S_j = q_1 + ... + q_j, the gate mass of the j best: [T, E]."""
+        return self.ranked.exp().cumsum(-1)
+
+    def rejections(self, alpha: float) -> Tensor:
+        """How many experts BH at `alpha` picks: the largest k with s_(k) >= c_k, over all E ranks: [T]."""
+        table = critical_scores(self.null, alpha, self.num_experts, self.scores.device, self.scores.dtype)
+        return _last_true(self.ranked >= table)
+
+
+Count = Callable[[Gates, Config], Tensor]  # (gates of T tokens, configuration of the layer) -> int64 [T]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How many of a token's ranked experts run, before floor and cap."""
+
+    name: str
+    count: Count
+    knob: Field  # moves the mean number of experts
+    search: tuple[float, float]  # the values of the knob between which `match_experts` looks
+    words: str
+    source: str
+    is_static: bool  # the same number for every token
+    smallest_knob: Callable[[Null, int], float] | None  # see `register_rule`
+
+    @property
+    def uses_null(self) -> bool:
+        """Whether it asks for rejections, `Gates.rejections`."""
+        return self.smallest_knob is not None
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """The fields that a configuration by this rule takes."""
+        null = (NULL_FIELD,) if self.uses_null else ()
+        adaptive = () if self.is_static else ADAPTIVE_FIELDS
+        return (self.knob, *null, *adaptive, WEIGHTS_FIELD, LAYERS_FIELD)
+
+
+RULES: dict[str, Rule] = {}
+
+
+def _check_search(name: str, knob: Field, search: tuple[float, float]) -> None:
+    """UserError unless `search` is a range of values that the knob can have, all above 0."""
+    try:
+        lowest, highest = map(knob.parse, search)
+        is_range = 0 < lowest < highest < math.inf
+    except (ValueError, TypeError, OverflowError):
+        is_range = False
+    if not is_range:
+        ends = f"two values of {knob.name} above 0, the smaller first ({knob.name} is {knob.allowed})"
+        raise UserError(f"rule {name!r}: search = {search}, but it must be {ends}")
+
+
+def register_rule(
+    name: str,
+    knob: Field,
+    *,
+    words: str,
+    source: str = "",
+    search: tuple[float, float] = (1e-6, 1.0),
+    is_static: bool = False,
+    smallest_knob: Callable[[Null, int], float] | None = None,
+) -> Callable[[Count], Count]:
+    """Declare a rule; used as a decorator of its counting function, here or in a notebook.
+
+    The rule is then a `method` of configurations everywhere. search: the knob's values, above 0, between
+    which `--match-experts` looks. is_static: the knob is how many experts run. smallest_knob: given by rules
+    that test, that is, ask `Gates.rejections`: (null, E) -> the smallest value at which the null can reject
+    anything. A later rule of the same name takes the place of the earlier. Raises UserError for a name or a
+    range that cannot be.
+
+        @register_rule("half", Field("share", float, 0.5, lambda v: 0 < v <= 1, "a number in (0, 1]", "..."),
+                       words="as many as have a gate of at least `share` over E")
+        def half(gates, config):
+            return (gates.scores.exp() >= config["share"] / gates.num_experts).sum(-1)
     """
-    method = config["method"]
-    if method in STEP_UP:
-        return lambda scores: count_rejections(scores, critical)
-    if method == "top_p":  # an expert runs while the mass of the better ones is below p
+    check_name(name, "rule")
+    shared = (*ADAPTIVE_FIELDS, NULL_FIELD, WEIGHTS_FIELD, LAYERS_FIELD)
+    if knob.name in ("method", "description", *(field.name for field in shared)):
+        raise UserError(f"rule {name!r}: knob = {knob.name!r}, but it must be no field that others have")
+    if not is_static:
+        _check_search(name, knob, search)
 
-        def count(scores: Tensor) -> Tensor:
-            mass = scores.topk(min(config["max_k"], scores.shape[-1])).values.exp().cumsum(-1)
-            return (mass < config["p"]).sum(-1) + 1
-
+    def register(count: Count) -> Count:
+        RULES[name] = Rule(name, count, knob, search, words, source, is_static, smallest_knob)
         return count
-    if method == "min_p":
-        return lambda scores: (scores >= scores.amax(-1, keepdim=True) + math.log(config["ratio"])).sum(-1)
-    if method == "threshold":
-        return lambda scores: (scores >= math.log(config["threshold"])).sum(-1)
-    return lambda scores: scores.new_full(scores.shape[:1], config["k"], dtype=torch.int64)
+
+    return register
+
+
+@register_rule(
+    "topk",
+    count_field("k", 8, "how many experts run"),
+    words="the best k, always",
+    source="static Top-K; llama.cpp `--override-kv ...expert_used_count`",
+    is_static=True,
+)
+def _count_static(gates: Gates, config: Config) -> Tensor:
+    return gates.scores.new_full(gates.scores.shape[:1], config["k"], dtype=torch.int64)
+
+
+def by_correction(num_experts: int) -> float:
+    """1 + 1/2 + ... + 1/E: BH at alpha over this is valid under any dependence."""
+    return sum(1 / k for k in range(1, num_experts + 1))
+
+
+_ALPHA = share_field("alpha", 0.05, "false-discovery-rate level of the step-up")
+
+
+@register_rule(
+    "bh",
+    _ALPHA,
+    words="as many as the Benjamini-Hochberg step-up rejects",
+    source="Benjamini and Hochberg 1995, eq. 1",
+    smallest_knob=lambda null, num_experts: null.smallest_alpha(num_experts),
+)
+def _count_bh(gates: Gates, config: Config) -> Tensor:
+    return gates.rejections(config["alpha"])
+
+
+@register_rule(
+    "by",
+    _ALPHA,
+    words="BH at alpha / (1 + 1/2 + ... + 1/E), valid under any dependence",
+    source="Benjamini and Yekutieli 2001, theorem 1.3",
+    smallest_knob=lambda null, num_experts: null.smallest_alpha(num_experts) * by_correction(num_experts),
+)
+def _count_by(gates: Gates, config: Config) -> Tensor:
+    return gates.rejections(config["alpha"] / by_correction(gates.num_experts))
+
+
+@register_rule(
+    "top_p",
+    share_field("p", 0.5, "gate mass to be reached"),
+    words="as few as reach gate mass p",
+    source="Huang et al. 2024, arXiv 2403.07652",
+)
+def _count_top_p(gates: Gates, config: Config) -> Tensor:
+    # An expert runs while the mass of the better ones is below p.
+    return (gates.mass < config["p"]).sum(-1) + 1
+
+
+@register_rule(
+    "min_p",
+    share_field("ratio", 0.2, "share of the best gate"),
+    words="those with at least `ratio` times the best gate",
+    source="ik_llama.cpp, pull request 239; for K = 2 Lu et al. 2024, arXiv 2402.14800",
+)
+def _count_min_p(gates: Gates, config: Config) -> Tensor:
+    best = gates.scores.amax(-1, keepdim=True)
+    return (gates.scores >= best + math.log(config["ratio"])).sum(-1)
+
+
+@register_rule(
+    "threshold",
+    share_field("threshold", 0.03, "least gate probability"),
+    words="those with gate at least `threshold`",
+    source="vLLM, issue 17150",
+)
+def _count_threshold(gates: Gates, config: Config) -> Tensor:
+    return (gates.scores >= math.log(config["threshold"])).sum(-1)
+
+
+# What a configuration says
+
+
+def resolve_config(name: str, config: Config, num_layers: int | None = None) -> dict[str, Any]:
+    """A routing configuration with its defaults filled in and its values checked, as plain Python.
+
+    Returns a dict with `method`, every field of its rule, and `description`. A number may be a list, one
+    value a MoE layer; with `num_layers` the lengths of lists and the numbers of layers are checked too.
+    Raises UserError naming configuration, field, value and what is allowed.
+    """
+    check_name(name)
+    about = f"configuration {name!r}"
+    given = {field: value for field, value in config.items() if value is not None}
+    description = given.pop("description", "")
+    rule = RULES[_choice(f"method in {about}", given.pop("method", None), tuple(RULES))]
+    takes = [field.name for field in rule.fields]
+    unknown = sorted(set(given) - set(takes))
+    if unknown:
+        why = f"does not apply to method {rule.name!r}, which takes {', '.join(takes)}"
+        raise UserError(f"{about}: {', '.join(unknown)} {why}")
+    resolved = {"method": rule.name}
+    for field in rule.fields:
+        resolved[field.name] = _parse_field(about, field, given.get(field.name, field.default), num_layers)
+    for layer in range(_num_layers_told_apart(about, resolved)):
+        floor, cap = count_bounds(layer_config(resolved, layer))
+        if floor > cap:
+            raise UserError(f"{about}: min_k = {floor} is above max_k = {cap}")
+    if num_layers is not None:
+        resolved["layers"] = _chosen_layers(about, resolved["layers"], num_layers)
+    return resolved | {"description": str(description)}
+
+
+def _parse_field(about: str, field: Field, value: Any, num_layers: int | None) -> Any:
+    """A field's value, one number or one a layer, checked and as plain Python."""
+    if isinstance(value, tuple):
+        value = list(value)
+    is_list = field.varies_by_layer and isinstance(value, list)
+    if is_list and num_layers is not None and len(value) != num_layers:
+        has = f"{field.name} has {len(value)} values"
+        raise UserError(f"{about}: {has}, but the model has {num_layers} MoE layers: give one for each")
+    parsed = []
+    for item in value if is_list else [value]:
+        try:
+            parsed.append(field.parse(item))
+        except (ValueError, TypeError, OverflowError):
+            also = ", or a list of such, one for each MoE layer" if field.varies_by_layer else ""
+            raise UserError(
+                f"{about}: {field.name} = {item!r}, but it must be {field.allowed}{also}"
+            ) from None
+    if is_list and not parsed:
+        raise UserError(f"{about}: {field.name} is an empty list: give one value for each MoE layer")
+    return parsed if is_list else parsed[0]
+
+
+def _num_layers_told_apart(about: str, config: Config) -> int:
+    """How many values the lists of a configuration have, 1 without lists. UserError where they differ."""
+    lists = {name: value for name, value in config.items() if isinstance(value, list) and name != "layers"}
+    if len(set(map(len, lists.values()))) > 1:
+        lengths = ", ".join(f"{name} has {len(value)}" for name, value in lists.items())
+        raise UserError(f"{about}: lists must have a value for each MoE layer, but {lengths}")
+    return len(next(iter(lists.values()), [None]))
+
+
+def layer_config(config: Config, layer_index: int) -> dict[str, Any]:
+    """A resolved configuration as it is in one MoE layer: every number is one number."""
+    return {
+        name: value[layer_index] if isinstance(value, list) and name != "layers" else value
+        for name, value in config.items()
+    }
+
+
+def count_bounds(config: Config) -> tuple[int, int]:
+    """Floor and cap of the number of experts, of a configuration in one layer."""
+    rule = RULES[config["method"]]
+    if rule.is_static:
+        return config[rule.knob.name], config[rule.knob.name]
+    return config["min_k"], config["max_k"]
+
+
+def _chosen_layers(about: str, chosen: str | list[int], num_layers: int) -> str | list[int]:
+    """ "all", or the numbers of the MoE layers that `layers` chooses, if these are fewer. UserError for one
+    that the model lacks."""
+    if chosen == "all":
+        return chosen
+    numbered = chosen
+    if isinstance(chosen, str):
+        end, number = chosen.split()
+        first = 0 if end == "first" else num_layers - int(number)
+        numbered = list(range(first, first + int(number)))
+    if not 0 <= min(numbered) <= max(numbered) < num_layers:
+        raise UserError(
+            f"{about}: layers = {chosen!r}, but the model has {num_layers} MoE layers, 0 to {num_layers - 1}"
+        )
+    return "all" if len(numbered) == num_layers else sorted(numbered)
+
+
+def is_routed(config: Config, layer_index: int) -> bool:
+    """Whether a configuration, resolved for its model, routes a MoE layer or leaves it alone."""
+    return config["layers"] == "all" or layer_index in config["layers"]
+
+
+def static_k(config: Config) -> int | None:
+    """The k of a configuration that is plain static Top-k, a point of the static curve; None for any other.
+
+    What a configuration is follows from what it does, never from its name.
+    """
+    is_plain = (
+        config.get("method") == "topk"
+        and config.get("renormalize", "model") == "model"
+        and config.get("layers", "all") == "all"
+    )
+    if not is_plain:
+        return None
+    k = config["k"]
+    if isinstance(k, list):
+        return k[0] if len(set(k)) == 1 else None
+    return k
+
+
+def layer_null(
+    config: Config, layer_index: int, num_experts: int, calibration: Calibration | None
+) -> Null | None:
+    """The null of one layer for a configuration of that layer; None where its rule needs none."""
+    if "p_values" not in config:
+        return None
+    return NULLS[config["p_values"]].make(calibration, layer_index, config["temperature"], num_experts)
+
+
+def needs_calibration(config: Config) -> bool:
+    return config.get("p_values") == "empirical"
+
+
+def configuration_cell(config: Config) -> str:
+    """A resolved configuration as a table holds it: JSON, without the description."""
+    return json.dumps({name: value for name, value in config.items() if name != "description"})
 
 
 def benjamini_hochberg_routing(
@@ -865,107 +1419,57 @@ def benjamini_hochberg_routing(
     if not router_logits.is_floating_point() or router_logits.ndim == 0 or router_logits.shape[-1] == 0:
         got = f"{router_logits.dtype} {tuple(router_logits.shape)}"
         raise UserError(f"router_logits must be floating point [..., E]; got {got}")
+    settings = {"method": "bh", "alpha": alpha, "temperature": temperature, "min_k": min_k, "max_k": max_k}
+    for name, value in settings.items():
+        if isinstance(value, (list, tuple)):  # which a configuration may have, one value a layer
+            raise UserError(f"{name} = {value!r}, but it must be one number: the logits are of one layer")
+    config = resolve_config("benjamini_hochberg_routing", settings)
+    scores = gate_scores(router_logits, config["temperature"])  # [..., E]
+    if torch.isnan(scores).any():
+        _explain_nan_scores(router_logits, temperature)
+
+    num_experts = router_logits.shape[-1]
+    gates = Gates(scores, null or FlatNull(num_experts))
+    rejections = gates.rejections(config["alpha"])  # [...]
+    wanted = rejections.clamp(config["min_k"], config["max_k"]).unsqueeze(-1)  # [..., 1]
+
+    width = min(config["max_k"], num_experts)
+    best = _best_experts(gates, width)  # [..., width]
+    best_scores = scores.gather(-1, best)
+    rank = torch.arange(width, device=scores.device)
+    is_kept = (rank < wanted) & (best_scores > -math.inf)  # [..., width]
+    num_selected = is_kept.sum(-1)
+    kept_weights = torch.softmax(best_scores.masked_fill(~is_kept, -math.inf), dim=-1)
+    weights = torch.zeros_like(scores).scatter(-1, best, kept_weights)  # [..., E]
+    padding = (0, config["max_k"] - width)
+    experts = nn.functional.pad(best.masked_fill(~is_kept, -1), padding, value=-1)  # [..., max_k]
+    if not return_stats:
+        return weights, experts, num_selected
+    statistics = {
+        "p_values": gates.null.p_values(scores),
+        "thresholds": bh_levels(alpha, num_experts),
+        "rejections": rejections,
+    }
+    return weights, experts, num_selected, statistics
+
+
+def _best_experts(gates: Gates, number: int) -> Tensor:
+    """The experts with the `number` highest scores, best first, ties to the lower index: [..., number]."""
+    best = gates.scores.topk(number).indices
+    # Which of equal scores comes first, topk leaves open: tokens that have such are sorted.
+    is_tied = (gates.ranked[..., : number + 1].diff(dim=-1) == 0).any(-1)
+    if is_tied.any():
+        best[is_tied] = gates.scores[is_tied].argsort(dim=-1, descending=True, stable=True)[..., :number]
+    return best
+
+
+def _explain_nan_scores(router_logits: Tensor, temperature: float) -> None:
+    """UserError: which of the reasons there are makes scores NaN."""
     if torch.isnan(router_logits).any() or torch.isposinf(router_logits).any():
         raise UserError("router_logits must not contain NaN or +inf")
     if torch.isneginf(router_logits).all(dim=-1).any():
         raise UserError("router_logits has a token whose experts are all -inf; at least one must be allowed")
-    settings = {"method": "bh", "alpha": alpha, "temperature": temperature, "min_k": min_k, "max_k": max_k}
-    resolve_config("benjamini_hochberg_routing", settings)
-    num_experts, scores = router_logits.shape[-1], gate_scores(router_logits, temperature)  # [..., E]
-    if torch.isnan(scores).any():
-        raise UserError(f"router_logits / temperature passes float32: temperature = {temperature} is too low")
-    p_values = (null or FlatNull(num_experts)).p_values(scores)  # [..., E]
-    rejections = bh_rejections(p_values, alpha)  # [...]
-    num_selected = torch.minimum(rejections.clamp(min_k, max_k), torch.isfinite(scores).sum(-1))
-
-    ranked = scores.sort(dim=-1, descending=True, stable=True)
-    kept = torch.arange(num_experts, device=scores.device) < num_selected.unsqueeze(-1)  # [..., E], by rank
-    kept_weights = torch.softmax(ranked.values.masked_fill(~kept, -math.inf), dim=-1)
-    weights = torch.zeros_like(scores).scatter(-1, ranked.indices, kept_weights)  # [..., E]
-    padding = (0, max(0, max_k - num_experts))
-    experts = nn.functional.pad(ranked.indices.masked_fill(~kept, -1), padding, value=-1)[..., :max_k]
-    if not return_stats:
-        return weights, experts, num_selected
-    found = {"p_values": p_values, "thresholds": bh_levels(alpha, num_experts), "rejections": rejections}
-    return weights, experts, num_selected, found
-
-
-class Calibration:
-    """What the unpatched routers did on calibration text: the source of the empirical nulls.
-
-    logits [L, N, E] float32 and own [L, N, K] int16, the experts that the model chose, for N tokens. Both
-    are kept, and not the scores, so that one forward pass serves every temperature.
-    """
-
-    def __init__(self, logits: Tensor, own: Tensor):
-        self.logits, self.own = logits, own
-        # Built once: tables of critical scores above all, which every patch asks for.
-        self.null, self.critical_scores = map(functools.cache, (self._null, self._critical_scores))
-
-    def scores(self, layer_index: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """Scores [N, E] of one layer, and bool [N, E]: which pairs lie outside the model's own Top-K."""
-        scores = gate_scores(self.logits[layer_index], temperature)
-        everywhere = torch.ones_like(scores, dtype=torch.bool)
-        return scores, everywhere.scatter(1, self.own[layer_index].long(), False)
-
-    def _null(self, layer_index: int, temperature: float) -> EmpiricalNull:
-        """The null of one layer: the scores of its irrelevant pairs."""
-        scores, outside = self.scores(layer_index, temperature)
-        return EmpiricalNull(scores[outside])
-
-    def _critical_scores(self, layer_index: int, temperature: float, alpha: float) -> Tensor:
-        """The table of critical scores [E] of one layer."""
-        levels = bh_levels(alpha, self.logits.shape[-1])
-        return self.null(layer_index, temperature).critical_scores(levels)
-
-    def save(self, path: Path, about: Mapping[str, Any]) -> None:
-        """Write as safetensors, whole or not at all, together with what it was made from."""
-        about = {"about": json.dumps(about)}
-        with replacing(path) as part:
-            try:
-                safetensors.torch.save_file({"logits": self.logits, "own": self.own}, part, metadata=about)
-            except safetensors.SafetensorError as error:  # such as a full disk
-                raise OSError(errno.EIO, str(error)) from error
-
-    @classmethod
-    def load(cls, path: Path, about: Mapping[str, Any]) -> Calibration | None:
-        """The calibration saved at `path` if it was made from exactly `about`, else None."""
-        if not path.exists():
-            return None
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                if json.loads((file.metadata() or {}).get("about", "null")) == about:
-                    return cls(file.get_tensor("logits"), file.get_tensor("own"))
-        except (OSError, safetensors.SafetensorError, ValueError) as error:
-            logger.warning(f"{path} is not readable ({error}); calibrating again")
-        return None
-
-
-def _correction(config: Config, num_experts: int) -> float:
-    """What divides alpha: Benjamini-Yekutieli is BH at alpha / (1 + 1/2 + ... + 1/E) (2001, theorem 1.3)."""
-    return sum(1 / k for k in range(1, num_experts + 1)) if config["method"] == "by" else 1.0
-
-
-def critical_scores(
-    config: Config, num_experts: int, layer_index: int, calibration: Calibration | None
-) -> Tensor | None:
-    """The table c_1 >= ... >= c_E of one layer for a resolved step-up rule, float32 [E]; None for others."""
-    if config["method"] not in STEP_UP:
-        return None
-    alpha = config["alpha"] / _correction(config, num_experts)
-    if config["p_values"] != "empirical":
-        null = FlatNull(num_experts) if config["p_values"] == "flat" else SoftmaxNull(num_experts)
-        return null.critical_scores(bh_levels(alpha, num_experts)).float()
-    if calibration is None:
-        raise UserError('p_values "empirical" needs calibration=calibrate(model, tokenizer); "flat" does not')
-    null = calibration.null(layer_index, config["temperature"])
-    if alpha < (smallest := null.smallest_alpha(num_experts)):
-        raise UserError(
-            f"alpha = {alpha:.2g} needs n0 + 1 >= E / alpha = {num_experts / alpha:,.0f} null scores a "
-            f"layer; the calibration has n0 = {null.n0:,}, enough for alpha >= {smallest:.2g}. Use a "
-            "larger alpha, a longer --calibration-text, or --p-values flat"
-        )
-    return calibration.critical_scores(layer_index, config["temperature"], alpha)
+    raise UserError(f"router_logits / temperature passes float32: temperature = {temperature} is too low")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -977,25 +1481,46 @@ def critical_scores(
 class MoELayer:
     """One router and the experts it feeds, as found in a model by looking at what they do."""
 
-    index: int  # its place among the MoE layers of the model, from 0: what tables by layer go by
+    index: int  # among the MoE layers of the model, from 0: what tables by layer go by
+    num_layers: int  # how many MoE layers the model has
     name: str
     router: nn.Module
     experts: nn.Module
     num_experts: int  # E
     own_k: int  # the model's own K
     knob: tuple[Any, str] | None  # the object and attribute that set K; without one, K cannot be raised
-    ranked: bool  # whether candidates come best first
-    choice: int | None  # which of the router's calls of `topk` picks the candidates, where it calls that
-    renormalizes: str | None  # whose sum scales the kept: "weights", "scores" of that topk, or nothing
-    probabilities: bool  # whether the first output is not logits but their softmax
+    is_ranked: bool  # whether candidates come best first
+    topk_call: int | None  # which of the router's calls of `topk` picks the candidates, where it calls that
+    scaled_by: str | None  # whose sum scales the kept: "weights", "scores" of that topk, or nothing
+    returns_probabilities: bool  # whether the first output is not logits but their softmax
     device: torch.device  # where it computes
 
     @property
     def max_k(self) -> int:
+        """The most experts that it can run."""
         return self.num_experts if self.knob else self.own_k
 
+    @property
+    def knob_id(self) -> Any:
+        """The same for layers whose K hangs on one object."""
+        return (id(self.knob[0]), self.knob[1]) if self.knob else self.index
+
     def logits(self, first_output: Tensor) -> Tensor:
-        return first_output.log() if self.probabilities else first_output
+        """Router logits [T, E] from the router's first output."""
+        return first_output.log() if self.returns_probabilities else first_output
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The experts that a router picked for T tokens: three tensors [T, K]."""
+
+    weights: Tensor
+    indices: Tensor
+    scores: Tensor | None  # of the topk that picked them; None where the router calls no topk
+
+    @property
+    def k(self) -> int:
+        return self.indices.shape[1]
 
 
 class _TopK(TorchFunctionMode):
@@ -1014,8 +1539,15 @@ class _TopK(TorchFunctionMode):
 
     def position(self, indices: Tensor) -> int | None:
         """Which call picked these candidates [T, K]: the last that returned them, or None."""
-        found = [i for i, call in enumerate(self.calls) if torch.equal(call[1], indices)]
-        return found[-1] if found else None
+        matching = [i for i, (_, picked, _) in enumerate(self.calls) if torch.equal(picked, indices)]
+        return matching[-1] if matching else None
+
+    def scores(self, call: int | None) -> Tensor | None:
+        return None if call is None else self.calls[call][0]
+
+
+class _NotPatchable(Exception):
+    """Why a router cannot be patched."""
 
 
 _PATCHING = threading.RLock()
@@ -1054,104 +1586,150 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
-Candidates = tuple[Tensor, Tensor, Tensor | None]  # weights, indices, scores of the topk that chose: [T, K]
+ModuleCall = tuple[tuple, dict[str, Any]]  # args and kwargs of a module's forward
 
 
-def _find_knob(router: nn.Module, call: tuple, own_k: int) -> tuple[Any, Any]:
-    """What sets K: (object, attribute) of the router or of something it holds, such as a config.
+def _router_output(router: nn.Module, call: ModuleCall) -> tuple[Tensor, Candidates, _TopK]:
+    """Logits [T, E], candidates, calls of topk of a router. _NotPatchable where it returns something else."""
+    args, kwargs = call
+    with _TopK() as topk:
+        output = router(*args, **kwargs)
+    parts = output if isinstance(output, tuple) else (output,)
+    is_known = len(parts) == 3 and all(isinstance(part, Tensor) and part.ndim == 2 for part in parts)
+    if is_known:
+        logits, weights, indices = parts
+        is_known = weights.shape == indices.shape and indices.shape[1] < logits.shape[1]
+        is_known = is_known and not indices.is_floating_point()
+    if not is_known:
+        shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+        raise _NotPatchable(
+            f"it returns {shapes}, not logits [T, E], weights [T, K], indices [T, K] with K < E"
+        )
+    scores = topk.scores(topk.position(indices))
+    return logits, Candidates(weights, indices, scores), topk
 
-    Found by setting each whole number that equals K to another K and counting the candidates. Returns the
-    knob and the candidates at the other K, or (None, None).
-    """
-    other = max(1, own_k // 2) if own_k > 1 else 2
+
+def _check_experts(experts: Any, call: ModuleCall | None, picked: Candidates) -> None:
+    """_NotPatchable unless the experts take (hidden, indices, weights), and one expert for a token."""
+    args, kwargs = call or ((), {})
+    shapes = [getattr(part, "shape", None) for part in args[1:3]]
+    if shapes != [picked.indices.shape, picked.weights.shape]:
+        raise _NotPatchable("no `experts` beside it is called with (hidden, indices, weights)")
+    hidden = args[0]
+    rest = args[3:]
+    try:  # one row for each pair of token and expert: how dropped experts are skipped
+        experts(hidden, picked.indices[:, :1], picked.weights[:, :1], *rest, **kwargs)
+    except Exception as error:
+        raise _NotPatchable(
+            f"its experts cannot run one expert for a token ({_first_line(error)})"
+        ) from error
+
+
+def _whole_numbers(router: nn.Module, value: int) -> Iterator[tuple[Any, str]]:
+    """(object, attribute) of every whole number `value` that a router, or something it holds, has."""
     for owner in (router, *vars(router).values()):
-        for key, value in list(getattr(owner, "__dict__", {}).items()):
-            if type(value) is int and value == own_k:
-                # Any failure only says that this number is something else.
-                with contextlib.suppress(Exception), contextlib.ExitStack() as stack, _TopK() as topk:
-                    _replace(stack, owner, key, other)
-                    _, weights, indices = router(*call[0], **call[1])
-                    if indices.shape[1] == other:
-                        position = topk.position(indices)
-                        scores = None if position is None else topk.calls[position][0]
-                        return (owner, key), (weights, indices, scores)
-    return None, None
+        for name, held in list(getattr(owner, "__dict__", {}).items()):
+            if type(held) is int and held == value:
+                yield owner, name
 
 
-def _weights_at_two_k(num_experts: int, few: Candidates, many: Candidates) -> tuple[str | None, float]:
+def _find_knob(router: nn.Module, call: ModuleCall, own_k: int) -> tuple[tuple[Any, str], Candidates] | None:
+    """What sets K, as (object, attribute), and the candidates at another K; None where nothing does.
+
+    Found by setting each whole number that equals K to another one and counting the candidates.
+    """
+    other_k = max(1, own_k // 2) if own_k > 1 else 2
+    for owner, name in _whole_numbers(router, own_k):
+        # Any failure only says that this number is something else.
+        with contextlib.suppress(Exception), contextlib.ExitStack() as stack:
+            _replace(stack, owner, name, other_k)
+            _, candidates, _ = _router_output(router, call)
+            if candidates.k == other_k:
+                return (owner, name), candidates
+    return None
+
+
+def _values_for(few: Candidates, many: Candidates, values: Tensor, num_experts: int) -> Tensor:
+    """What `values` [T, K] of the many candidates are for the few: [T, k]; NaN for one not among them."""
+    by_expert = values.new_full((len(values), num_experts), math.nan, dtype=torch.float32)
+    return by_expert.scatter(1, many.indices, values.float()).gather(1, few.indices)
+
+
+def _explain_weights(few: Candidates, many: Candidates, num_experts: int) -> tuple[str | None, float]:
     """How the weights at a smaller K follow from those at a larger: whose sum scales them, and the error.
 
     The error is the largest over tokens, as a share of the token's largest weight; infinite where the few
     are not among the many. Tokens whose choice is a tie do not count unless they are most of them.
     """
-
-    def of_few(values: Tensor) -> Tensor:  # what the larger K says [T, K] about the candidates of the smaller
-        spread = values.new_full((len(values), num_experts), math.nan, dtype=torch.float32)
-        return spread.scatter(1, many[1], values.float()).gather(1, few[1])
-
-    def scale(values: Tensor) -> Tensor:  # [T, 1]
-        return values.float().sum(1, keepdim=True) / of_few(values).sum(1, keepdim=True)
-
-    actual, kept = few[0].float(), of_few(many[0])
-    nested = ~kept.isnan().any(1)  # [T]
+    unscaled = _values_for(few, many, many.weights, num_experts)  # [T, k]
+    nested = ~unscaled.isnan().any(1)  # [T]
     if nested.float().mean() <= 0.5:
         return None, math.inf
-    guesses = {None: kept, "weights": kept * scale(many[0])}
-    if many[2] is not None:
-        guesses["scores"] = kept * scale(many[2])
+    guesses = {None: unscaled}
+    for name, values in (("weights", many.weights), ("scores", many.scores)):
+        if values is not None:
+            of_many = values.float().sum(1, keepdim=True)
+            of_few = _values_for(few, many, values, num_experts).sum(1, keepdim=True)
+            guesses[name] = unscaled * (of_many / of_few)
+    actual = few.weights.float()
     largest = actual.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)  # [T]
-    errors = {how: ((actual - g).abs().amax(1) / largest)[nested].amax().item() for how, g in guesses.items()}
-    rounding = max(1e-5, 2 * torch.finfo(few[0].dtype).eps)  # below it the simplest is taken
-    best = min(errors, key=lambda how: max(errors[how], rounding) if errors[how] >= 0 else math.inf)
+    errors = {}
+    for name, guess in guesses.items():
+        error = ((actual - guess).abs().amax(1) / largest)[nested].amax().item()
+        errors[name] = math.inf if math.isnan(error) else error
+    rounding = max(1e-5, 2 * torch.finfo(few.weights.dtype).eps)  # below it the simplest is taken
+    best = min(errors, key=lambda name: max(errors[name], rounding))
     return best, errors[best]
 
 
 def _inspect(
-    index: int, name: str, router: nn.Module, experts: Any, call: tuple, experts_call: tuple | None
+    index: int,
+    num_layers: int,
+    name: str,
+    router: nn.Module,
+    experts: Any,
+    calls: Mapping[nn.Module, ModuleCall],
 ) -> MoELayer:
     """A layer's router and experts, from what they do with the inputs they were seen to get."""
-    args, kwargs = call
+    call = calls[router]
+    logits, candidates, topk = _router_output(router, call)
+    num_experts = logits.shape[1]
+    _check_experts(experts, calls.get(experts), candidates)
 
-    def refuse(why: str) -> UserError:
-        return UserError(f"{name} ({type(router).__name__}) cannot be patched: {why}")
+    topk_call = topk.position(candidates.indices)
+    is_ranked = True if topk_call is None else topk.calls[topk_call][2]
+    if topk_call is None and not (logits.gather(1, candidates.indices).diff(dim=1) <= 0).all():
+        raise _NotPatchable("it returns its candidates in an order that cannot be told")
 
-    with _TopK() as topk:
-        output = router(*args, **kwargs)
-    parts = output if isinstance(output, tuple) else (output,)
-    shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
-    wrong = refuse(f"it returns {shapes}, not logits [T, E], weights [T, K], indices [T, K] with K < E")
-    if len(parts) != 3 or not all(isinstance(part, Tensor) and part.ndim == 2 for part in parts):
-        raise wrong
-    logits, weights, indices = parts  # [T, E], [T, K], [T, K]
-    num_experts, own_k = logits.shape[1], indices.shape[1]
-    if indices.is_floating_point() or weights.shape != indices.shape or own_k >= num_experts:
-        raise wrong
-    given = [getattr(part, "shape", None) for part in experts_call[0][1:3]] if experts_call else []
-    if given != [indices.shape] * 2:
-        raise refuse("no `experts` beside it is called with (hidden, indices, weights)")
-    try:  # one row for each pair of token and expert: how dropped experts are skipped
-        experts(experts_call[0][0], indices[:, :1], weights[:, :1], *experts_call[0][3:], **experts_call[1])
-    except Exception as error:
-        raise refuse(f"its experts cannot run one expert for a token ({_first_line(error)})") from error
-
-    choice = topk.position(indices)
-    scores, ranked = (None, None) if choice is None else topk.calls[choice][::2]
-    if ranked is None and not (logits.gather(1, indices).diff(dim=1) <= 0).all():
-        raise refuse("it returns its candidates in an order that cannot be told")
-    knob, others = _find_knob(router, call, own_k)
-    if knob is None and own_k == 1:
-        raise refuse("it picks one expert: there is nothing to drop, and it cannot be asked for more")
-    renormalizes, error = None, 0.0
-    if knob is not None:
-        few, many = sorted([(weights, indices, scores), others], key=lambda c: c[1].shape[1])
-        renormalizes, error = _weights_at_two_k(num_experts, few, many)
-    if not error < 0.05:  # 16-bit rounding
-        at = f"K = {others[1].shape[1]} do not follow from those at K = {own_k}"
-        raise refuse(f"its weights at {at}, nor by scaling them")
-    first = logits.float()
-    probabilities = bool((first >= 0).all()) and torch.allclose(first.sum(1), first.new_ones(()), atol=0.01)
-    found = (knob, ranked is not False, choice, renormalizes, probabilities, logits.device)
-    return MoELayer(index, name, router, experts, num_experts, own_k, *found)
+    found = _find_knob(router, call, candidates.k)
+    if found is None and candidates.k == 1:
+        raise _NotPatchable("it picks one expert: there is nothing to drop, and it cannot be asked for more")
+    knob = None
+    scaled_by = None
+    if found is not None:
+        knob, others = found
+        few, many = sorted((candidates, others), key=lambda picked: picked.k)
+        scaled_by, error = _explain_weights(few, many, num_experts)
+        if error >= 0.05:  # more than 16-bit rounding
+            at = f"K = {others.k} do not follow from those at K = {candidates.k}"
+            raise _NotPatchable(f"its weights at {at}, nor by scaling them")
+    sums = logits.float().sum(1)
+    are_probabilities = bool((logits >= 0).all()) and torch.allclose(sums, sums.new_ones(()), atol=0.01)
+    return MoELayer(
+        index=index,
+        num_layers=num_layers,
+        name=name,
+        router=router,
+        experts=experts,
+        num_experts=num_experts,
+        own_k=candidates.k,
+        knob=knob,
+        is_ranked=is_ranked,
+        topk_call=topk_call,
+        scaled_by=scaled_by,
+        returns_probabilities=are_probabilities,
+        device=logits.device,
+    )
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -1184,52 +1762,65 @@ def _observed_calls(model: nn.Module, modules: Sequence[Any]) -> dict[nn.Module,
     return calls
 
 
+def _declared_routers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> router, by the architecture's own declaration: `_can_record_outputs["router_logits"]`."""
+    declared: list[tuple[type, str]] = []  # class of the routers, and a part of their names
+    for module in model.modules():
+        entries = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
+        for entry in entries if isinstance(entries, (list, tuple)) else [entries]:
+            kind = getattr(entry, "target_class", entry)
+            part = getattr(entry, "layer_name", None) or ""
+            if isinstance(kind, type):
+                declared.append((kind, f".{part.strip('.')}." if part else ""))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(isinstance(module, kind) and part in f".{name}." for kind, part in declared)
+    }
+
+
 @_alone()
 @torch.no_grad()
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a transformers model, in order, by the architecture's own declaration.
 
-    `_can_record_outputs["router_logits"]` of a model class names its router class; what the routers return,
-    and what they make of another K, is found by running eight tokens. No list of architectures or of
-    attribute names is needed. Raises UserError, in one line, for a model that cannot be patched.
+    What the routers return, and what they make of another K, is found by running eight tokens. No list of
+    architectures or of attribute names is needed. Raises UserError, in one line, for a model that cannot be
+    patched.
     """
-    declared: list[tuple[type, str]] = []  # class of the routers, and a part of their names
-    for module in model.modules():
-        entries = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
-        for entry in entries if isinstance(entries, (list, tuple)) else [entries]:
-            kind, part = getattr(entry, "target_class", entry), getattr(entry, "layer_name", None) or ""
-            if isinstance(kind, type):
-                declared.append((kind, f".{part.strip('.')}." if part else ""))
-    routers = {
-        name: module
-        for name, module in model.named_modules()
-        if any(isinstance(module, kind) and part in f".{name}." for kind, part in declared)
-    }
+    routers = _declared_routers(model)
     for name, router in routers.items():
         _refuse_patched(name, router)
-    beside = {n: getattr(model.get_submodule(n.rpartition(".")[0]), "experts", None) for n in routers}
+    experts = {
+        name: getattr(model.get_submodule(name.rpartition(".")[0]), "experts", None) for name in routers
+    }
+    layers = []
     with evaluating(model):
-        calls = _observed_calls(model, [*routers.values(), *beside.values()])
-        called = {name: router for name, router in routers.items() if router in calls}
-        layers = [
-            _inspect(index, name, router, beside[name], calls[router], calls.get(beside[name]))
-            for index, (name, router) in enumerate(called.items())
-        ]
-    what = type(model).__name__
+        calls = _observed_calls(model, [*routers.values(), *experts.values()])
+        called = [(name, router) for name, router in routers.items() if router in calls]
+        for index, (name, router) in enumerate(called):
+            try:
+                layers.append(_inspect(index, len(called), name, router, experts[name], calls))
+            except _NotPatchable as error:
+                kind = type(router).__name__
+                raise UserError(f"{name} ({kind}) cannot be patched: {error}") from error
+    kind = type(model).__name__
     if not layers:
         raise UserError(
-            f"{what} has no router that this script can patch: it needs a mixture-of-experts model of "
+            f"{kind} has no router that this script can patch: it needs a mixture-of-experts model of "
             "transformers >= 5.17 that declares one, for example OLMoE (see --list-architectures)"
         )
     for field in ("num_experts", "own_k"):
-        if len(numbers := {getattr(layer, field) for layer in layers}) > 1:
-            raise UserError(f"{what} has layers that differ in {field}: {sorted(numbers)}")
+        values = {getattr(layer, field) for layer in layers}
+        if len(values) > 1:
+            raise UserError(f"{kind} has layers that differ in {field}: {sorted(values)}")
     return layers
 
 
 # What the tests of this script found, by building a tiny random model of each and checking the invariants of
 # the seam. The seam itself uses neither table: another architecture may work as well.
 VERIFIED_WITH = "5.23"
+
 VERIFIED_ARCHITECTURES = """
 afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32
 deepseek_v4 dots1 dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint gemma4 gemma4_text glm4_moe
@@ -1238,6 +1829,7 @@ hy_v3 hy_v4 inkling2_text jamba kimi_linear kolibri1 laguna lfm2_moe mellum mimo
 minimax_m3_vl_text mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next
 qwen4_exp_text solar_open
 """
+
 REFUSED_ARCHITECTURES = {
     "dbrx": "its router returns logits only",
     "doge": "its experts are single neurons, chosen inside the block",
@@ -1251,7 +1843,8 @@ REFUSED_ARCHITECTURES = {
 
 def list_architectures() -> list[dict[str, str]]:
     """The causal language models of the installed transformers that declare a router, and what is known."""
-    auto, types = transformers.models.auto, collections.defaultdict(list)
+    auto = transformers.models.auto
+    types = collections.defaultdict(list)
     for model_type, names in auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         module = auto.configuration_auto.model_type_to_module_name(model_type)
         path = Path(auto.__file__).parents[1] / module / f"modeling_{module}.py"
@@ -1280,59 +1873,88 @@ def list_architectures() -> list[dict[str, str]]:
 # router's output sees a valid routing.
 
 
-def _bounds(config: Config, widest: int) -> tuple[int, int]:
-    """Floor and cap of the number of experts, no more than a layer can give."""
-    k = config["k"]
-    return (min(k or config["min_k"], widest), min(k or config["max_k"], widest))
+class _LayerRouting:
+    """The routing of one layer by a configuration: what the `forward` of its router does instead."""
 
+    def __init__(
+        self,
+        layer: MoELayer,
+        config: Config,
+        width: int,
+        null: Null | None,
+        observe: Callable[[Tensor], None],
+    ):
+        """config: of this layer, resolved. width: K, how many candidates the router returns. null: of this
+        layer. observe: called with the counts [T] before floor and cap."""
+        self.layer = layer
+        self.config = config
+        self.null = null
+        self.observe = observe
+        self.rule = RULES[config["method"]]
+        floor, cap = count_bounds(config)
+        self.floor = min(floor, layer.max_k)
+        self.cap = min(cap, layer.max_k)
+        self.temperature = config.get("temperature", 1.0)
+        self.shuffles = config.get("shuffle", False)
+        self.weight_sum = config["renormalize"]
+        if self.weight_sum == "model":
+            # As if the model had been asked for fewer: the kept take over the sum of all candidates.
+            self.weight_sum = "candidates" if layer.scaled_by else "none"
+        self.sums_scores = self.weight_sum == "candidates" and layer.scaled_by == "scores"
+        # The scores that chose are looked at only where they are needed: watching costs time for each token.
+        self.watches_topk = self.sums_scores or not layer.is_ranked
+        self.ranks = torch.arange(width, device=layer.device)
+        # Asked once beforehand, so that what cannot work is refused before anything runs.
+        even = torch.zeros(1, layer.num_experts, device=layer.device)
+        self.count(even)
 
-def _adaptive_router(
-    layer: MoELayer, config: Config, critical: Tensor | None, width: int, observe: Callable, seed: int
-) -> Callable:
-    """A `forward` for the router: its own candidates, those beyond the rule's count with weight zero.
+    def count(self, logits: Tensor) -> Tensor:
+        """How many experts the rule wants, before floor and cap: logits [T, E] -> [T]."""
+        gates = Gates(gate_scores(logits, self.temperature), self.null)
+        return self.rule.count(gates, self.config)
 
-    critical: see `counting_rule`. width: K, how many candidates the router returns. observe: called with the
-    counts [T] before floor and cap. seed: to shuffle.
-    """
-    forward, rule = layer.router.forward, counting_rule(config, critical)
-    temperature, bounds = config["temperature"] or 1.0, _bounds(config, layer.max_k)
-    ranks, target = torch.arange(width, device=layer.device), config["renormalize"]
-    if target == "model":
-        target = "candidates" if layer.renormalizes else "none"
-    kept_sum = {  # what the kept are scaled to, from what all candidates have and their ranks, both [T, K]
-        "none": None,
-        # As if the model had been asked for fewer: the kept take over the sum of all.
-        "candidates": lambda shares, rank: shares.sum(-1, keepdim=True),
-        "sum": lambda shares, rank: 1.0,
-        "topk_mass": lambda shares, rank: shares.masked_fill(rank >= layer.own_k, 0).sum(-1, keepdim=True),
-    }[target]
-    by_scores = target == "candidates" and layer.renormalizes == "scores"
-    # The scores that chose are looked at only where they are needed: watching costs time for each token.
-    watched = by_scores or not layer.ranked
+    def rank(self, candidates: Candidates) -> Tensor:
+        """Each candidate's rank from 0: [K], or [T, K] where they come in any order."""
+        if self.layer.is_ranked:
+            return self.ranks
+        return candidates.scores.argsort(dim=-1, descending=True, stable=True).argsort()
 
-    @functools.wraps(forward)
-    def adaptive_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with _TopK() if watched else contextlib.nullcontext() as topk:
-            first, weights, indices = forward(*args, **kwargs)  # [T, E], [T, K], [T, K]
-        scores = topk.calls[layer.choice][0] if watched else None  # [T, K]
-        # A candidate's rank [K], or [T, K] where they come in any order.
-        rank = ranks if layer.ranked else scores.argsort(dim=-1, descending=True, stable=True).argsort()
-        wanted = rule(gate_scores(layer.logits(first), temperature))  # [T]
-        observe(wanted)
-        count = wanted.clamp(*bounds).unsqueeze(-1)  # [T, 1]
-        if config["shuffle"]:
-            shuffled = torch.randperm(len(count), generator=torch.Generator().manual_seed(seed))
-            count = count[shuffled.to(count.device)]
-        dropped = rank >= count  # [T, K]
-        kept_weights = weights.masked_fill(dropped, 0)
-        if kept_sum is not None:
-            # Where nothing is dropped the factor is exactly 1.
-            shares = scores if by_scores else weights
-            kept_shares = scores.masked_fill(dropped, 0) if by_scores else kept_weights
-            kept_weights = kept_weights * (kept_sum(shares, rank) / kept_shares.sum(-1, keepdim=True))
-        return first, kept_weights.to(weights.dtype), indices
+    def kept_weights(self, candidates: Candidates, rank: Tensor, dropped: Tensor) -> Tensor:
+        """The weights with those of the dropped zero, and the others scaled as `renormalize` says: [T, K]."""
+        kept = candidates.weights.masked_fill(dropped, 0)
+        if self.weight_sum == "none":
+            return kept
+        shares = candidates.scores if self.sums_scores else candidates.weights
+        if self.weight_sum == "candidates":
+            total = shares.sum(-1, keepdim=True)
+        elif self.weight_sum == "topk_mass":
+            total = shares.masked_fill(rank >= self.layer.own_k, 0).sum(-1, keepdim=True)
+        else:
+            total = 1.0
+        # Where nothing is dropped the factor of "candidates" is exactly 1.
+        kept_total = shares.masked_fill(dropped, 0).sum(-1, keepdim=True)
+        return (kept * (total / kept_total)).to(candidates.weights.dtype)
 
-    return adaptive_forward
+    def wrap(self, forward: Callable) -> Callable:
+        """A `forward` for the router: its own candidates, those beyond the rule's count with weight zero."""
+
+        @functools.wraps(forward)
+        def adaptive_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+            with _TopK() if self.watches_topk else contextlib.nullcontext() as topk:
+                first, weights, indices = forward(*args, **kwargs)  # [T, E], [T, K], [T, K]
+            scores = topk.scores(self.layer.topk_call) if self.watches_topk else None
+            candidates = Candidates(weights, indices, scores)
+            wanted = self.count(self.layer.logits(first))  # [T]
+            self.observe(wanted)
+            count = wanted.clamp(self.floor, self.cap).unsqueeze(-1)  # [T, 1]
+            if self.shuffles:
+                generator = torch.Generator().manual_seed(self.layer.index)
+                count = count[torch.randperm(len(count), generator=generator).to(count.device)]
+            rank = self.rank(candidates)
+            dropped = rank >= count  # [T, K]
+            return first, self.kept_weights(candidates, rank, dropped), indices
+
+        return adaptive_forward
 
 
 def _skipping_experts(experts: nn.Module) -> Callable:
@@ -1353,102 +1975,155 @@ def _skipping_experts(experts: nn.Module) -> Callable:
             return forward(hidden, indices, weights, *args, **kwargs)
         if len(kept) == 1:  # one token, as in decoding: the same as a smaller K
             return forward(hidden, indices[:, slot], weights[:, slot], *args, **kwargs)
-        pairs = indices[token, slot, None], weights[token, slot, None]  # [P, 1], [P, 1]
+        pair_indices = indices[token, slot, None]  # [P, 1]
+        pair_weights = weights[token, slot, None]  # [P, 1]
         # A sum over slots, not index_add_, whose order on a GPU changes from run to run.
         output = hidden.new_zeros(*weights.shape, hidden.shape[-1])  # [T, K, H]
-        output[token, slot] = forward(hidden[token], *pairs, *args, **kwargs).to(output.dtype)
+        pair_output = forward(hidden[token], pair_indices, pair_weights, *args, **kwargs)
+        output[token, slot] = pair_output.to(output.dtype)
         return output.sum(dim=1)
 
     return skipping_forward
 
 
-SHARES = ("floor_frac", "cap_frac", "zero_rejection_frac")  # of the decisions, one a token and layer
+# A decision is one token in one layer; c is the number of experts that ran in it.
 ROUTING_COLUMNS = (
-    *("avg_experts_per_token", "std_experts_per_token", "min_experts", "max_experts"),
-    *("expert_utilization_cv", "expert_utilization_max_min_ratio", *SHARES, "gate_mass_frac"),
+    Column("avg_experts_per_token", float, "mean of c over all decisions",
+           metric=Metric("experts per token and layer", "", 2)),
+    Column("std_experts_per_token", float, "standard deviation of c over all decisions (population)"),
+    Column("min_experts", int, "least c"),
+    Column("max_experts", int, "most c"),
+    Column("expert_utilization_cv", float,
+           "per layer, standard deviation / mean of the use of all E experts, unused ones included; mean "
+           "over layers. 0 is perfect balance",
+           metric=Metric("load imbalance, CV over experts", "", 2)),
+    Column("expert_utilization_max_min_ratio", float,
+           "per layer, use of the most used / least used expert, an unused one counted as used once; mean "
+           "over layers",
+           metric=Metric("most to least used expert", "", 1)),
+    Column("floor_frac", float, "share of decisions with c = `min_k`; empty for Top-K"),
+    Column("cap_frac", float, "share of decisions with c = `max_k`; empty for Top-K"),
+    Column("zero_rejection_frac", float,
+           "share of decisions in which the rule chose no expert, so that `min_k` decided; empty for Top-K"),
+    Column("gate_mass_frac", float,
+           "mean over decisions of the share of softmax(router logits) that the experts which ran have"),
+)  # fmt: skip
+LAYER_COLUMNS = (
+    *ROUTING_COLUMNS,
+    Column("use_entropy_bits", float, "entropy of the use of the E experts; log2(E) when even"),
+    Column("num_tokens", int, "decisions counted"),
 )
 MASS_UNIT = 2**32  # gate mass is summed in whole numbers: exact, and the same in any order
 
 
-LAYER_COLUMNS = (*ROUTING_COLUMNS, "use_entropy_bits", "num_tokens")
-
-
 @dataclass(frozen=True)
 class RoutingStatistics:
-    """What the routers did with some tokens, as sums [L, 2 E + 3] int64; those of two texts add up.
+    """What the routers of L layers did with some tokens, as int64 sums; those of two texts add up.
 
-    For each layer: tokens by the number of experts that ran, 0 to E; times each expert ran; tokens for which
-    the rule rejected nothing; gate mass of the experts that ran, in 1 / MASS_UNIT.
+    counts [L, E + 1]: tokens by the number of experts that ran. use [L, E]: times each expert ran. unchosen
+    [L]: tokens for which the rule chose no expert. mass [L]: gate mass of the experts that ran, in 1 /
+    MASS_UNIT.
     """
 
-    sums: Tensor
+    counts: np.ndarray
+    use: np.ndarray
+    unchosen: np.ndarray
+    mass: np.ndarray
     config: Config  # resolved
-    layers: tuple[int, ...]  # the index of each layer [L] in the model
+    layers: tuple[int, ...]  # the MoE layers that the rows are of
 
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
-        return RoutingStatistics(self.sums + other.sums, self.config, self.layers)
-
-    @property
-    def num_experts(self) -> int:
-        return (self.sums.shape[1] - 3) // 2
-
-    @property
-    def counts(self) -> Tensor:
-        return self.sums[:, : self.num_experts + 1]  # [L, E + 1]
-
-    @property
-    def use(self) -> Tensor:
-        return self.sums[:, self.num_experts + 1 : -2]  # [L, E]
+        return RoutingStatistics(
+            self.counts + other.counts,
+            self.use + other.use,
+            self.unchosen + other.unchosen,
+            self.mass + other.mass,
+            self.config,
+            self.layers,
+        )
 
     def by_layer(self) -> pd.DataFrame:
-        """One row a layer, under its index; the README gives the formula of each column. Empty if no token
-        came by."""
-        measures = self._measures(pooled=False)
-        frame = pd.DataFrame(measures, columns=LAYER_COLUMNS, index=self.layers if measures else ())
-        return frame.astype({"min_experts": int, "max_experts": int, "num_tokens": int})
+        """LAYER_COLUMNS, one row a layer that saw a token."""
+        measures = self._decision_measures(self._sums()) | self._use_measures()
+        frame = pd.DataFrame(measures, index=pd.Index(self.layers, name="layer"))
+        frame = frame.loc[frame["num_tokens"] > 0, [column.name for column in LAYER_COLUMNS]]
+        return frame.astype({column.name: column.kind for column in LAYER_COLUMNS})
 
     def row(self) -> dict[str, Any]:
-        """The ROUTING_COLUMNS of a result row, over all layers; all None if no token came by."""
-        found = {name: values[0] for name, values in self._measures(pooled=True).items()}
-        return strict_json({name: found.get(name) for name in ROUTING_COLUMNS})
+        """ROUTING_COLUMNS over all layers, as plain numbers; all None if no token came by."""
+        if not self.counts.any():
+            return {column.name: None for column in ROUTING_COLUMNS}
+        over_layers = {name: values.sum(0, keepdims=True) for name, values in self._sums().items()}
+        of_use = {name: values.mean(keepdims=True) for name, values in self._use_measures().items()}
+        measures = self._decision_measures(over_layers) | of_use
+        return strict_json({column.name: measures[column.name][0] for column in ROUTING_COLUMNS})
 
-    def _measures(self, pooled: bool) -> dict[str, list[float]]:
-        """LAYER_COLUMNS, a value a layer, or one for all layers; empty if no token came by."""
-        counts, use, rest = self.counts.double(), self.use.double(), self.sums[:, -2:].double()
-        use = use / use.sum(1, keepdim=True)  # [L, E] shares
-        entropy = torch.special.entr(use).sum(1) / math.log(2)
-        # An unused expert counts as used once, so that the ratio stays finite.
-        extremes = self.use.amax(1) / self.use.amin(1).clamp(min=1)
-        of_layer = torch.stack([use.std(1, correction=0) * use.shape[1], extremes, entropy], dim=1)  # [L, 3]
-        if pooled:
-            counts, rest = (part.sum(0, keepdim=True) for part in (counts, rest))
-            of_layer = of_layer.mean(0, keepdim=True)
+    def _sums(self) -> dict[str, np.ndarray]:
+        """What may be added over layers, one entry a layer."""
+        decisions, at_floor, at_cap, unchosen = np.zeros((4, len(self.layers)), dtype=np.int64)
+        if not RULES[self.config["method"]].is_static:
+            for row, layer in enumerate(self.layers):
+                if is_routed(self.config, layer):
+                    floor, cap = count_bounds(layer_config(self.config, layer))
+                    widest = self.use.shape[1]
+                    decisions[row] = self.counts[row].sum()
+                    at_floor[row] = self.counts[row, min(floor, widest)]
+                    at_cap[row] = self.counts[row, min(cap, widest)]
+                    unchosen[row] = self.unchosen[row]
+        return {
+            "counts": self.counts,
+            "mass": self.mass,
+            "decisions": decisions,
+            "at_floor": at_floor,
+            "at_cap": at_cap,
+            "unchosen": unchosen,
+        }
+
+    @staticmethod
+    def _decision_measures(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Columns from what `_sums` gives, or from its sums over layers."""
+        counts = sums["counts"]
+        number = np.arange(counts.shape[1])
         tokens = counts.sum(1)
-        if not tokens.all():
-            return {}
-        number = torch.arange(counts.shape[1], dtype=torch.float64)
-        mean = counts @ number / tokens
-        spread = (counts @ number**2 / tokens - mean**2).clamp(min=0).sqrt()
-        ran = counts > 0
-        shares = counts.new_full((len(counts), 3), math.nan)
-        if self.config["method"] != "topk":
-            floor, cap = _bounds(self.config, self.num_experts)
-            shares = torch.stack([counts[:, floor], counts[:, cap], rest[:, 0]], 1) / tokens[:, None]
-        columns = (
-            *(mean, spread, ran.int().argmax(1), _last_true(ran) - 1),
-            *(*of_layer[:, :2].T, *shares.T, rest[:, 1] / MASS_UNIT / tokens, of_layer[:, 2], tokens),
-        )
-        return dict(zip(LAYER_COLUMNS, (column.tolist() for column in columns), strict=True))
+        occurs = counts > 0
+        with np.errstate(invalid="ignore"):  # nothing seen, or no decision by a rule: NaN
+            mean = counts @ number / tokens
+            variance = counts @ number**2 / tokens - mean**2
+            return {
+                "avg_experts_per_token": mean,
+                "std_experts_per_token": np.sqrt(variance.clip(min=0)),
+                "min_experts": occurs.argmax(1),
+                "max_experts": number[-1] - occurs[:, ::-1].argmax(1),
+                "floor_frac": sums["at_floor"] / sums["decisions"],
+                "cap_frac": sums["at_cap"] / sums["decisions"],
+                "zero_rejection_frac": sums["unchosen"] / sums["decisions"],
+                "gate_mass_frac": sums["mass"] / MASS_UNIT / tokens,
+                "num_tokens": tokens,
+            }
+
+    def _use_measures(self) -> dict[str, np.ndarray]:
+        """Columns about which experts ran, one entry a layer."""
+        share = self.use / self.use.sum(1, keepdims=True).clip(min=1)  # [L, E]
+        return {
+            "expert_utilization_cv": share.std(1) * share.shape[1],
+            # An unused expert counts as used once, so that the ratio stays finite.
+            "expert_utilization_max_min_ratio": self.use.max(1) / self.use.min(1).clip(min=1),
+            "use_entropy_bits": special.entr(share).sum(1) / math.log(2),
+        }
 
     def pack(self) -> str:
         """The sums as text for a checkpoint."""
-        return base64.b85encode(zlib.compress(self.sums.numpy().astype("<i8").tobytes())).decode()
+        parts = (self.counts, self.use, self.unchosen[:, None], self.mass[:, None])
+        sums = np.concatenate(parts, axis=1).astype("<i8")  # [L, 2 E + 3]
+        return base64.b85encode(zlib.compress(sums.tobytes())).decode()
 
     @classmethod
-    def unpack(cls, text: str, num_layers: int, config: Config) -> RoutingStatistics:
-        """What `pack` wrote of all the layers of a model."""
-        sums = np.frombuffer(zlib.decompress(base64.b85decode(text)), "<i8").reshape(num_layers, -1)
-        return cls(torch.from_numpy(sums.copy()), config, tuple(range(num_layers)))
+    def unpack(cls, text: str, config: Config, layers: Sequence[int]) -> RoutingStatistics:
+        """What `pack` wrote."""
+        sums = np.frombuffer(zlib.decompress(base64.b85decode(text)), "<i8").reshape(len(layers), -1)
+        num_experts = (sums.shape[1] - 3) // 2
+        counts, use, unchosen, mass = np.split(sums, [num_experts + 1, 2 * num_experts + 1, -1], axis=1)
+        return cls(counts, use, unchosen[:, 0], mass[:, 0], config, tuple(layers))
 
 
 @dataclass
@@ -1457,8 +2132,42 @@ class _Call:
 
     mask: Tensor | None  # attention mask [B, at least S]; padding is not counted
     shape: tuple[int, int] | None  # B, S
-    outputs: dict[int, tuple]  # layer -> (logits [T, E], weights [T, K], indices [T, K])
-    wanted: dict[int, Tensor]  # layer -> counts [T] before floor and cap
+    outputs: dict[int, tuple]  # place of the layer -> (logits [T, E], weights [T, K], indices [T, K])
+    wanted: dict[int, Tensor]  # place of the layer -> counts [T] before floor and cap
+
+
+class _LayerSums:
+    """The sums of one layer, for each of R rows of the batch, on the layer's device."""
+
+    def __init__(self, layer: MoELayer, rows: int):
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=layer.device)
+
+        self.layer = layer
+        self.counts = zeros(rows, layer.num_experts + 1)
+        self.use = zeros(rows, layer.num_experts)
+        self.unchosen = zeros(rows)
+        self.mass = zeros(rows)
+
+    def add(
+        self, output: tuple[Tensor, Tensor, Tensor], wanted: Tensor | None, row: Tensor, is_token: Tensor
+    ) -> None:
+        """Add N tokens. output: logits [N, E], weights [N, K], indices [N, K]. wanted: counts [N] before
+        floor and cap. row: of the batch [N]. is_token: False for padding [N]."""
+        first, weights, indices = output
+        ran = (weights != 0) & is_token[:, None]  # [N, K]
+        gates = self.layer.logits(first).float().softmax(-1)
+        mass = gates.gather(-1, indices.clamp(max=gates.shape[-1] - 1)).double()  # [N, K]
+        self._count(self.counts, (row, ran.sum(-1)), is_token)
+        token, slot = ran.nonzero(as_tuple=True)
+        self._count(self.use, (row[token], indices[token, slot]), torch.ones_like(token))
+        self._count(self.mass, (row,), (mass * ran).sum(-1).mul(MASS_UNIT).round())
+        if wanted is not None:
+            self._count(self.unchosen, (row,), (wanted == 0) & is_token)
+
+    @staticmethod
+    def _count(sums: Tensor, place: tuple[Tensor, ...], number: Tensor) -> None:
+        sums.index_put_(place, number.long(), accumulate=True)
 
 
 class RoutingRecorder:
@@ -1469,108 +2178,152 @@ class RoutingRecorder:
     the model was given, is not counted. In a notebook it shows itself as a table by layer.
     """
 
-    MAX_CALLS, MAX_TOKENS = 256, 8192  # what is kept at most before it is summed
+    MAX_CALLS = 256  # what is kept at most before it is summed
+    MAX_TOKENS = 8192
 
     def __init__(self, layers: Sequence[MoELayer], config: Config):
-        self.config, self._layers = config, layers
-        self._width = max(layer.num_experts for layer in layers)
+        self.config = config
+        self.layers = list(layers)
         self.start()
 
     def start(self, rows: int | None = None) -> None:
         """Begin anew. rows: the batch size, to count each row of the batch by itself."""
+        self._rows = rows
         self._calls: list[_Call] = []
-        self._tokens, self._rows = 0, rows
-        size = (rows or 1) * (2 * self._width + 3)
-        self._sums = [torch.zeros(size, dtype=torch.int64, device=layer.device) for layer in self._layers]
+        self._tokens = 0
+        self._sums = [_LayerSums(layer, rows or 1) for layer in self.layers]
 
     def watch_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook for the model: a new call begins."""
         if len(self._calls) >= self.MAX_CALLS or self._tokens >= self.MAX_TOKENS:
             self._flush()
-        ids, mask = args[0] if args else kwargs.get("input_ids"), kwargs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        self._calls.append(_Call(mask, None if ids is None else tuple(ids.shape[:2]), {}, {}))
+        ids = args[0] if args else kwargs.get("input_ids")
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            mask = None
+        shape = None if ids is None else tuple(ids.shape[:2])
+        self._calls.append(_Call(mask, shape, {}, {}))
         self._tokens += 0 if ids is None else ids.numel()
 
-    def _call(self, index: int) -> _Call:
-        """The call that layer `index` is in: a new one where it was called without the whole model."""
-        if not self._calls or index in self._calls[-1].outputs:
+    def _call(self, place: int) -> _Call:
+        """The call that a layer is in: a new one where it was called without the whole model."""
+        if not self._calls or place in self._calls[-1].outputs:
             self._calls.append(_Call(None, None, {}, {}))
         return self._calls[-1]
 
-    def hook(self, index: int) -> Callable:
-        """A forward hook for the router of layer `index`."""
+    def hook(self, place: int) -> Callable:
+        """A forward hook for the router of the layer at `place` in `layers`."""
 
         def record(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            self._call(index).outputs[index] = tuple(part.detach() for part in output)
+            self._call(place).outputs[place] = tuple(part.detach() for part in output)
 
         return record
 
-    def observer(self, index: int) -> Callable:
-        """A function that takes the rejections [T] of layer `index` before floor and cap."""
+    def observer(self, place: int) -> Callable[[Tensor], None]:
+        """A function that takes the counts [T] of a layer before floor and cap."""
 
         def observe(wanted: Tensor) -> None:
-            self._call(index).wanted[index] = wanted
+            self._call(place).wanted[place] = wanted
 
         return observe
 
     @torch.no_grad()
     def _flush(self) -> None:
         """Add what was kept to the sums."""
-        calls, self._calls, self._tokens = self._calls, [], 0
-        width, size = self._width, 2 * self._width + 3
-        for layer, sums in zip(self._layers, self._sums, strict=True):
-            index = layer.index
-            seen = [call for call in calls if index in call.outputs]
+        calls = self._calls
+        self._calls = []
+        self._tokens = 0
+        for place, sums in enumerate(self._sums):
+            seen = [call for call in calls if place in call.outputs]
             if not seen:
                 continue
-            parts = (torch.cat(part) for part in zip(*(call.outputs[index] for call in seen), strict=True))
-            logits, weights, indices = parts  # [N, E], [N, K], [N, K]
-            places = (torch.cat(part) for part in zip(*map(self._places, seen), strict=True))
-            rows, real = (part.to(layer.device) for part in places)  # [N], bool [N]
-            kept = (weights != 0) & real[:, None]
-            gates = layer.logits(logits).float().softmax(-1)
-            mass = gates.gather(-1, indices.clamp(max=logits.shape[-1] - 1)).double()
-            start, real = rows * size, real.long()
-            sums.index_add_(0, start + kept.sum(-1), real)
-            use = (start[:, None] + width + 1 + indices).clamp(max=len(sums) - 1)
-            sums.index_add_(0, use.flatten(), kept.long().flatten())
-            if all(index in call.wanted for call in seen):
-                none = torch.cat([call.wanted[index] for call in seen]) == 0
-                sums.index_add_(0, start + size - 2, none * real)
-            sums.index_add_(0, start + size - 1, (mass * kept).sum(-1).mul(MASS_UNIT).round().long())
+            outputs = [call.outputs[place] for call in seen]
+            output = tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+            is_tested = all(place in call.wanted for call in seen)
+            wanted = torch.cat([call.wanted[place] for call in seen]) if is_tested else None
+            row = torch.cat([self._row_of_tokens(call, place) for call in seen])
+            is_token = torch.cat([self._is_token(call, place) for call in seen])
+            device = sums.counts.device
+            sums.add(output, wanted, row.to(device), is_token.to(device))
 
-    def _places(self, call: _Call) -> tuple[Tensor, Tensor]:
-        """For each token of a call, [T]: its row of the batch (0 if rows are not told apart), and whether it
-        is no padding."""
-        logits = next(iter(call.outputs.values()))[0]
-        rows = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-        real = torch.ones_like(rows, dtype=torch.bool)
-        if call.shape is None or math.prod(call.shape) != len(logits):
-            return rows, real
-        if self._rows:
-            rows = torch.arange(len(logits), device=logits.device) // call.shape[1]
-        if call.mask is not None:
-            real = call.mask[:, -call.shape[1] :].reshape(-1).to(logits.device) != 0
-        return rows, real
+    def _row_of_tokens(self, call: _Call, place: int) -> Tensor:
+        """The row of the batch that each token [T] is in; 0 where rows are not told apart."""
+        tokens = len(call.outputs[place][0])
+        if not self._rows or call.shape is None or math.prod(call.shape) != tokens:
+            return torch.zeros(tokens, dtype=torch.int64)
+        return torch.arange(tokens) // call.shape[1]
+
+    def _is_token(self, call: _Call, place: int) -> Tensor:
+        """Which of the tokens [T] are no padding."""
+        tokens = len(call.outputs[place][0])
+        if call.mask is None or call.shape is None or math.prod(call.shape) != tokens:
+            return torch.ones(tokens, dtype=torch.bool)
+        return call.mask[:, -call.shape[1] :].reshape(-1) != 0
 
     def statistics(self) -> list[RoutingStatistics]:
         """What was seen since the start: one for each row of the batch, or one."""
         self._flush()
-        sums = torch.stack([part.cpu() for part in self._sums]).unflatten(1, (self._rows or 1, -1))
-        layers = tuple(layer.index for layer in self._layers)
-        return [RoutingStatistics(part.contiguous(), self.config, layers) for part in sums.unbind(1)]
+        places = tuple(layer.index for layer in self.layers)
+        found = []
+        for row in range(self._rows or 1):
+            parts = (
+                np.stack([getattr(sums, name)[row].cpu().numpy() for sums in self._sums])
+                for name in ("counts", "use", "unchosen", "mass")
+            )
+            found.append(RoutingStatistics(*parts, self.config, places))
+        return found
 
     def total(self) -> RoutingStatistics:
         """What was seen since the start."""
         return functools.reduce(RoutingStatistics.__add__, self.statistics())
 
     def summary(self) -> pd.DataFrame:
-        """What was seen since the start, one row a layer, under its index: LAYER_COLUMNS."""
-        return self.total().by_layer().rename_axis("layer")
+        """What was seen since the start, one row a layer: LAYER_COLUMNS."""
+        return self.total().by_layer()
 
     def _repr_html_(self) -> str:
         return self.summary().to_html(float_format="{:.3f}".format)
+
+
+def _asked_candidates(layers: Sequence[MoELayer], config: Config) -> list[int]:
+    """K, how many candidates each router is asked for.
+
+    Where K hangs on an object that layers share, such as the model's config, the widest is asked for: what
+    is too much for a layer is dropped there.
+    """
+    wanted: list[int] = []
+    for layer in layers:
+        number = layer.own_k
+        if layer.knob and is_routed(config, layer.index):
+            number = min(count_bounds(layer_config(config, layer.index))[1], layer.max_k)
+            if config["renormalize"] == "topk_mass":
+                number = max(number, layer.own_k)
+        wanted.append(number)
+    widest: dict[Any, int] = {}
+    for layer, number in zip(layers, wanted, strict=True):
+        widest[layer.knob_id] = max(number, widest.get(layer.knob_id, 0))
+    return [widest[layer.knob_id] for layer in layers]
+
+
+def _sharing_layers(model: nn.Module, layers: Sequence[MoELayer]) -> list[MoELayer]:
+    """The other layers of a model whose K hangs on an object that sets the K of some of `layers`."""
+    given = {layer.index for layer in layers}
+    shared = {layer.knob_id for layer in layers if layer.knob and layer.knob[0] is not layer.router}
+    if not shared or len(given) == layers[0].num_layers:
+        return []
+    return [layer for layer in find_moe_layers(model) if layer.index not in given and layer.knob_id in shared]
+
+
+_LEFT_ALONE = {"method": "topk", "renormalize": "model"}  # with the model's own K
+
+
+def _needs_rule(layer: MoELayer, config: Config, candidates: int) -> bool:
+    """Whether asking the router for fewer is not enough."""
+    if not is_routed(config, layer.index):
+        return candidates > layer.own_k
+    is_plain = RULES[config["method"]].is_static and config["renormalize"] == "model"
+    _, cap = count_bounds(layer_config(config, layer.index))
+    return not is_plain or candidates > cap
 
 
 @contextlib.contextmanager
@@ -1584,42 +2337,41 @@ def patched_routing(
 
     Reversible and local: instance attributes and hooks only, put back in reverse order whatever happens
     inside. The model is in eval mode in the block. p_values "empirical" needs a `calibration`. layers: those
-    of `find_moe_layers` that are patched and recorded, all of them when None; the others stay as they are.
-    Raises UserError for a model that is patched already.
+    of `find_moe_layers` that are patched and recorded, all of them when None. Raises UserError for a model
+    that is patched already.
 
         with patched_routing(model, ROUTING_CONFIGS["bh_moderate"], calibrate(model, tokenizer)) as recorder:
             model.generate(**inputs)
     """
-    config = resolve_config("routing", config)
     if layers is None:
         layers = find_moe_layers(model)
     if not layers:
         raise UserError("layers is empty: give layers of find_moe_layers(model), or None for all of them")
-    if config["max_k"]:
-        config["max_k"] = min(config["max_k"], layers[0].max_k)
+    config = resolve_config("routing", config, layers[0].num_layers)
     recorder = RoutingRecorder(layers, config)
+    # Others must keep their own K, also where it hangs on what is changed for these.
+    patched = [*layers, *_sharing_layers(model, layers)]
+    config = config | {"layers": [layer.index for layer in layers if is_routed(config, layer.index)]}
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as alone:
         alone.enter_context(_alone())
         stack.enter_context(evaluating(model))
         stack.enter_context(model.register_forward_pre_hook(recorder.watch_model, with_kwargs=True))
-        for layer in layers:
+        candidates = _asked_candidates(patched, config)
+        for place, layer in enumerate(patched):
             _refuse_patched(layer.name, layer.router)
             _replace(stack, layer.router, "_bh_patched", True)
-            width = _bounds(config, layer.max_k)[1]
-            if config["renormalize"] == "topk_mass":
-                width = max(width, layer.own_k)
-            if config["method"] != "topk" or config["renormalize"] != "model" or not layer.knob:
-                width = width if layer.knob else layer.own_k
-                critical = critical_scores(config, layer.num_experts, layer.index, calibration)
-                critical = None if critical is None else critical.to(layer.device)
-                observe = recorder.observer(layer.index)
-                routed = _adaptive_router(layer, config, critical, width, observe, seed=layer.index)
-                _replace(stack, layer.router, "forward", routed)
+            if _needs_rule(layer, config, candidates[place]):
+                own = _LEFT_ALONE | {"k": layer.own_k}
+                settings = layer_config(config, layer.index) if is_routed(config, layer.index) else own
+                null = layer_null(settings, layer.index, layer.num_experts, calibration)
+                routing = _LayerRouting(layer, settings, candidates[place], null, recorder.observer(place))
+                _replace(stack, layer.router, "forward", routing.wrap(layer.router.forward))
                 _replace(stack, layer.experts, "forward", _skipping_experts(layer.experts))
             # config.num_experts_per_tok has no effect after loading; the router's own attribute has.
             if layer.knob:
-                _replace(stack, *layer.knob, width)
-            stack.enter_context(layer.router.register_forward_hook(recorder.hook(layer.index)))
+                _replace(stack, *layer.knob, candidates[place])
+            if place < len(layers):
+                stack.enter_context(layer.router.register_forward_hook(recorder.hook(place)))
         alone.close()
         yield recorder
 
@@ -1629,12 +2381,16 @@ def patched_routing(
 # ---------------------------------------------------------------------------------------------------------
 
 
-def _generation_config(tokenizer: Any, new_tokens: int, **options: Any) -> Any:
+def generation_settings(tokenizer: Any, new_tokens: int, **options: Any) -> Any:
     """Exactly `new_tokens` tokens: no early end of text, so that clocks compare equal work."""
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    eos = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id
     return transformers.GenerationConfig(
-        **lengths, pad_token_id=eos if pad is None else pad, eos_token_id=eos, **options
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        eos_token_id=eos,
+        pad_token_id=eos if pad is None else pad,
+        **options,
     )
 
 
@@ -1654,6 +2410,14 @@ def writing_plainly(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's random generators seeded inside the block, and as they were after it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def sample_calibration_text(model: nn.Module, tokenizer: Any, seed: int) -> Tensor:
     """Text that the model itself writes: int64 [CALIBRATION_SEQUENCES, CALIBRATION_LENGTH].
 
@@ -1662,10 +2426,8 @@ def sample_calibration_text(model: nn.Module, tokenizer: Any, seed: int) -> Tens
     """
     device = input_device(model)
     start = torch.full((CALIBRATION_SEQUENCES, 1), start_token(tokenizer), device=device)
-    settings = _generation_config(tokenizer, CALIBRATION_LENGTH - 1, do_sample=True, top_k=0)
-    generators = torch.random.fork_rng([start.device] if start.is_cuda else [])
-    with writing_plainly(model), generators, torch.inference_mode():
-        torch.manual_seed(seed)
+    settings = generation_settings(tokenizer, CALIBRATION_LENGTH - 1, do_sample=True, top_k=0)
+    with writing_plainly(model), seeded(seed, device), torch.inference_mode():
         return model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings)
 
 
@@ -1682,35 +2444,38 @@ def read_calibration_text(path: Path, tokenizer: Any) -> Tensor:
 SHARED_RUN = 32  # so many equal tokens in a row are the same text, not the same phrase
 
 
+def _runs_of(tokens: Tensor, length: int) -> list[tuple[int, ...]]:
+    """All runs of `length` tokens in a row, of token ids [B, S]."""
+    return list(map(tuple, tokens.unfold(1, length, 1).flatten(0, 1).tolist()))
+
+
 def count_shared_tokens(texts: Sequence[Tensor], calibration_text: Path | None, tokenizer: Any) -> int:
     """How many tokens of `texts`, each [1, S], lie in a run of SHARED_RUN tokens of the calibration text.
 
-    Only the windows that calibration takes of it count; what is shorter than such a run is looked for as a
-    whole. First positions are left out, as everywhere in calibration. 0 where the model wrote its own
-    calibration text. A warning says how many there are: on them, nothing was held out.
+    Of that only the windows that calibration takes count, and a text shorter than such a run is looked for
+    as a whole. First positions are left out, as everywhere in calibration. 0 where the model wrote its own
+    calibration text. Some are told with a warning: there, nothing that is diagnosed was held out.
     """
     if calibration_text is None:
         return 0
     windows = read_calibration_text(calibration_text, tokenizer)  # [W, CALIBRATION_LENGTH]
-
-    @functools.cache
-    def calibrated_on(length: int) -> set[tuple[int, ...]]:
-        return set(map(tuple, windows.unfold(1, length, 1).flatten(0, 1).tolist()))
-
+    longest = min(SHARED_RUN, windows.shape[1])
+    known: dict[int, set[tuple[int, ...]]] = {}  # by length of the runs
     shared = 0
     for text in texts:
-        length = min(SHARED_RUN, windows.shape[1], text.numel())
-        runs = text.flatten().unfold(0, length, 1).tolist()
-        is_shared = [False] * text.numel()
-        for start, run in enumerate(runs):
-            if tuple(run) in calibrated_on(length):
-                is_shared[start : start + length] = [True] * length
-        shared += sum(is_shared[1:])
+        length = min(longest, text.numel())
+        if length not in known:
+            known[length] = set(_runs_of(windows, length))
+        is_shared = torch.zeros(text.numel(), dtype=torch.bool)
+        for start, run in enumerate(_runs_of(text, length)):
+            if run in known[length]:
+                is_shared[start : start + length] = True
+        shared += int(is_shared[1:].sum())
     if shared:
         total = sum(text.numel() - 1 for text in texts)
         logger.warning(
             f"--calibration-text {calibration_text} shares text with what is scored: {shared} of the {total} "
-            "tokens on which the nulls are diagnosed were calibrated on"
+            "tokens on which the nulls are diagnosed were calibrated on: they say too little about new text"
         )
     return shared
 
@@ -1721,14 +2486,15 @@ def record_routers(model: nn.Module, batches: Sequence[Tensor]) -> Calibration:
     The routing of a first position is an outlier in every layer.
     """
     layers = find_moe_layers(model)
-    seen: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in layers]  # logits [N, E], own [N, K]
+    logits: list[list[Tensor]] = [[] for _ in layers]  # by layer and batch: [N, E]
+    own: list[list[Tensor]] = [[] for _ in layers]  # by layer and batch: [N, K]
     length = 0
 
     def recorder(layer: MoELayer) -> Callable:
         def record(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
             first, _, indices = (part.unflatten(0, (-1, length))[:, 1:].flatten(0, 1) for part in output)
-            seen[layer.index][0].append(layer.logits(first).float().cpu())
-            seen[layer.index][1].append(indices.to("cpu", torch.int16))
+            logits[layer.index].append(layer.logits(first).float().cpu())
+            own[layer.index].append(indices.to("cpu", torch.int16))
 
         return record
 
@@ -1736,10 +2502,10 @@ def record_routers(model: nn.Module, batches: Sequence[Tensor]) -> Calibration:
         for layer in layers:
             stack.enter_context(layer.router.register_forward_hook(recorder(layer)))
         for batch in batches:
-            length, batch = batch.shape[1], batch.to(input_device(model))
+            length = batch.shape[1]
+            batch = batch.to(input_device(model))
             model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
-    logits, own = (torch.stack([torch.cat(parts) for parts in kind]) for kind in zip(*seen, strict=True))
-    return Calibration(logits, own)
+    return Calibration(torch.stack(list(map(torch.cat, logits))), torch.stack(list(map(torch.cat, own))))
 
 
 def calibrate(
@@ -1753,46 +2519,94 @@ def calibrate(
     return record_routers(model, tokens.split(4))
 
 
-def match_experts(name: str, config: Config, target: float, calibration: Calibration) -> dict[str, Any]:
-    """The configuration with its knob (alpha, p, ratio or threshold) set so that it keeps `target` experts.
+MATCHING_ERROR = 0.05  # experts: a rule that misses its target by more jumps over it
 
-    The mean is over tokens and layers of the calibration text, as routed by the unpatched model; on other
+
+def _calibration_gates(config: Config, calibration: Calibration) -> dict[int, Gates]:
+    """Layer -> the gates that the calibration text had in it, for the layers that `config` routes."""
+    num_layers, _, num_experts = calibration.logits.shape
+    gates = {}
+    for layer in range(num_layers):
+        if is_routed(config, layer):
+            settings = layer_config(config, layer)
+            null = layer_null(settings, layer, num_experts, calibration)
+            gates[layer] = Gates(gate_scores(calibration.logits[layer], settings["temperature"]), null)
+    return gates
+
+
+def _mean_experts(config: Config, gates: Mapping[int, Gates], calibration: Calibration) -> float:
+    """How many experts `config` keeps on the calibration text, on average over tokens and all MoE layers."""
+    num_layers, _, num_experts = calibration.logits.shape
+    own_k = calibration.own.shape[-1]
+    total = float(own_k * (num_layers - len(gates)))
+    for layer, of_layer in gates.items():
+        settings = layer_config(config, layer)
+        floor, cap = count_bounds(settings)
+        counts = RULES[config["method"]].count(of_layer, settings).clamp(floor, min(cap, num_experts))
+        total += counts.double().mean().item()
+    return total / num_layers
+
+
+def match_experts(name: str, config: Config, target: float, calibration: Calibration) -> dict[str, Any]:
+    """The configuration with its rule's knob set so that it keeps `target` experts; a static one as it is.
+
+    The mean is over tokens and MoE layers of the calibration text, as routed by the unpatched model; on other
     text, and under its own routing, the configuration will keep a few more or fewer. Raises UserError naming
     the range the rule can reach.
     """
-    config, num_experts = resolve_config(name, config), calibration.logits.shape[-1]
-    knob, bounds = METHODS[config["method"]][0], _bounds(config, num_experts)
-    if config["method"] == "topk":
+    num_layers, _, num_experts = calibration.logits.shape
+    config = resolve_config(name, config, num_layers)
+    rule = RULES[config["method"]]
+    if rule.is_static:
         return config
-    scores = [gate_scores(logits, config["temperature"]) for logits in calibration.logits]  # L x [N, E]
+    knob = rule.knob
+    gates = _calibration_gates(config, calibration)
 
-    def mean_experts(log_value: float) -> float:
-        changed, total = config | {knob: math.exp(log_value)}, 0.0
-        for index, layer_scores in enumerate(scores):
-            critical = critical_scores(changed, num_experts, index, calibration)
-            total += counting_rule(changed, critical)(layer_scores).clamp(*bounds).double().mean().item()
-        return total / len(scores)
+    def kept_at(value: float) -> float:
+        return _mean_experts(config | {knob.name: value}, gates, calibration)
 
-    what = f"--match-experts {target:g}: {name}"
-    lowest, highest = FIELDS[knob].search
-    if config["p_values"] == "empirical":
-        lowest = 1.001 * calibration.null(0, config["temperature"]).smallest_alpha(num_experts)
-        lowest *= _correction(config, num_experts)
-    ends = math.log(lowest), math.log(highest)
-    least, most = sorted(mean_experts(end) for end in ends)
+    def kept_at_log(log_value: float) -> float:
+        value = math.exp(log_value)
+        return kept_at(round(value) if knob.kind is int else value)
+
+    lowest, highest = rule.search
+    first_null = next(iter(gates.values())).null
+    if first_null is not None:
+        lowest = max(lowest, 1.001 * rule.smallest_knob(first_null, num_experts))
+    ends = (math.log(lowest), math.log(highest))
+    least, most = sorted(map(kept_at_log, ends))
     if not least <= target <= most:
-        reach = f"{least:.2f} to {most:.2f} experts on the calibration text by its {knob}"
-        raise UserError(f"{what} can keep {reach}")
-    log_value = optimize.bisect(lambda value: mean_experts(value) - target, *ends, xtol=1e-3)
-    found, achieved = math.exp(log_value), mean_experts(log_value)
+        reach = f"{least:.2f} to {most:.2f} experts on the calibration text by its {knob.name}"
+        raise UserError(f"--match-experts {target:g}: {name} can keep {reach}")
+    value = math.exp(optimize.bisect(lambda log_value: kept_at_log(log_value) - target, *ends, xtol=1e-3))
+    if knob.kind is int:  # the better of the whole numbers beside it
+        value = min(math.floor(value), math.ceil(value), key=lambda number: abs(kept_at(number) - target))
+    achieved = kept_at(value)
+    where = f"{knob.name} = {value:.4g}"
     kept = f"{achieved:.2f} experts on the calibration text"
-    if abs(achieved - target) > 0.05:
-        raise UserError(f"{what} jumps over it at {knob} = {found:.4g}, where it keeps {kept}")
-    logger.info(f"{name} keeps {kept} at {knob} = {found:.4g}")
-    return config | {knob: float(f"{found:.4g}")}
+    if abs(achieved - target) > MATCHING_ERROR:
+        raise UserError(f"--match-experts {target:g}: {name} jumps over it at {where}, where it keeps {kept}")
+    logger.info(f"{name} keeps {kept} at {where}")
+    return config | {knob.name: value if knob.kind is int else float(f"{value:.4g}")}
 
 
 DIAGNOSED_ALPHAS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+
+NULL_DIAGNOSTICS = "null_diagnostics.json"
+CALIBRATION_FILE = "calibration.safetensors"
+
+
+def _realised(p_values: Tensor, outside: Tensor, alpha: float) -> Tensor:
+    """Of each token: rejections of BH at alpha, the share of them that are null, and whether there is none.
+
+    p_values, outside: [N, E]; returns [3, N].
+    """
+    order = p_values.argsort(dim=-1, stable=True)
+    null_by_rank = outside.gather(1, order).long().cumsum(-1)  # null pairs among the k best
+    null_by_rank = nn.functional.pad(null_by_rank, (1, 0))  # [N, E + 1], for k = 0 to E
+    rejected = bh_rejections(p_values, alpha)  # [N]
+    false_share = null_by_rank.gather(1, rejected[:, None])[:, 0] / rejected.clamp(min=1)
+    return torch.stack([rejected.double(), false_share, (rejected == 0).double()])
 
 
 def diagnose_nulls(calibration: Calibration, heldout: Calibration) -> dict[str, Any]:
@@ -1808,105 +2622,574 @@ def diagnose_nulls(calibration: Calibration, heldout: Calibration) -> dict[str, 
     levels = torch.logspace(-4, 0, 41, dtype=torch.float64)
     report: dict[str, Any] = {"n_tokens": num_tokens, "levels": levels.tolist(), "nulls": {}}
     for name in ("empirical", "flat"):
-        shares, distances, found = [], [], {alpha: [] for alpha in DIAGNOSED_ALPHAS}
-        for index in range(num_layers):
-            scores, outside = heldout.scores(index, 1.0)  # [N, E], [N, E]
-            null = calibration.null(index, 1.0) if name == "empirical" else FlatNull(num_experts)
-            p_values = null.p_values(scores)  # [N, E]
+        shares = []
+        distances = []
+        realised: dict[float, list[Tensor]] = {alpha: [] for alpha in DIAGNOSED_ALPHAS}
+        for layer in range(num_layers):
+            scores, outside = heldout.scores(layer, 1.0)  # [N, E], [N, E]
+            p_values = NULLS[name].make(calibration, layer, 1.0, num_experts).p_values(scores)
             null_p = p_values[outside].sort().values
             shares.append((torch.searchsorted(null_p, levels, side="right") / len(null_p)).tolist())
             distances.append(stats.kstest(null_p.numpy(), "uniform", method="asymp").statistic)
-            order = p_values.argsort(dim=-1, stable=True)
-            false_by_rank = outside.gather(1, order).long().cumsum(-1)  # null pairs among the k best
-            false_by_rank = nn.functional.pad(false_by_rank, (1, 0))  # [N, E + 1], for k = 0 to E
             for alpha in DIAGNOSED_ALPHAS:
-                rejected = bh_rejections(p_values, alpha)  # [N]
-                false = false_by_rank.gather(1, rejected[:, None])[:, 0] / rejected.clamp(min=1)
-                found[alpha].append(torch.stack([rejected.double(), false, (rejected == 0).double()]))
+                realised[alpha].append(_realised(p_values, outside, alpha))
         rows = []
-        for alpha, parts in found.items():
-            rejections, fdp, none = torch.cat(parts, dim=1).mean(1).tolist()
-            means = {"mean_rejections": rejections, "realised_fdp": fdp, "zero_rejection_frac": none}
+        for alpha, by_layer in realised.items():
+            rejections, false_share, none = torch.cat(by_layer, dim=1).mean(1).tolist()
+            means = {"mean_rejections": rejections, "realised_fdp": false_share, "zero_rejection_frac": none}
             rows.append({"alpha": alpha, **means})
         report["nulls"][name] = {"layers": shares, "ks": distances, "alphas": rows}
     return strict_json(report)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 8. Checkpoints
+# 8. Tables: what a row holds
+# ---------------------------------------------------------------------------------------------------------
+#
+# Three things are measured, and each has its table: generation, scores of text, scores of tasks. Three more
+# tables say what the routers did. Every column is declared once, with its words: the CSV files, their types,
+# the tests, the manual and the checks of the drift between them read it from here.
+
+
+@dataclass(frozen=True)
+class Table:
+    """A CSV file of a run: its name, what one row is, and its columns in order."""
+
+    file: str
+    row: str
+    columns: tuple[Column, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [column.name for column in self.columns]
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """Column -> how it is named, for the columns that configurations are compared by."""
+        return {column.name: column.metric for column in self.columns if column.metric}
+
+
+# Metrics of a generated text: a function of it, and one line in TEXT_METRICS.
+
+
+@dataclass(frozen=True)
+class GeneratedText:
+    """A text that was generated, and its token ids [n] beside those of the model's own routing [n]."""
+
+    text: str
+    tokens: Tensor
+    own_tokens: Tensor
+
+
+def tokens_until_divergence(generated: GeneratedText) -> int:
+    """How many tokens come before the first that the model's own routing would not have written."""
+    return int((generated.tokens == generated.own_tokens).long().cumprod(0).sum())
+
+
+TEXT_METRICS: dict[Callable[[GeneratedText], float], Column] = {
+    tokens_until_divergence: Column(
+        "tokens_until_divergence",
+        int,
+        "new tokens before the text first differs from that of the model's own routing (with the same seed)",
+    )
+}
+
+_STATUS = (Column("status", str, "`ok`, or `error`"), Column("error", str, "the reason of an error"))
+_ORIGIN = (
+    Column("timestamp", str, "when it was begun, UTC", clock=True),
+    Column("command", str, "the command line that ran it", clock=True),
+    Column("method", str, "the rule of the configuration"),
+    Column("configuration", str, "the configuration as it was run: every field that its rule takes, as JSON"),
+    Column("own_k", int, "how many experts the model itself runs"),
+    Column("model_name", str, "folder or hub name of the model"),
+    Column("model_revision", str, "commit of a hub model"),
+    Column("model_hash", str, "hash over samples of all weights"),
+    Column("device", str, "`cpu`, or the name of the GPU"),
+    Column("dtype", str, "precision of weights and arithmetic"),
+    Column("seed", int, "seed of whatever is sampled"),
+    Column("torch_version", str, "version of torch"),
+    Column("transformers_version", str, "version of transformers"),
+    Column("script_hash", str, "which version of the script"),
+    Column("git_commit", str, "the commit that the script lies in, if any"),
+    Column("input_hash", str, "hash of everything that was fed in"),
+    Column("run_id", str, "hash of settings, configurations and inputs: all files of a run have the same"),
+)
+_CONFIG_NAME = Column("config_name", str, "name of the configuration")
+
+GENERATION = Table(
+    "bh_routing_results.csv",
+    "a configuration and a prompt (and a sample of its text)",
+    (
+        _CONFIG_NAME,
+        Column("prompt_id", str, "name of the prompt"),
+        Column("sample", int, "which sample of its text, from 0"),
+        Column("prompt_category", str, "category of the prompt"),
+        Column("prompt_text", str, "the prompt"),
+        *_STATUS,
+        Column("generated_text", str, "the continuation"),
+        Column("full_text", str, "prompt and continuation"),
+        Column("num_input_tokens", int, "tokens of the prompt"),
+        Column("num_output_tokens", int, "new tokens"),
+        *ROUTING_COLUMNS,
+        *TEXT_METRICS.values(),
+        Column("inference_time_sec", float, "whole generation, prompt included", clock=True,
+               metric=Metric("inference time", "s", 3)),
+        Column("tokens_per_sec", float, "`num_output_tokens` / `inference_time_sec`", clock=True,
+               metric=Metric("throughput", "tokens/s", 1)),
+        Column("time_to_first_token_sec", float, "start to the end of the prefill", clock=True),
+        Column("decode_sec_per_token", float, "time after the prefill / (new tokens - 1)", clock=True,
+               metric=Metric("decode time per token", "s", 4)),
+        Column("repeat_inference_time_sec", float,
+               "model's own routing only: measured a second time, the noise floor", clock=True),
+        Column("peak_memory_gb", float,
+               "peak of allocated GPU memory during the generation, GiB; empty on a CPU", clock=True),
+        Column("max_new_tokens", int, "how many new tokens were asked for"),
+        Column("sampling", str, "`greedy`, or temperature and top_p as JSON"),
+        *_ORIGIN,
+    ),
+)  # fmt: skip
+SCORES = Table(
+    "text_scores.csv",
+    "a configuration and a window of scored text: a prompt's reference, or a window of `--text`",
+    (
+        _CONFIG_NAME,
+        Column("item_id", str, "name of the window, FILE:FIRST-TOKEN, or of the prompt for its reference"),
+        Column("document", str, "what the window was cut from: windows of a document are not independent"),
+        Column("category", str, "category of the prompt; `text` for `--text`"),
+        *_STATUS,
+        Column("nll", float, "mean NLL of the scored tokens, nats"),
+        Column("num_tokens", int, "how many tokens were scored"),
+        Column("num_bytes", int, "how many bytes of UTF-8 they are"),
+        Column("perplexity", float, "exp(`nll`). Over windows it is exp(sum of NLL / sum of tokens)"),
+        Column("bits_per_byte", float, "`nll` x `num_tokens` / (ln 2 x `num_bytes`)"),
+        Column("kl_to_own", float,
+               "mean over scored tokens of KL(model's own routing, this routing) over the whole vocabulary, "
+               "nats, float32"),
+        Column("top1_agreement", float,
+               "share of scored tokens whose most probable token is that of the model's own routing"),
+        Column("repeat_nll", float,
+               "model's own routing only, first batch: scored a second time, the noise floor"),
+        *ROUTING_COLUMNS,
+        Column("batch_size", int, "windows in the forward pass that scored it", clock=True),
+        *_ORIGIN,
+    ),
+)  # fmt: skip
+TASKS = Table(
+    "task_scores.csv",
+    "a configuration and a document of a task of lm-evaluation-harness",
+    (
+        _CONFIG_NAME,
+        Column("task", str, "name of the task"),
+        Column("document", str, "TASK:NUMBER of the document"),
+        Column("prompt_text", str, "the end of what was asked"),
+        *_STATUS,
+        Column("generated_text", str, "the answer, where one is generated"),
+        Column("metric", str,
+               "the first metric of the task whose mean over documents the harness reports; for a perplexity "
+               "`bits_per_byte` or `bits_per_word`; empty where a task has neither"),
+        Column("score", float, "its value for this document"),
+        *ROUTING_COLUMNS,
+        Column("batch_size", int, "requests that were answered together", clock=True),
+        *_ORIGIN,
+    ),
+)  # fmt: skip
+
+_KIND = Column("kind", str, "what the tokens belong to: `generation`, `score` or `task`")
+_LAYER = Column("layer", int, "MoE layer, from 0")
+_RUN_ID = Column("run_id", str, "the run that wrote it")
+LAYER_STATISTICS = Table(
+    "layer_statistics.csv",
+    "a configuration, a kind of measurement and a MoE layer",
+    (
+        _CONFIG_NAME,
+        _KIND,
+        _LAYER,
+        Column("router", str, "name of its router in the model"),
+        *LAYER_COLUMNS,
+        Column("category_divergence_bits", float,
+               "Jensen-Shannon divergence of the use of experts between categories; 0 when all use the same "
+               "ones"),
+        Column("category_p_value", float,
+               "permutation test of that divergence, categories permuted over documents; empty with one "
+               "category or fewer than two documents in one"),
+        _RUN_ID,
+    ),
+)  # fmt: skip
+EXPERT_USAGE = Table(
+    "expert_usage.csv",
+    "a configuration, a kind of measurement, a category, a MoE layer and an expert",
+    (
+        _CONFIG_NAME,
+        _KIND,
+        Column("category", str, "category of prompt or text, or the task"),
+        _LAYER,
+        Column("expert", int, "expert, from 0"),
+        Column("count", int, "tokens it ran for"),
+        Column("share", float, "of all that ran in the layer"),
+        _RUN_ID,
+    ),
+)
+EXPERT_COUNTS = Table(
+    "expert_counts.csv",
+    "a configuration, a kind of measurement, a MoE layer and a number of experts",
+    (
+        _CONFIG_NAME,
+        _KIND,
+        _LAYER,
+        Column("num_experts", int, "so many experts ran"),
+        Column("tokens", int, "for so many tokens"),
+        _RUN_ID,
+    ),
+)
+TABLES = (GENERATION, SCORES, TASKS, LAYER_STATISTICS, EXPERT_USAGE, EXPERT_COUNTS)
+
+# A spreadsheet would run a cell that begins like this; one more quote in front makes it text, and goes again.
+_FORMULA = re.compile(r"(?='*[=+\-@\t\r])")
+# From pandas 3 on floats are read as they were written, and saying so is deprecated.
+_EXACT_FLOATS = {} if int(pd.__version__.split(".")[0]) >= 3 else {"float_precision": "round_trip"}
+_READ_AT_ONCE = 1000  # rows: reading in parts takes a quarter of the memory
+
+
+def _csv_cell(value: Any) -> Any:
+    """A value as it is written: text that a spreadsheet would run, or that ends a cell, is made harmless."""
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\0", "\u2400")  # many a CSV reader ends a cell there
+    return f"'{value}" if _FORMULA.match(value) else value
+
+
+def _plain_text(cell: str) -> str:
+    """What `_csv_cell` made of a text, undone."""
+    return cell[1:] if cell[:1] == "'" and _FORMULA.match(cell, 1) else cell
+
+
+def write_table(table: Table, rows: Iterable[Row], folder: Path) -> Path:
+    """Write rows as CSV, whole or not at all, one after the other: memory does not grow with them."""
+    path = folder / table.file
+    with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+        writer.writerow(table.names)
+        for row in rows:
+            writer.writerow([_csv_cell(row.get(name)) for name in table.names])
+    return path
+
+
+def _csv_header(path: Path) -> list[str]:
+    """The names of a CSV's columns. Raises UserError where the file is no CSV."""
+    try:
+        return list(pd.read_csv(path, nrows=0).columns)
+    except (OSError, ValueError) as error:  # no file, undecodable bytes, no columns
+        raise UserError(f"{path} is not a results CSV: {_first_line(error)}") from error
+
+
+def _refuse_lacking(path: Path, frame: pd.DataFrame, needed: Iterable[str]) -> None:
+    """UserError where a CSV lacks a column that every version of this script wrote."""
+    lacking = sorted(set(needed) - set(frame))
+    if lacking:
+        raise UserError(f"{path} is not a results CSV of this script: it lacks {', '.join(lacking)}")
+
+
+def read_csv(path: Path, columns: Sequence[Column]) -> pd.DataFrame:
+    """A CSV of this script as it was written, with the columns it has, each of its declared type.
+
+    A missing text is "", a missing number NaN. Raises UserError where the file is none of this script's.
+    """
+    types = {column.name: column.kind for column in columns}
+    header = _csv_header(path)
+    texts = [name for name in header if types.get(name, str) is str]
+    # A generated text may well be "NA" or "null": only number columns have missing values.
+    missing = dict.fromkeys(set(header) - set(texts), [""])
+    try:
+        parts = pd.read_csv(
+            path,
+            dtype=dict.fromkeys(texts, str),
+            keep_default_na=False,
+            na_values=missing,
+            chunksize=_READ_AT_ONCE,
+            **_EXACT_FLOATS,
+        )
+        frames = [part.assign(**{name: part[name].map(_plain_text) for name in texts}) for part in parts]
+    except (OSError, ValueError) as error:  # undecodable bytes, words in a number column
+        raise UserError(f"{path} is not a results CSV: {_first_line(error)}") from error
+    return pd.concat(frames, ignore_index=True)
+
+
+def fit_table(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
+    """`frame` with exactly the columns of `table`, in order: what it lacks is empty, what is foreign goes.
+
+    Tables of older scripts lack columns, and frames made by hand may.
+    """
+    fitted = {}
+    for column in table.columns:
+        if column.name not in frame:
+            empty = "" if column.kind is str else math.nan
+            fitted[column.name] = pd.Series(empty, index=frame.index)
+        elif column.kind is str:
+            fitted[column.name] = frame[column.name].fillna("").astype(str)
+        else:
+            try:
+                fitted[column.name] = pd.to_numeric(frame[column.name])
+            except (ValueError, TypeError) as error:
+                why = f"column {column.name}: {_first_line(error)}"
+                raise UserError(f"{table.file} is not a results CSV: {why}") from error
+    return pd.DataFrame(fitted)
+
+
+def read_table(table: Table, folder: Path) -> pd.DataFrame:
+    """A table of a run; without rows where the run has no such file. Raises UserError for another's file."""
+    path = folder / table.file
+    if not path.is_file():
+        return fit_table(pd.DataFrame(), table)
+    frame = read_csv(path, table.columns)
+    _refuse_lacking(path, frame, {"config_name", "status"} & set(table.names))
+    return fit_table(frame, table)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run measured, as frames with the columns of GENERATION, SCORES and TASKS."""
+
+    generation: pd.DataFrame
+    scores: pd.DataFrame
+    tasks: pd.DataFrame
+
+    def __iter__(self) -> Iterator[pd.DataFrame]:
+        return iter((self.generation, self.scores, self.tasks))
+
+    @property
+    def num_failed(self) -> int:
+        return sum(int((frame["status"] != "ok").sum()) for frame in self)
+
+    def __str__(self) -> str:
+        amounts = zip(("experiments", "scores of text", "scores of tasks"), map(len, self), strict=True)
+        return ", ".join(f"{number} {what}" for what, number in amounts if number) or "nothing"
+
+    def finished(self) -> Results:
+        """The rows that did not fail."""
+        return Results(*(frame[frame["status"] == "ok"] for frame in self))
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        """What a run left in its folder. Raises UserError where it left no table."""
+        tables = (GENERATION, SCORES, TASKS)
+        if not any((folder / table.file).is_file() for table in tables):
+            files = ", ".join(table.file for table in tables)
+            raise UserError(
+                f"{folder} holds none of {files}: run the experiments first, or give their folder"
+            )
+        if not is_of_older_script(folder):
+            return cls(*(read_table(table, folder) for table in tables))
+        try:
+            return results_of_older_script(folder)
+        except UserError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # a cell that no script wrote
+            path = folder / GENERATION.file
+            raise UserError(f"{path} is not a results CSV: {_first_line(error)}") from error
+
+
+def run_ids(frame: pd.DataFrame) -> set[str]:
+    """The runs whose rows these are; "" for an older script's."""
+    return set(frame["run_id"])
+
+
+def read_side_file(path: Path, runs: set[str]) -> dict[str, Any]:
+    """A JSON file that a run left beside its tables; empty where there is none of just these runs."""
+    content = read_json_object(path)
+    return content if {content.get("run_id", "")} == runs else {}
+
+
+def read_side_table(table: Table, folder: Path, runs: set[str]) -> pd.DataFrame:
+    """A table by layer that a run left; without rows where there is none of just these runs."""
+    try:
+        frame = read_table(table, folder)
+    except UserError:
+        frame = fit_table(pd.DataFrame(), table)
+    return frame if run_ids(frame) == runs else frame[:0]
+
+
+# Scripts before the three tables wrote everything into one CSV. It is read, as far as it goes.
+
+
+def is_of_older_script(folder: Path) -> bool:
+    """Whether the folder's results are in the one table of older scripts."""
+    path = folder / GENERATION.file
+    return path.is_file() and "reference_nll" in _csv_header(path)
+
+
+_OLDER_NAMES = {  # column of an older script -> column of SCORES or TASKS
+    "prompt_id": "item_id",
+    "prompt_category": "category",
+    "reference_nll": "nll",
+    "reference_tokens": "num_tokens",
+    "reference_bytes": "num_bytes",
+    "reference_perplexity": "perplexity",
+    "kl_to_baseline": "kl_to_own",
+    "repeat_reference_nll": "repeat_nll",
+    "reference_avg_experts": "avg_experts_per_token",
+    "reference_floor_frac": "floor_frac",
+    "reference_cap_frac": "cap_frac",
+    "reference_zero_rejection_frac": "zero_rejection_frac",
+}
+_OLDER_NUMBERS = ("k", "alpha", "p", "ratio", "threshold", "temperature", "min_k", "max_k")
+_OLDER_WORDS = ("p_values", "renormalize")
+
+
+def _older_configuration(row: Row) -> str:
+    """The `configuration` of a row whose fields were columns of their own."""
+    given: dict[str, Any] = {"method": row["method"]}
+    for name in _OLDER_NUMBERS:
+        if row.get(name):
+            number = float(row[name])
+            given[name] = int(number) if number.is_integer() else number
+    given |= {name: row[name] for name in _OLDER_WORDS if row.get(name)}
+    if row.get("shuffle"):
+        given["shuffle"] = row["shuffle"] == "True"
+    return configuration_cell(resolve_config(row["config_name"], given))
+
+
+def results_of_older_script(folder: Path) -> Results:
+    """The three tables from the one of an older script; what it did not record is empty."""
+    path = folder / GENERATION.file
+    older = read_csv(path, ())  # all as text
+    needed = {"config_name", "prompt_id", "status", "method", "inference_time_sec", "reference_nll"}
+    _refuse_lacking(path, older, needed)
+    rows = older.to_dict("records")
+    older["configuration"] = [_older_configuration(row) for row in rows]
+    is_own = (older["method"] == "topk") & (
+        older["repeat_inference_time_sec"] + older["repeat_reference_nll"] != ""
+    )
+    older["own_k"] = older.loc[is_own, "k"].max() if is_own.any() else ""
+
+    of_task = older["task_metric"] != "" if "task_metric" in older else older["config_name"] == ""
+    tasks = older[of_task].rename(
+        columns={"prompt_category": "task", "task_metric": "metric", "task_score": "score"}
+    )
+    routing = {column.name for column in ROUTING_COLUMNS}
+    renamed = routing & set(_OLDER_NAMES.values())
+    of_generation = sorted(routing - renamed)  # where a text was generated; else of the scored window
+    scores = older[older["reference_nll"] != ""].drop(columns=list(renamed)).rename(columns=_OLDER_NAMES)
+    scores.loc[scores["inference_time_sec"] != "", of_generation] = ""
+    present = set(older["config_name"])
+    ladder = []  # the static scores that the own routing's rows carried as JSON
+    for row in scores[scores["static_nll"] != ""].to_dict("records"):
+        for k, nll in json.loads(row["static_nll"]).items():
+            name = _unused_name(f"topk_{k}", present)
+            config = resolve_config(name, {"method": "topk", "k": int(k)})
+            point = {"config_name": name, "configuration": configuration_cell(config), "nll": nll}
+            lacking = ("perplexity", "bits_per_byte", "kl_to_own", "top1_agreement", "repeat_nll")
+            unknown = dict.fromkeys((*lacking, *of_generation), "")
+            ladder.append(row | unknown | point | {"avg_experts_per_token": k})
+    scores = pd.concat([scores, pd.DataFrame(ladder, columns=scores.columns)], ignore_index=True)
+    generation = older[~of_task & (older["reference_nll"] == "") | (older["inference_time_sec"] != "")]
+    return Results(fit_table(generation, GENERATION), fit_table(scores, SCORES), fit_table(tasks, TASKS))
+
+
+EMPTY_RESULTS = Results(*(fit_table(pd.DataFrame(), table) for table in (GENERATION, SCORES, TASKS)))
+
+
+class LayerTables:
+    """What the routers of every layer did, summed by configuration, kind and category: three CSV files."""
+
+    MAX_DOCUMENTS = 2000  # whose use of experts is kept one by one, for the permutation test
+    PERMUTATIONS = 199
+
+    def __init__(self, layers: Sequence[MoELayer], run_id: str):
+        self.routers = {layer.index: layer.name for layer in layers}
+        self.run_id = run_id
+        # (configuration, kind) -> category -> what the routers did
+        self.sums: dict[tuple[str, str], dict[str, RoutingStatistics]] = collections.defaultdict(dict)
+        # (configuration, kind) -> document -> its category and use of experts [L, E]
+        self.documents: dict[tuple[str, str], dict[str, tuple[str, np.ndarray]]]
+        self.documents = collections.defaultdict(dict)
+
+    def add(self, name: str, kind: str, category: str, document: str, routing: RoutingStatistics) -> None:
+        """Count what the routers did with one document, or a part of it."""
+        sums = self.sums[name, kind]
+        sums[category] = sums[category] + routing if category in sums else routing
+        documents = self.documents[name, kind]
+        if document in documents:
+            documents[document] = (category, documents[document][1] + routing.use)
+        elif len(documents) < self.MAX_DOCUMENTS:
+            documents[document] = (category, routing.use)
+
+    def _divergence(self, documents: Mapping[str, tuple[str, np.ndarray]]) -> pd.DataFrame:
+        """Do categories use different experts? One row a layer; none where there is nothing to compare."""
+        labels, categories = pd.factorize(np.array([category for category, _ in documents.values()]))
+        if len(categories) < 2 or np.bincount(labels).min() < 2:
+            return pd.DataFrame({"category_divergence_bits": [], "category_p_value": []})
+        use = np.stack([use for _, use in documents.values()]).astype(float)  # [documents, L, E]
+
+        def divergence(order: np.ndarray) -> np.ndarray:
+            """Jensen-Shannon divergence of the categories' use of experts, bits: [L]."""
+            is_in = np.eye(len(categories))[labels[order]]  # [documents, categories]
+            shares = np.einsum("dc,dle->cle", is_in, use)
+            shares /= shares.sum(2, keepdims=True)
+            entropy_of_mean = special.entr(shares.mean(0)).sum(-1)
+            mean_entropy = special.entr(shares).mean(0).sum(-1)
+            return (entropy_of_mean - mean_entropy) / math.log(2)
+
+        generator = np.random.default_rng(0)
+        observed = divergence(np.arange(len(labels)))
+        permuted = [divergence(generator.permutation(len(labels))) for _ in range(self.PERMUTATIONS)]
+        as_large = (np.stack(permuted) >= observed).sum(0)
+        p_values = (1 + as_large) / (1 + self.PERMUTATIONS)
+        return pd.DataFrame({"category_divergence_bits": observed, "category_p_value": p_values})
+
+    def _layer_rows(self) -> Iterator[Row]:
+        for (name, kind), by_category in self.sums.items():
+            total = functools.reduce(RoutingStatistics.__add__, by_category.values()).by_layer()
+            table = total.join(self._divergence(self.documents[name, kind]))
+            about = {"config_name": name, "kind": kind, "run_id": self.run_id}
+            for layer, row in zip(table.index, table.to_dict("records"), strict=True):
+                yield about | {"layer": layer, "router": self.routers[layer]} | strict_json(row)
+
+    def _usage_rows(self) -> Iterator[Row]:
+        for (name, kind), by_category in self.sums.items():
+            for category, routing in by_category.items():
+                about = {"config_name": name, "kind": kind, "category": category, "run_id": self.run_id}
+                share = routing.use / routing.use.sum(1, keepdims=True).clip(min=1)  # [L, E]
+                for place, layer in enumerate(routing.layers):
+                    for expert, count in enumerate(routing.use[place].tolist()):
+                        more = {"expert": expert, "count": count, "share": float(share[place, expert])}
+                        yield about | {"layer": layer} | more
+
+    def _count_rows(self) -> Iterator[Row]:
+        for (name, kind), by_category in self.sums.items():
+            total = functools.reduce(RoutingStatistics.__add__, by_category.values())
+            about = {"config_name": name, "kind": kind, "run_id": self.run_id}
+            for place, layer in enumerate(total.layers):
+                for number, tokens in enumerate(total.counts[place].tolist()):
+                    if tokens:
+                        yield about | {"layer": layer, "num_experts": number, "tokens": tokens}
+
+    def write(self, folder: Path) -> None:
+        """Write the three tables, if anything was counted."""
+        if self.sums:
+            write_table(LAYER_STATISTICS, self._layer_rows(), folder)
+            write_table(EXPERT_USAGE, self._usage_rows(), folder)
+            write_table(EXPERT_COUNTS, self._count_rows(), folder)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 9. Checkpoints: nothing finished is lost
 # ---------------------------------------------------------------------------------------------------------
 
 WAY_OUT = "choose another --output, or --no-resume to set what is there aside"
-Key = tuple[str, str, int]  # configuration, prompt id, sample: what names an experiment
-ADDED_SETTINGS = ("tokenizer",)  # which checkpoints of older scripts lack: not compared there
+CHECKPOINT_FILE = "latest_checkpoint.json"  # of the first process; the others write PROCESS_FILE
+PROCESS_FILE = "process_{rank}.json"
 
-# What a finished row depends on: it counts only while all of that is as it was. Every field of a prompt and
-# every argument of a run is classified here, or a test fails; a configuration's fields all count.
-PROMPT_IDENTITY: dict[str, bool] = {  # field -> whether it is part of the row's `input_hash`
-    "id": False,  # names the row
-    **dict.fromkeys(("text", "reference", "category", "document", "token_ids"), True),
-    "description": False,  # for the reader of the prompts only
-}
-ROWS, NOTHING = "compared row by row", "no row depends on it"
-RUN_IDENTITY: dict[str, str] = {  # argument -> ROWS, NOTHING, or the entry of the settings that holds it
-    # BHExperimentRunner
-    **dict.fromkeys(("model_name", "model", "revision", "trust_remote_code"), "model"),
-    "tokenizer": "tokenizer",
-    "device": "device",
-    **dict.fromkeys(("dtype", "use_fp16"), "dtype"),
-    "seed": "seed",
-    "sampling": "sampling",
-    "calibration_text": "calibration_text",
-    **dict.fromkeys(("output_dir", "checkpoint_interval", "command"), NOTHING),
-    **dict.fromkeys(("device_map", "batch_size"), NOTHING),  # beyond rounding
-    # run_full_experiment_suite, run_tasks
-    **dict.fromkeys(("routing_configs", "test_prompts", "num_samples", "tasks"), ROWS),
-    "max_new_tokens": "max_new_tokens",
-    "num_fewshot": "num_fewshot",
-    "limit": "limit",
-    "include_path": "task_files",
-    **dict.fromkeys(("baseline", "resume", "retry_failed", "fail_fast"), NOTHING),
+Key = tuple[Any, ...]  # kind, and what names a row of that kind
+KEY_COLUMNS = {
+    "generation": ("config_name", "prompt_id", "sample"),
+    "score": ("config_name", "item_id"),
+    "task": ("config_name", "task"),
 }
 
 
-def fingerprint(content: Any) -> str:
-    """16 hex digits that name a piece of plain data."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def input_hashes(prompt: Prompt) -> dict[str, str]:
-    """Field -> hash, for each field of a resolved prompt that its rows depend on."""
-    hashes = {}
-    for field, counts in PROMPT_IDENTITY.items():
-        if counts and field in prompt:
-            value = prompt[field]
-            hashes[field] = fingerprint(value.tolist() if isinstance(value, Tensor) else value)
-    return hashes
-
-
-RUN_FILES = (  # what a run leaves in its folder, beside its log and its calibration
-    *("checkpoints/*.json", "bh_routing_results.csv", "layer_statistics.csv", "expert_usage.csv"),
-    *("task_results.json", "null_diagnostics.json", "analysis_summary.json", "REPORT.md", "plots/*.png"),
-)
-
-
-def set_aside(folder: Path) -> None:
-    """Move all files of an earlier run into a new folder inside `folder`, from where nothing reads them.
-
-    The log goes on in its place. So does the calibration: it is used again only if it was made from the same.
-    """
-    files = [path for pattern in RUN_FILES for path in sorted(folder.glob(pattern))]
-    if not files:
-        return
-    numbers = itertools.count(1)
-    aside = folder / f"earlier_{next(numbers)}"
-    while aside.exists():
-        aside = folder / f"earlier_{next(numbers)}"
-    for file in files:
-        target = aside / file.relative_to(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file.replace(target)
-    logger.info(f"the files of an earlier run were set aside in {aside}")
+def row_key(row: Row) -> Key:
+    """What names a row: of two rows with the same key one counts."""
+    return (row["kind"], *(row[column] for column in KEY_COLUMNS[row["kind"]]))
 
 
 def _checked_row(line: bytes) -> dict[str, Any] | None:
@@ -1919,8 +3202,17 @@ def _checked_row(line: bytes) -> dict[str, Any] | None:
     return json.loads(text)
 
 
-class Checkpoint:
-    """The finished experiments of a run: a JSON file that is valid at every moment and grows in O(1).
+@dataclass(frozen=True)
+class _Place:
+    """Where a finished row lies in a checkpoint file, in bytes, and whether it is one that failed."""
+
+    offset: int
+    length: int
+    status: str
+
+
+class CheckpointFile:
+    """Finished rows of one process: a JSON file that is valid at every moment and grows in O(1).
 
     A line a row, each with a checksum; the file ends in "\\n]}\\n". An append overwrites that end with the
     next row and a new end, in one write, so a killed process loses nothing; `sync_every` rows are forced to
@@ -1928,33 +3220,104 @@ class Checkpoint:
     counts. Only where each row lies is held in memory.
     """
 
-    SCHEMA = 2
+    SCHEMA = 3
     END = b"\n]}\n"
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], sync_every: int = 1):
+    def __init__(self, path: Path, settings: Mapping[str, Any], sync_every: int = 1, is_own: bool = True):
         """Open or create. Raises UserError, touching nothing, where the file is of another run or not a
         checkpoint.
 
-        settings: what every row of the run has in common; a run resumes only with equal settings.
+        settings: what every row of the run has in common; a run resumes only with equal settings. is_own:
+        another process's file is only read, and not mended.
         """
-        self.path, self.settings, self.sync_every = path, strict_json(settings), sync_every
-        self.places: dict[Key, tuple[int, str]] = {}  # key -> where its row begins, and its status
-        self.elsewhere: dict[Key, tuple[int, str]] = {}  # the same of another process's file
+        self.path = path
+        self.settings = strict_json(settings)
+        self.sync_every = sync_every
+        self.places: dict[Key, _Place] = {}
         self._unsynced = 0
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not is_own:
+            # The rows are read from the file they were found in: its owner may mend it meanwhile.
+            self._file = open(path, "rb")  # noqa: SIM115 - stays open
+            self._read(self._file)
+            return
         if not path.exists():
             self._write(b"")
-        self._open()
+        with open(path, "rb") as file:
+            is_whole, damaged = self._read(file)
+        if not is_whole or damaged:
+            self._salvage(is_whole, damaged)
+            with open(path, "rb") as file:
+                self._read(file)
+        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 - stays open for appending
+        self._end = self._file.seek(-len(self.END), os.SEEK_END)
 
     def _write(self, rows: bytes) -> None:
         head = f'{{"schema": {self.SCHEMA},\n"settings": {json.dumps(self.settings)},\n"results": ['
         with replacing(self.path) as part:
             part.write_bytes(head.encode() + rows + self.END)
 
+    def _read(self, file: io.BufferedReader) -> tuple[bool, int]:
+        """Find the rows. Returns whether the file has its end, and how many lines are no rows."""
+        self.places.clear()
+        is_whole = False
+        damaged = 0
+        self._check_head([file.readline() for _ in range(3)])
+        offset = file.tell()
+        for line in file:
+            row = None if line == self.END[1:] else _checked_row(line)
+            if row is not None:
+                self.places[row_key(row)] = _Place(offset, len(line), row["status"])
+            elif line == self.END[1:]:
+                is_whole = True
+            else:
+                damaged += 1
+            offset += len(line)
+        return is_whole, damaged
+
+    def _check_head(self, head: list[bytes]) -> None:
+        """Refuse what is not a checkpoint of this run."""
+        try:
+            content = json.loads(b"".join(head[:2]).rstrip().rstrip(b",") + b"}")
+            schema = content["schema"]
+            stored = dict(content["settings"])
+            if schema == self.SCHEMA and head[2].rstrip() != b'"results": [':
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            why = "is not a checkpoint of this script, or its head is damaged"
+            raise UserError(f"{self.path} {why}; {WAY_OUT}") from None
+        if schema != self.SCHEMA:
+            why = f"has checkpoint schema {schema}, this script writes {self.SCHEMA}"
+            raise UserError(f"{self.path} {why}; use the script that wrote it, {WAY_OUT}")
+        differing = [
+            f"{key} is {stored.get(key)!r} there, {self.settings.get(key)!r} here"
+            for key in {**stored, **self.settings}
+            if stored.get(key) != self.settings.get(key)
+        ]
+        if differing:
+            where = self.path.parent.parent
+            raise UserError(f"{where} holds results of another run: {'; '.join(differing)}; {WAY_OUT}")
+
+    def _salvage(self, is_whole: bool, damaged: int) -> None:
+        """Write the file anew with the rows that are whole."""
+        with open(self.path, "rb") as file:
+            rows = [self._line(file, place) for place in self.places.values()]
+        aside = ""
+        # A torn last line is what a killed process leaves; anything more is worth keeping for a look.
+        if damaged > 1 or is_whole:
+            aside = f"; the damaged file is kept as {shutil.copy(self.path, self._unused('damaged'))}"
+        self._write(b",".join(b"\n" + row for row in rows))
+        saved = f"{len(rows)} finished experiments were saved from it{aside}"
+        logger.warning(f"{self.path} was torn or damaged; {saved}")
+
     def _unused(self, word: str) -> Path:
         """A name beside the file that is not there yet."""
         names = (self.path.with_name(f"{self.path.stem}.{word}{n}.json") for n in itertools.count(1))
         return next(name for name in names if not name.exists())
+
+    @staticmethod
+    def _line(file: io.RawIOBase | io.BufferedReader, place: _Place) -> bytes:
+        file.seek(place.offset)
+        return file.read(place.length).rstrip(b",]}\n") + b"}"
 
     def _stay(self) -> None:
         """Where the file was removed while it is open, alone or with its folder, write it again."""
@@ -1971,66 +3334,8 @@ class Checkpoint:
         self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
         logger.warning(f"the checkpoint was removed while in use; what is finished is now in {self.path}")
 
-    def _open(self) -> None:
-        damaged, whole = 0, False
-        with open(self.path, "rb") as file:
-            self._check_head([file.readline() for _ in range(3)])
-            place = file.tell()
-            for line in file:
-                row = None
-                if line == self.END[1:]:
-                    whole = True
-                elif (row := _checked_row(line)) is None:
-                    damaged += 1
-                else:
-                    self.places[self.key(row)] = place, row["status"]
-                place += len(line)
-            if whole and not damaged:
-                self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - stays open for appending
-                self._end = self._file.seek(-len(self.END), os.SEEK_END)
-                return
-            rows = [self._line(file, where) for where, _ in self.places.values()]
-        aside = ""
-        # A torn last line is what a killed process leaves; anything more is worth keeping for a look.
-        if damaged > 1 or whole:
-            aside = f"; the damaged file is kept as {shutil.copy(self.path, self._unused('damaged'))}"
-        self._write(b",".join(b"\n" + row for row in rows))
-        what = f"{self.path} was torn or damaged"
-        logger.warning(f"{what}; {len(rows)} finished experiments were saved from it{aside}")
-        self.places.clear()
-        self._open()
-
-    def _check_head(self, head: list[bytes]) -> None:
-        """Refuse what is not a checkpoint of this run."""
-        try:
-            content = json.loads(b"".join(head[:2]).rstrip().rstrip(b",") + b"}")
-            schema, stored = content["schema"], dict(content["settings"])
-            if schema == self.SCHEMA and head[2].rstrip() != b'"results": [':
-                raise ValueError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            why = "is not a checkpoint of this script, or its head is damaged"
-            raise UserError(f"{self.path} {why}; {WAY_OUT}") from None
-        if schema != self.SCHEMA:
-            why = f"has checkpoint schema {schema}, this script writes {self.SCHEMA}"
-            raise UserError(f"{self.path} {why}; use the script that wrote it, {WAY_OUT}")
-        if what := "; ".join(
-            f"{key} is {stored.get(key)!r} there, {self.settings.get(key)!r} here"
-            for key in {**stored, **self.settings}
-            if stored.get(key) != self.settings.get(key) and (key in stored or key not in ADDED_SETTINGS)
-        ):
-            raise UserError(f"{self.path.parent.parent} holds results of another run: {what}; {WAY_OUT}")
-
-    @staticmethod
-    def key(row: Row) -> Key:
-        return row["config_name"], row["prompt_id"], row["sample"]
-
-    @staticmethod
-    def _line(file: io.RawIOBase | io.BufferedReader, place: int) -> bytes:
-        file.seek(place)
-        return file.readline().rstrip(b",]}\n") + b"}"
-
     def append(self, row: Row) -> None:
-        """Add one finished experiment. OSError when the disk is full; the file is then as it was before."""
+        """Add one finished row. OSError when the disk is full; the file is then as it was before."""
         text = json.dumps(strict_json(row), allow_nan=False)
         line = f'{text[:-1]}, "crc32": {zlib.crc32(text.encode())}}}'.encode()
         data = (b",\n" if self.places else b"\n") + line
@@ -2044,205 +3349,122 @@ class Checkpoint:
             self._file.seek(self._end)
             self._file.write(self.END)
             raise OSError(error.errno, error.strerror, str(self.path)) from error
-        self.places[self.key(row)] = self._end + len(data) - len(line), row["status"]
+        offset = self._end + len(data) - len(line)
+        self.places[row_key(row)] = _Place(offset, len(line), row["status"])
         self._end += len(data)
         self._unsynced += 1
         if self._unsynced >= self.sync_every:
             self.sync()
 
-    def done(self, retry_failed: bool) -> set[Key]:
-        """What need not be run: what is there, or of that what did not fail."""
-        found = self.elsewhere | self.places
-        return {key for key, (_, status) in found.items() if status == "ok" or not retry_failed}
-
-    def rows(self, keys: Iterable[Key]) -> Iterator[dict[str, Any]]:
-        """The rows of those of `keys` that are finished, in their order."""
-        self._stay()
-        with open(self.path, "rb") as file:
-            for key in keys:
-                if key in self.places:
-                    yield _checked_row(self._line(file, self.places[key][0])) or {}
-
-    def take_over(self, other: Path) -> None:
-        """Add the rows of another process's file and delete it."""
-        with contextlib.closing(Checkpoint(other, self.settings)) as checkpoint:
-            for row in checkpoint.rows(checkpoint.places):
-                if self.places.get(self.key(row), (0, ""))[1] != "ok":
-                    self.append(row)
-            logger.info(f"{len(checkpoint.places)} experiments taken over from {other.name}")
-        self.sync()
-        other.unlink()
+    def row(self, key: Key) -> dict[str, Any]:
+        """The row of a key in `places`."""
+        return _checked_row(self._line(self._file, self.places[key])) or {}
 
     def sync(self) -> None:
         """Force all rows to the disk."""
-        if not self._file.closed:
+        if self._unsynced and not self._file.closed:
             os.fsync(self._file.fileno())
         self._unsynced = 0
 
     def close(self) -> None:
         if not self._file.closed:
-            self._stay()
+            if self._file.writable():
+                self._stay()
             self.sync()
             self._file.close()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 9. Results
-# ---------------------------------------------------------------------------------------------------------
+class Checkpoint:
+    """The finished rows of a run, of any number of processes: each writes its own file and reads them all."""
 
-# Every column of bh_routing_results.csv, in order; the README gives each formula.
-IDENTITY_COLUMNS = (
-    *("config_name", "prompt_id", "sample", "prompt_category", "document", "prompt_text", "input_hash"),
-    *("status", "error"),
-)
-QUALITY_COLUMNS = (
-    *("reference_nll", "reference_tokens", "reference_bytes", "reference_perplexity", "bits_per_byte"),
-    *("kl_to_baseline", "top1_agreement", "tokens_until_divergence", "repeat_reference_nll"),
-    *("reference_avg_experts", *(f"reference_{share}" for share in SHARES), "static_nll"),
-)
-TASK_COLUMNS = ("task_metric", "task_score")
-TEXT_COLUMNS = ("generated_text", "full_text")
-COUNT_COLUMNS = ("num_input_tokens", "num_output_tokens")
-CLOCK_COLUMNS = (  # the only ones that may differ when the same experiment is run again
-    *("inference_time_sec", "tokens_per_sec", "time_to_first_token_sec", "decode_sec_per_token"),
-    *("repeat_inference_time_sec", "peak_memory_gb", "timestamp", "batch_size", "command"),
-)
-SETTING_COLUMNS = (
-    *("model_name", "model_revision", "model_hash", "device", "dtype", "seed", "max_new_tokens", "sampling"),
-    *("torch_version", "transformers_version", "script_hash", "git_commit", "run_id"),
-)
-RESULT_COLUMNS = (
-    *(*IDENTITY_COLUMNS, *TEXT_COLUMNS, *COUNT_COLUMNS, *ROUTING_COLUMNS, *QUALITY_COLUMNS),
-    *(*TASK_COLUMNS, *CLOCK_COLUMNS, *CONFIG_FIELDS, *SETTING_COLUMNS),
-)
-STRING_COLUMNS = {*IDENTITY_COLUMNS, *TEXT_COLUMNS, *SETTING_COLUMNS} - {"sample", "seed", "max_new_tokens"}
-STRING_COLUMNS |= {"timestamp", "command", "static_nll", "task_metric", "method", "p_values", "renormalize"}
-REQUIRED_COLUMNS = ("config_name", "prompt_id", "status")  # an older script's CSV may lack any other
-# A spreadsheet would run a cell that begins like this; one more quote in front makes it text, and goes again.
-_FORMULA = re.compile(r"(?='*[=+\-@\t\r])")
-# From pandas 3 on floats are read as they were written, and saying so is deprecated.
-_EXACT_FLOATS = {} if int(pd.__version__.split(".")[0]) >= 3 else {"float_precision": "round_trip"}
+    def __init__(self, folder: Path, settings: Mapping[str, Any], rank: int = 0, sync_every: int = 1):
+        """rank: of this process, from 0. For the rest see `CheckpointFile`."""
+        self.folder = folder
+        self.settings = settings
+        folder.mkdir(parents=True, exist_ok=True)
+        name = CHECKPOINT_FILE if rank == 0 else PROCESS_FILE.format(rank=rank)
+        self.own_path = folder / name
+        self.others: list[CheckpointFile] = []
+        self.read_others()  # first, so that nothing is written beside another run's file
+        self.own = CheckpointFile(self.own_path, settings, sync_every)
 
+    def read_others(self) -> None:
+        """Look at what the other processes have finished by now."""
+        for other in self.others:
+            other.close()
+        name = re.compile(f"{CHECKPOINT_FILE}|{PROCESS_FILE.format(rank='[0-9]+')}")  # no damaged copies
+        self.others = [
+            CheckpointFile(path, self.settings, is_own=False)
+            for path in sorted(self.folder.iterdir())
+            if name.fullmatch(path.name) and path != self.own_path
+        ]
 
-def _csv_cell(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    value = value.replace("\0", "\u2400")  # many a CSV reader ends a cell there
-    return f"'{value}" if _FORMULA.match(value) else value
+    def append(self, row: Row) -> None:
+        """Add one finished row to this process's file."""
+        self.own.append(row)
 
+    def _file_with(self, key: Key) -> CheckpointFile | None:
+        """The file whose row of this key counts: one that did not fail, if there is one."""
+        holding = [file for file in (self.own, *self.others) if key in file.places]
+        finished = [file for file in holding if file.places[key].status == "ok"]
+        return next(iter(finished or holding), None)
 
-def write_results(rows: Iterable[Row], path: Path) -> None:
-    """Write result rows as CSV, whole or not at all, one after the other: memory does not grow with them."""
-    with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-        writer.writerow(RESULT_COLUMNS)
-        # A row that an older script finished may lack a column.
-        writer.writerows([_csv_cell(row.get(column)) for column in RESULT_COLUMNS] for row in rows)
+    def keys(self) -> list[Key]:
+        """What is there, finished or failed, in the order of the files."""
+        return list(dict.fromkeys(key for file in (self.own, *self.others) for key in file.places))
 
+    def done(self, retry_failed: bool = False) -> set[Key]:
+        """What need not be run: what is there, or of that what did not fail."""
+        files = (self.own, *self.others)
+        return {
+            key
+            for file in files
+            for key, place in file.places.items()
+            if place.status == "ok" or not retry_failed
+        }
 
-def read_results(path: Path) -> pd.DataFrame:
-    """The results CSV of a run as it was written; columns that an older script did not know are empty.
+    def rows(self, keys: Iterable[Key]) -> Iterator[dict[str, Any]]:
+        """The rows of those of `keys` that are finished, in their order."""
+        for key in keys:
+            file = self._file_with(key)
+            if file is not None:
+                yield file.row(key)
 
-    Raises UserError where there is none or it is not one.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: run the experiments first, or give their folder as --output")
+    def sync(self) -> None:
+        """Force all rows of this process to the disk."""
+        self.own.sync()
 
-    def plain(text: str) -> str:
-        return text[1:] if text[:1] == "'" and _FORMULA.match(text, 1) else text
-
-    try:
-        header = set(pd.read_csv(path, nrows=0).columns)
-        words = header & STRING_COLUMNS
-        # A generated text may well be "NA" or "null": only number columns have missing values.
-        missing = {"keep_default_na": False, "na_values": dict.fromkeys(header - words, [""])}
-        # In parts, which takes a quarter of the memory.
-        parts = pd.read_csv(path, dtype=dict.fromkeys(words, str), chunksize=1000, **_EXACT_FLOATS, **missing)
-        frames = [part.assign(**{column: part[column].map(plain) for column in words}) for part in parts]
-    except ValueError as error:  # undecodable bytes, no columns, or a number column with words in it
-        raise UserError(f"{path} is not a results CSV: {error}") from error
-    if lacking := [column for column in REQUIRED_COLUMNS if column not in header]:
-        raise UserError(f"{path} is not a results CSV of this script: it lacks {', '.join(lacking)}")
-    frame = pd.concat(frames, ignore_index=True)
-    frame = frame.assign(**dict.fromkeys(STRING_COLUMNS - header, ""))
-    return frame.reindex(columns=[*RESULT_COLUMNS, *frame.columns.difference(RESULT_COLUMNS, sort=False)])
+    def close(self) -> None:
+        for file in (self.own, *self.others):
+            file.close()
 
 
-def run_ids(frame: pd.DataFrame) -> set[str]:
-    """The runs whose rows these are: one, or several where frames were joined; "" for an older script's."""
-    return set(frame["run_id"].fillna("")) if "run_id" in frame else {""}
+EARLIER = "earlier_{number}"  # the folder that takes what an earlier run left
 
 
-class LayerTables:
-    """What the routers of every layer did, summed by configuration and category: two CSV files."""
-
-    MAX_ITEMS = 2000  # whose use of experts is kept one by one, for the permutation test
-    PERMUTATIONS = 199
-
-    def __init__(self, configs: Configs, layers: Sequence[str], categories: set[str]):
-        self.configs, self.layers, self.several = configs, list(layers), len(categories) > 1
-        self.sums: dict[str, dict[str, RoutingStatistics]] = {name: {} for name in configs}  # by category
-        self.items: dict[str, dict[str, tuple[str, Tensor]]] = {name: {} for name in configs}
-
-    def add(self, row: Row) -> Row:
-        """Count a row of the checkpoint, and pass it on."""
-        if row.get("routing"):
-            name, category, document = row["config_name"], row["prompt_category"], row["document"]
-            found = RoutingStatistics.unpack(row["routing"], len(self.layers), self.configs[name])
-            sums, items, use = self.sums[name], self.items[name], found.use.float()
-            sums[category] = sums[category] + found if category in sums else found
-            if self.several and (document in items or len(items) < self.MAX_ITEMS):
-                items[document] = category, (items[document][1] + use if document in items else use)
-        return row
-
-    def _divergence(self, name: str) -> pd.DataFrame:
-        """Do categories use different experts? For each layer the Jensen-Shannon divergence of their use, in
-        bits (0: the same experts), and its p-value when categories are permuted over documents."""
-        columns, items = ("category_divergence_bits", "category_p_value"), list(self.items[name].values())
-        labels = pd.factorize(np.array([category for category, _ in items]))[0]
-        if not len(items) or np.bincount(labels).min() < 2 or labels.max() < 1:
-            return pd.DataFrame(columns=columns, dtype=float)
-        use = torch.stack([use for _, use in items]).numpy()  # [documents, L, E]
-
-        def divergence(order: Any) -> Any:  # -> [L]
-            member = np.eye(labels.max() + 1)[labels[order]]  # [documents, categories]
-            shares = np.einsum("dc,dle->cle", member, use)
-            shares /= shares.sum(2, keepdims=True)
-            return (special.entr(shares.mean(0)) - special.entr(shares).mean(0)).sum(-1) / math.log(2)
-
-        generator, observed = np.random.default_rng(0), divergence(slice(None))
-        permuted = [divergence(generator.permutation(len(labels))) for _ in range(self.PERMUTATIONS)]
-        p_values = (1 + (np.stack(permuted) >= observed).sum(0)) / (1 + self.PERMUTATIONS)
-        return pd.DataFrame(dict(zip(columns, (observed, p_values), strict=True)))
-
-    def write(self, folder: Path, run_id: str) -> None:
-        """layer_statistics.csv (configuration x layer) and expert_usage.csv (by category and expert)."""
-        layers, usage = [], []
-        for name, by_category in self.sums.items():
-            if not by_category:
-                continue
-            table = functools.reduce(RoutingStatistics.__add__, by_category.values()).by_layer()
-            about = pd.DataFrame({"config_name": name, "layer": range(len(table)), "router": self.layers})
-            layers.append(pd.concat([about, table, self._divergence(name)], axis=1))
-            for category, found in by_category.items():
-                use = found.use.numpy()  # [L, E]
-                about = {"config_name": name, "prompt_category": _csv_cell(category)}
-                for key, values in zip(("layer", "expert"), np.indices(use.shape), strict=True):
-                    about[key] = values.ravel()
-                share = use / use.sum(1, keepdims=True).clip(min=1)
-                usage.append(pd.DataFrame({**about, "count": use.ravel(), "share": share.ravel()}))
-        for file, tables in (("layer_statistics.csv", layers), ("expert_usage.csv", usage)):
-            if tables:
-                write_whole(folder / file, pd.concat(tables).assign(run_id=run_id).to_csv(index=False))
+def set_aside(output_dir: Path, names: Iterable[str]) -> None:
+    """Move the files and folders of an earlier run, of those `names`, into one folder beside them."""
+    present = [output_dir / name for name in names if (output_dir / name).exists()]
+    if not present:
+        return
+    folders = (output_dir / EARLIER.format(number=number) for number in itertools.count(1))
+    aside = next(folder for folder in folders if not folder.exists())
+    aside.mkdir()
+    for path in present:
+        path.rename(aside / path.name)
+    logger.info(f"earlier results were set aside in {aside}")
 
 
 # ---------------------------------------------------------------------------------------------------------
 # 10. The machine: device, model, log, lock, processes
 # ---------------------------------------------------------------------------------------------------------
 
+LOG_FILE = "experiment_log.txt"
 
-def choose_device(device: str) -> torch.device:
-    """CUDA for "auto" where there is one, else the CPU. Raises UserError for "cuda" where there is none."""
+
+def choose_device(device: str | None) -> torch.device:
+    """CUDA for "auto" or None where there is one, else the CPU. UserError for "cuda" where there is none."""
+    device = device or "auto"
     _choice("device", device, ("auto", "cuda", "cpu"))
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu or auto")
@@ -2319,10 +3541,10 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 @functools.cache
 def script_origin() -> dict[str, str]:
     """Which version of this script runs: the hash of the file, and the git commit it lies in, if any."""
-    path, options = Path(__file__).resolve(), {"capture_output": True, "text": True, "timeout": 10}
+    path = Path(__file__).resolve()
     command = ["git", "-C", str(path.parent), "rev-parse", "HEAD"]
     try:
-        commit = subprocess.run(command, **options, check=True).stdout
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         commit = ""
     return {"script_hash": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "git_commit": commit.strip()}
@@ -2359,15 +3581,24 @@ def log_to(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def waiting_for(path: Path) -> Iterator[None]:
+    """Hold a lock file inside the block, after whoever holds it now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(path):
+        yield
+
+
+@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder against other runs. UserError names the process that holds it; a dead one holds none."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock, holder = filelock.FileLock(folder / ".lock"), folder / "holder.txt"
+    lock = filelock.FileLock(folder / ".lock")
+    holder = folder / ".holder"
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         who = _visible(holder.read_text(encoding="utf-8")) if holder.exists() else "an unknown process"
-        raise UserError(f"{folder.parent} is in use by {who}; wait, or choose another --output") from None
+        raise UserError(f"{folder} is in use by {who}; wait, or choose another --output") from None
     try:
         write_whole(holder, f"process {os.getpid()} on {platform.node()}")
         yield
@@ -2377,56 +3608,243 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-class _Processes:
+class Processes:
     """This process among those that `accelerate launch` started; alone without it."""
 
     def __init__(self, use_cpu: bool):
         self._state = None
-        self.rank, self.world = 0, 1
+        self.rank = 0
+        self.world = 1
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             self._state = accelerate.PartialState(cpu=use_cpu, timeout=timedelta(days=30))
-            self.rank, self.world = self._state.process_index, self._state.num_processes
+            self.rank = self._state.process_index
+            self.world = self._state.num_processes
 
     def wait(self) -> None:
         """Until all are here."""
         if self._state is not None:
             self._state.wait_for_everyone()
 
-    @contextlib.contextmanager
-    def first_alone(self) -> Iterator[None]:
-        """The first process goes through the block before the others do."""
-        if self.rank > 0:
-            self.wait()
-        yield
-        if self.rank == 0:
-            self.wait()
-
 
 # ---------------------------------------------------------------------------------------------------------
-# 11. Downstream tasks
+# 11. Measuring: generation, scores, tasks
 # ---------------------------------------------------------------------------------------------------------
+#
+# Each of these measures a model as it is routed now, and knows nothing of configurations.
 
 
-def _load_tasks(manager: Any, names: Sequence[str], num_fewshot: int | None) -> dict[str, Mapping[str, Any]]:
-    known, loaded = manager.all_tasks, {}
-    parts: dict[str, str] = {}  # task -> the name it was asked for by
-    for name in names:
-        if name not in known:
-            near = ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.5)) or "nothing"
-            raise UserError(f"unknown task {name!r} in --tasks; close: {near}. lm-eval ls tasks lists all")
-        try:
-            loaded[name] = manager.load([name])
-        except Exception as error:  # whatever a task's own code or data can raise
-            way_out = "most tasks fetch their data from the hub once; without network use --include-path"
-            why = f"{type(error).__name__}: {_first_line(error)} ({way_out})"
-            raise UserError(f"--tasks {name} cannot be loaded: {why}") from error
-        for part, task in loaded[name]["tasks"].items():
-            if parts.setdefault(part, name) != name:
-                raise UserError(f"--tasks: {part} is in both {parts[part]} and {name}; name one of them")
-            fewshot = task.get_config("num_fewshot")
-            if fewshot is None or (num_fewshot is not None and fewshot != 0):
-                task.set_config("num_fewshot", num_fewshot or 0)
-    return loaded
+def check_finite(values: Tensor) -> None:
+    """FloatingPointError where logits are NaN or infinite: the model does not work."""
+    if not torch.isfinite(values).all():
+        raise FloatingPointError("the model returned NaN or infinite logits; try --dtype float32")
+
+
+# Generation
+
+
+class _StepWatch:
+    """A logits processor that changes nothing: it notes when the prefill was done, and the largest logits."""
+
+    def __init__(self, synchronize: Callable[[], None]):
+        self.synchronize = synchronize
+        self.prefill_done: float | None = None
+        self.largest: list[Tensor] = []  # [B] each step
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.prefill_done is None:
+            self.synchronize()
+            self.prefill_done = time.perf_counter()
+        self.largest.append(scores.amax(-1))
+        return scores
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated: its token ids [n], and the clock columns."""
+
+    tokens: Tensor
+    clock: dict[str, float | None]
+
+
+class PromptRun:
+    """A prompt to be continued under several configurations, by exactly `new_tokens` tokens each time.
+
+    The seed decides what is sampled; the global random generators are left as they were.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        text: str,
+        new_tokens: int,
+        sampling: Mapping[str, float] | None,
+        seed: int,
+    ):
+        """sampling: temperature and top_p, or None for greedy decoding."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.text = text
+        self.new_tokens = new_tokens
+        self.seed = seed
+        self.device = input_device(model)
+        encoded = tokenizer(text, return_tensors="pt", verbose=False).to(self.device)
+        self.inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}  # [1, S]
+        how = {"do_sample": False} if sampling is None else {"do_sample": True, "top_k": 0, **sampling}
+        self.settings = generation_settings(tokenizer, new_tokens, **how)
+
+    @property
+    def num_input_tokens(self) -> int:
+        return self.inputs["input_ids"].shape[1]
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def generate(self) -> Generation:
+        """Continue the prompt with the model as it is routed now, timed."""
+        on_gpu = self.device.type == "cuda"
+        watch = _StepWatch(self._synchronize)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with writing_plainly(self.model), seeded(self.seed, self.device), torch.inference_mode():
+            self._synchronize()
+            start = time.perf_counter()
+            output = self.model.generate(
+                **self.inputs, generation_config=self.settings, logits_processor=[watch]
+            )
+            self._synchronize()
+            end = time.perf_counter()
+        check_finite(torch.stack(watch.largest))
+        steps = self.new_tokens - 1
+        clock = {
+            "inference_time_sec": end - start,
+            "tokens_per_sec": self.new_tokens / (end - start),
+            "time_to_first_token_sec": watch.prefill_done - start,
+            "decode_sec_per_token": (end - watch.prefill_done) / steps if steps else None,
+            "peak_memory_gb": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None,
+        }
+        return Generation(output[0, self.num_input_tokens :], clock)
+
+    @functools.cached_property
+    def own(self) -> Generation:
+        """What the model's own routing writes; asked for outside any patch."""
+        return self.generate()
+
+    def decode(self, tokens: Tensor) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+# Scores of text
+
+
+class ScoredBatch:
+    """Texts that are teacher-forced together, and what the model's own routing says of them.
+
+    ids [B, S], padded on the right; mask [B, S], 1 for tokens; context [B], how many tokens come first and
+    are not scored. Positions are those that predict a token which is scored in some row: [B, S - first].
+    """
+
+    def __init__(self, model: nn.Module, items: Sequence[TextItem]):
+        device = input_device(model)
+        texts = [torch.as_tensor(item.token_ids, dtype=torch.int64) for item in items]
+        self.model = model
+        self.items = list(items)
+        self.ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
+        ones = [torch.ones_like(ids) for ids in texts]
+        self.mask = nn.utils.rnn.pad_sequence(ones, batch_first=True).to(device)
+        self.context = torch.tensor([item.context for item in items], device=device)
+        self.first = int(self.context.min())
+        position = torch.arange(self.ids.shape[1], device=device)
+        is_scored = (position >= self.context[:, None]) & (self.mask > 0)  # [B, S], by the token predicted
+        self.is_scored = is_scored[:, self.first :]
+        self.targets = self.ids[:, self.first :, None]  # [B, S - first, 1]
+        # Of the model's own routing, from `score_own`:
+        self.own_rows: list[dict[str, Any]] | None = None
+        self.own_probabilities: Tensor | None = None  # p [B, S - first, V]
+        self.own_negentropy: Tensor | None = None  # sum of p log p [B, S - first]
+        self.own_best: Tensor | None = None  # most probable token [B, S - first, 1]
+
+    @torch.inference_mode()
+    def _log_probabilities(self) -> Tensor:
+        """Log-probabilities of every token at every position, float32: [B, S - first, V]."""
+        # The last token of a row predicts nothing: it is left out, as padding where a longer row goes on.
+        inputs = {"input_ids": self.ids[:, :-1], "attention_mask": self.mask[:, 1:]}
+        logits = self.model(**inputs, use_cache=False).logits[:, self.first - 1 :]
+        return logits.float().log_softmax(-1)
+
+    def _means(self, values: Tensor) -> list[float]:
+        """The mean of `values` [B, S - first] over each row's scored tokens."""
+        total = values.double().masked_fill(~self.is_scored, 0).sum(1)
+        return (total / self.is_scored.sum(1)).tolist()
+
+    def _nll_of(self, log_probabilities: Tensor) -> list[float]:
+        nll = self._means(-log_probabilities.gather(2, self.targets)[..., 0])
+        check_finite(torch.tensor(nll))
+        return nll
+
+    def nll(self) -> list[float]:
+        """Mean NLL of each text, nats per token, as the model is routed now: [B]."""
+        return self._nll_of(self._log_probabilities())
+
+    @torch.inference_mode()
+    def score_own(self, recorder: RoutingRecorder) -> None:
+        """Score by the model's own routing, in which it is patched now: what the others are compared with."""
+        recorder.start(rows=len(self.items))
+        log_probabilities = self._log_probabilities()
+        size = len(self.items)
+        agreement = {"kl_to_own": [0.0] * size, "top1_agreement": [1.0] * size}
+        rows = self._rows(self._nll_of(log_probabilities), agreement, recorder)
+        self.own_probabilities = log_probabilities.exp()
+        self.own_negentropy = torch.linalg.vecdot(self.own_probabilities, log_probabilities)
+        self.own_best = log_probabilities.argmax(-1, keepdim=True)
+        self.own_rows = rows
+
+    @torch.inference_mode()
+    def score(self, recorder: RoutingRecorder) -> list[dict[str, Any]]:
+        """Score as the model is routed now: for each text [B] the columns of SCORES, and `routing`."""
+        recorder.start(rows=len(self.items))
+        log_probabilities = self._log_probabilities()
+        nll = self._nll_of(log_probabilities)
+        # KL(own || this) in one pass: exactly 0 for equal scores; rounding may take it below.
+        divergence = self.own_negentropy - torch.linalg.vecdot(self.own_probabilities, log_probabilities)
+        # Comparing with the largest is five times faster than another argmax.
+        is_best = log_probabilities.gather(2, self.own_best)[..., 0] == log_probabilities.amax(-1)
+        agreement = {
+            "kl_to_own": self._means(divergence.clamp(min=0)),
+            "top1_agreement": self._means(is_best),
+        }
+        return self._rows(nll, agreement, recorder)
+
+    def _rows(
+        self, nll: list[float], agreement: Mapping[str, list[float]], recorder: RoutingRecorder
+    ) -> list[dict[str, Any]]:
+        rows = []
+        for place, (item, tokens, routing) in enumerate(
+            zip(self.items, self.is_scored.sum(1).tolist(), recorder.statistics(), strict=True)
+        ):
+            bits_per_byte = None
+            if item.num_bytes:
+                bits_per_byte = nll[place] * tokens / (math.log(2) * item.num_bytes)
+            row = {
+                "nll": nll[place],
+                "num_tokens": tokens,
+                "num_bytes": item.num_bytes,
+                "perplexity": math.exp(nll[place]) if nll[place] < 700 else None,
+                "bits_per_byte": bits_per_byte,
+                "batch_size": len(self.items),
+                "routing": routing,
+            }
+            row |= {name: values[place] for name, values in agreement.items()}
+            rows.append(row | routing.row())
+        return rows
+
+    def release(self) -> None:
+        """Give back the memory of the own routing's scores."""
+        self.own_rows = self.own_probabilities = self.own_negentropy = self.own_best = None
+
+
+# Scores of tasks
 
 
 def load_tasks(
@@ -2439,13 +3857,39 @@ def load_tasks(
     """
     from lm_eval.tasks import TaskManager
 
-    path = None if include_path is None else str(include_path)
-    if path is not None and not Path(path).is_dir():
-        raise UserError(f"--include-path {path}: there is no such folder")
-    if path is not None:  # the index of the harness's own 14,000 tasks takes a while: only where it is needed
-        with contextlib.suppress(UserError):
-            return _load_tasks(TaskManager(include_path=path, include_defaults=False), names, num_fewshot)
-    return _load_tasks(TaskManager(include_path=path), names, num_fewshot)
+    if include_path is None:
+        return _load_tasks(TaskManager(), names, num_fewshot)
+    if not Path(include_path).is_dir():
+        raise UserError(f"--include-path {include_path}: there is no such folder")
+    # The index of the harness's own 14,000 tasks takes a while: it is read only where it is needed.
+    with contextlib.suppress(UserError):
+        own_tasks = TaskManager(include_path=str(include_path), include_defaults=False)
+        return _load_tasks(own_tasks, names, num_fewshot)
+    return _load_tasks(TaskManager(include_path=str(include_path)), names, num_fewshot)
+
+
+def _load_tasks(manager: Any, names: Sequence[str], num_fewshot: int | None) -> dict[str, Mapping[str, Any]]:
+    loaded: dict[str, Mapping[str, Any]] = {}
+    asked_by: dict[str, str] = {}  # task -> the name it was asked for by
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.5)
+            close = ", ".join(near) or "nothing"
+            raise UserError(f"unknown task {name!r} in --tasks; close: {close}. lm-eval ls tasks lists all")
+        try:
+            loaded[name] = manager.load([name])
+        except Exception as error:  # whatever a task's own code or data can raise
+            way_out = "most tasks fetch their data from the hub once; without network use --include-path"
+            why = f"{type(error).__name__}: {_first_line(error)} ({way_out})"
+            raise UserError(f"--tasks {name} cannot be loaded: {why}") from error
+        for part, task in loaded[name]["tasks"].items():
+            first_asked_by = asked_by.setdefault(part, name)
+            if first_asked_by != name:
+                raise UserError(f"--tasks: {part} is in both {first_asked_by} and {name}; name one of them")
+            fewshot = task.get_config("num_fewshot")
+            if fewshot is None or (num_fewshot is not None and fewshot != 0):
+                task.set_config("num_fewshot", num_fewshot or 0)
+    return loaded
 
 
 @contextlib.contextmanager
@@ -2453,20 +3897,20 @@ def _harness_seeds(device: torch.device) -> Iterator[None]:
     """The global random generators seeded as lm-evaluation-harness does, and put back."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - what the harness uses
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002 - what the harness uses
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)  # it warns of a model that is loaded already
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with seeded(DEFAULT_OTHER_SEED, device):
             random.seed(DEFAULT_RANDOM_SEED)
             np.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002
-            torch.manual_seed(DEFAULT_OTHER_SEED)
             yield
     finally:
         log.setLevel(level)
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def harness_model(model: nn.Module, tokenizer: Any, batch_size: int) -> Any:
@@ -2485,13 +3929,14 @@ def harness_model(model: nn.Module, tokenizer: Any, batch_size: int) -> Any:
         def _each(self, answer: Callable, requests: list) -> list:
             if self.batch_size > 1 or self.recorder is None:
                 return answer(requests)
-            groups = itertools.groupby(requests, lambda request: (request.task_name, request.doc_id))
-            documents, answers = [(key, list(group)) for key, group in groups], []
+            by_document = itertools.groupby(requests, lambda request: (request.task_name, request.doc_id))
+            documents = [(key, list(group)) for key, group in by_document]
+            answers = []
             for key, group in tqdm.tqdm(documents, desc=answer.__name__, unit="document", leave=False):
                 self.recorder.start()
                 answers += answer(group, disable_tqdm=True)
-                found = self.recorder.total()
-                self.seen[key] = self.seen[key] + found if key in self.seen else found
+                routing = self.recorder.total()
+                self.seen[key] = self.seen[key] + routing if key in self.seen else routing
             return answers
 
         def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
@@ -2513,109 +3958,198 @@ def harness_model(model: nn.Module, tokenizer: Any, batch_size: int) -> Any:
         return DocumentWise(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
 
 
-def document_scores(
-    samples: Sequence[Mapping[str, Any]], results: Mapping[str, Any]
-) -> tuple[str, list[float | None]]:
-    """The name of a task's metric that its documents can be compared by, and their values.
+@dataclass(frozen=True)
+class DocumentScores:
+    """The metric that a task's documents can be compared by, and their values; "" and None without one."""
 
-    It is the first metric whose mean over documents is what the harness reports. A perplexity is not a mean:
-    its documents come as (log-likelihood, number of bytes or words), and their score is bits per byte or
-    word. The name is empty and the values None where a task has neither, a correlation for example.
+    metric: str
+    values: list[float | None]
+
+
+def document_scores(samples: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> DocumentScores:
+    """The first metric of a task whose mean over documents is what the harness reports.
+
+    A perplexity is no mean: its documents come as (log-likelihood, number of bytes or words), and their score
+    is bits per byte or word. A task may have neither, only a correlation for example.
     """
-    metrics, suffix = samples[0]["metrics"], samples[0]["filter"]
+    metrics = samples[0]["metrics"]
+    suffix = samples[0]["filter"]
     for metric in metrics:
-        values, reported = [sample.get(metric) for sample in samples], results.get(f"{metric},{suffix}")
+        values = [sample.get(metric) for sample in samples]
+        reported = results.get(f"{metric},{suffix}")
         if all(isinstance(value, (bool, int, float)) for value in [reported, *values]):
             mean = sum(values) / len(values)
             if math.isclose(mean, reported, rel_tol=1e-9, abs_tol=1e-12):
-                return metric, [float(value) for value in values]
+                return DocumentScores(metric, [float(value) for value in values])
     for metric, unit in (("bits_per_byte", "byte"), ("byte_perplexity", "byte"), ("word_perplexity", "word")):
         if metric in metrics:
-            pairs = (sample[metric] for sample in samples)
-            bits = [-total / (size * math.log(2)) if size else None for total, size in pairs]
-            return f"bits_per_{unit}", bits
-    return "", [None] * len(samples)
+            bits = []
+            for log_likelihood, size in (sample[metric] for sample in samples):
+                bits.append(-log_likelihood / (size * math.log(2)) if size else None)
+            return DocumentScores(f"bits_per_{unit}", bits)
+    return DocumentScores("", [None] * len(samples))
 
 
 TASK_RESULTS = "task_results.json"
-SHOWN_TEXT = 200  # characters of a document's prompt that its row shows: the last ones
+_SHOWN_TEXT = 200  # characters of a document's prompt that its row shows: the last ones
+# Of what the harness reports:
+_HARNESS_PARTS = ("results", "groups", "higher_is_better", "versions", "n-shot", "n-samples")
 
 
-def _documents(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
-    """A row for each document, from rows that hold a whole task each; a failed task stays one row."""
-    for row in rows:
-        shared = {key: value for key, value in row.items() if key not in ("documents", "task_results")}
-        yield from ([shared | document for document in row["documents"]] or [shared])
+@dataclass(frozen=True)
+class TaskRun:
+    """What a task gave: rows of its documents, each with the columns of TASKS that are its own and `routing`
+    (None where documents were mixed in batches), and what the harness reports."""
+
+    documents: list[dict[str, Any]]
+    report: dict[str, Any]
+
+
+def run_task(lm: Any, recorder: RoutingRecorder, tasks: Mapping[str, Any], limit: float | None) -> TaskRun:
+    """Run one task, or a group, with the model as it is routed now; see `harness_model` for `lm`."""
+    from lm_eval import evaluate
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    lm.recorder = recorder
+    lm.seen = {}
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    # Never with the harness's cache: it finds answers by the model's name, whatever its routing.
+    evaluated = evaluate(lm, task_dict=tasks, limit=limit)
+    documents = []
+    for task, samples in evaluated["samples"].items():
+        samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+        scores = document_scores(samples, evaluated["results"][task])
+        if not scores.metric:
+            logger.warning(f"{task} has no metric of single documents: it is reported, but not tested")
+        for sample, score in zip(samples, scores.values, strict=True):
+            asked = str(sample["arguments"][0][0])
+            answer = sample["filtered_resps"][0]
+            documents.append(
+                {
+                    "task": task,
+                    "document": f"{task}:{sample['doc_id']}",
+                    "prompt_text": asked if len(asked) <= _SHOWN_TEXT else f"... {asked[-_SHOWN_TEXT:]}",
+                    "generated_text": answer if isinstance(answer, str) else "",
+                    "metric": scores.metric,
+                    "score": score,
+                    "input_hash": fingerprint(repr(sample["arguments"])),
+                    "routing": lm.seen.get((task, sample["doc_id"])),
+                }
+            )
+    return TaskRun(documents, {key: evaluated[key] for key in _HARNESS_PARTS if key in evaluated})
 
 
 # ---------------------------------------------------------------------------------------------------------
 # 12. BHExperimentRunner
 # ---------------------------------------------------------------------------------------------------------
 
-
-class _StepWatch:
-    """A logits processor that changes nothing: it notes when the prefill was done, and the largest logits."""
-
-    def __init__(self, synchronize: Callable[[], None]):
-        self.synchronize, self.prefill_done = synchronize, None
-        self.largest: list[Tensor] = []  # [B] each step
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.prefill_done is None:
-            self.synchronize()
-            self.prefill_done = time.perf_counter()
-        self.largest.append(scores.amax(-1))
-        return scores
-
-
-def _finite(values: Tensor) -> Tensor:
-    """`values`, if the model works: FloatingPointError where its logits are NaN or infinite."""
-    if not torch.isfinite(values).all():
-        raise FloatingPointError("the model returned NaN or infinite logits; try --dtype float32")
-    return values
-
-
-@dataclass(frozen=True)
-class _ScoredBatch:
-    """Texts to be teacher-forced together, padded on the right."""
-
-    ids: Tensor  # [B, S]
-    mask: Tensor  # [B, S], 1 for real tokens
-    context: Tensor  # [B] how many tokens come first and are not scored
-    num_bytes: list[int]  # of the scored text
-
-    @property
-    def scored(self) -> Tensor:
-        """Which positions predict a token that is scored: bool [B, S - first], from position first - 1 on."""
-        position = torch.arange(self.ids.shape[1], device=self.ids.device)
-        scored = (position >= self.context[:, None]) & (self.mask > 0)  # [B, S], by the token predicted
-        return scored[:, self.first :]
-
-    @functools.cached_property
-    def first(self) -> int:
-        """The first token that is scored in any row."""
-        return int(self.context.min())
-
-    @property
-    def targets(self) -> Tensor:
-        return self.ids[:, self.first :, None]  # [B, S - first, 1]
-
-    @functools.cached_property
-    def key(self) -> tuple[bytes, ...]:
-        return tuple(part.cpu().numpy().tobytes() for part in (self.ids, self.mask, self.context))
-
-
-@dataclass(frozen=True)
-class _OwnScores:
-    """What the model's own routing says of a batch: what every configuration is compared with."""
-
-    probabilities: Tensor  # p [B, S - first, V]
-    negentropy: Tensor  # sum of p log p [B, S - first]
-    best: Tensor  # most probable token [B, S - first, 1]
-    rows: list[dict[str, Any]]  # what `_score` finds for each text [B]
-
-
 AUTO_BATCH_TOKENS = 8192  # what --batch-size auto begins with; halved whenever memory does not suffice
+# What a run leaves in its folder, in the words of the manual. These are set aside together:
+RUN_FILES: dict[str, str] = {
+    **{table.file: f"a row: {table.row}" for table in TABLES},
+    TASK_RESULTS: "with --tasks: what lm-evaluation-harness reports, by configuration and task",
+    NULL_DIAGNOSTICS: "do the nulls hold on the scored text?",
+    "analysis_summary.json": "summaries, tests and verdicts; strict JSON, null with a reason where a test "
+    "says nothing",
+    "REPORT.md": "the report: answer, tables, tests, plots, what an earlier attempt expected beside what was "
+    "measured",
+    "plots": "the plots, PNG at 300 DPI",
+    "checkpoints": f"what is finished: `{CHECKPOINT_FILE}` and a file of each further process; settings, and "
+    "a `results` list of rows, each with a checksum and what its routers did",
+}
+# These stay: the next run writes the log on, and takes the calibration if it was made from the same.
+KEPT_FILES: dict[str, str] = {
+    LOG_FILE: "what happened: a line for each prompt and batch that is done (`tail -f` tells how far it is), "
+    "tracebacks of what failed",
+    CALIBRATION_FILE: "router logits on the calibration text",
+    EARLIER.format(number="N"): "what --no-resume, or a run that found no checkpoint, moved aside",
+}
+
+# Kind of a row -> its columns with the category and the document that the tables by layer count it under.
+COUNTED_BY = {
+    "generation": ("prompt_category", "prompt_id"),
+    "score": ("category", "document"),
+    "task": ("task", "document"),
+}
+
+# What a finished row depends on: it counts only while all of that is as it was. Every argument of a run is
+# classified here, or a test fails; the fields of prompts are in PROMPT_IDENTITY, those of configurations all
+# count.
+BY_ROW = "compared row by row"
+NOTHING = "no row depends on it"
+RUN_IDENTITY: dict[str, str] = {  # argument -> BY_ROW, NOTHING, or the entry of the settings that holds it
+    # BHExperimentRunner
+    **dict.fromkeys(("model_name", "model", "revision", "trust_remote_code"), "model"),
+    "tokenizer": "tokenizer",
+    "device": "device",
+    **dict.fromkeys(("dtype", "use_fp16"), "dtype"),
+    "seed": "seed",
+    "sampling": "sampling",
+    "calibration_text": "calibration_text",
+    **dict.fromkeys(("output_dir", "checkpoint_interval", "command"), NOTHING),
+    **dict.fromkeys(("device_map", "batch_size"), NOTHING),  # beyond rounding
+    # run_full_experiment_suite, run_tasks
+    **dict.fromkeys(("routing_configs", "test_prompts", "texts", "num_samples", "tasks"), BY_ROW),
+    "max_new_tokens": "max_new_tokens",
+    "num_fewshot": "num_fewshot",
+    "limit": "limit",
+    "include_path": "task_files",
+    **dict.fromkeys(("baseline", "resume", "retry_failed", "fail_fast"), NOTHING),
+}
+
+
+@dataclass(frozen=True)
+class SuitePlan:
+    """What a suite measures: each prompt continued under `configs`, each text scored under `scoring`."""
+
+    configs: Configs  # the model's own routing among them
+    scoring: Configs  # the same, and the static ladder
+    prompts: Sequence[Prompt]
+    texts: Sequence[TextItem]
+    new_tokens: int
+    num_samples: int
+
+    def keys(self) -> dict[str, list[Key]]:
+        """The rows it will have, by kind, in the order of their tables."""
+        generation = [
+            ("generation", name, prompt["id"], sample)
+            for prompt in self.prompts
+            for sample in range(self.num_samples)
+            for name in self.configs
+        ]
+        score = [("score", name, text.id) for text in self.texts for name in self.scoring]
+        return {"generation": generation, "score": score}
+
+    def inputs(self) -> dict[str, dict[str, str]]:
+        """Kind and name of everything that is fed in -> its hashes by field."""
+        prompts = {f"generation {prompt['id']}": input_hashes(prompt) for prompt in self.prompts}
+        return prompts | {f"score {text.id}": text.inputs for text in self.texts}
+
+
+class _Saver:
+    """Takes finished rows into the checkpoint, unless they are there; says when to stop."""
+
+    def __init__(self, checkpoint: Checkpoint, done: set[Key], fail_fast: bool):
+        self.checkpoint = checkpoint
+        self.done = done
+        self.fail_fast = fail_fast
+
+    def lacks(self, key: Key) -> bool:
+        return key not in self.done
+
+    def save(self, row: Row) -> None:
+        key = row_key(row)
+        if key in self.done:
+            return
+        self.checkpoint.append(row)
+        self.done.add(key)
+        if self.fail_fast and row["status"] != "ok":
+            raise _Stopped
+
+
+class _Stopped(Exception):
+    """A row failed, and --fail-fast asks to stop there."""
 
 
 class BHExperimentRunner:
@@ -2630,14 +4164,14 @@ class BHExperimentRunner:
     model_name: folder or hub name. output_dir: where results, checkpoint and log go.
     checkpoint_interval: each finished experiment is written at once; so many are forced to the disk together.
     device: "auto" (None is the same), "cuda" or "cpu". use_fp16: False is the same as dtype "float32".
-    model, tokenizer: a model that is loaded already; device and dtype are then its own, and it is in eval
-    mode only while something runs.
+    model, tokenizer: a model that is loaded already; device and dtype are then its own.
     calibration_text: a text file for the empirical nulls; without it the model writes its own text.
     seed: for the sampled calibration text, and for sampling. dtype: see `choose_dtype`. revision, device_map,
     trust_remote_code: see `load_model`. sampling: {"temperature": ..., "top_p": ...}, greedy when None.
     batch_size: scored texts in a forward pass, a number or "auto". command: what the rows say ran them.
 
-    Raises UserError for a model that cannot be loaded or has no routers to patch, or an unknown device.
+    `results` holds the three tables of the last run. Raises UserError for a model that cannot be loaded or
+    has no routers to patch, or an unknown device.
     """
 
     def __init__(
@@ -2660,73 +4194,71 @@ class BHExperimentRunner:
         batch_size: int | str = "auto",
         command: str = "",
     ):
-        checkpoint_interval = check_least("checkpoint_interval", checkpoint_interval)
-        seed = check_seed("seed", seed)
-        if batch_size != "auto":
-            batch_size = check_least("batch_size", batch_size)
         if (model is None) != (tokenizer is None):
             raise UserError("a ready model needs its tokenizer: pass both model= and tokenizer=, or neither")
         if calibration_text is not None and not Path(calibration_text).is_file():
             raise UserError(f"--calibration-text {calibration_text}: there is no such file")
         if not use_fp16 and dtype not in ("auto", "float32"):
             raise UserError(f"--no-fp16 means --dtype float32, but dtype is {dtype}: give one of them")
-        place = choose_device(device or "auto") if model is None else input_device(model)
-        self.processes = _Processes(place.type == "cpu")
+        self.model_name = model_name
+        self.output_dir = Path(output_dir)
+        self.checkpoint_interval = check_least("checkpoint_interval", checkpoint_interval)
+        self.seed = check_seed("seed", seed)
+        self.batch_size = "auto" if batch_size == "auto" else check_least("batch_size", batch_size)
+        self.calibration_text = None if calibration_text is None else Path(calibration_text)
+        self.command = command
+        self.sampling: dict[str, float] | None = None
+        if sampling is not None:
+            self.sampling = {"temperature": 1.0, "top_p": 1.0}
+            self.sampling |= {name: float(value) for name, value in sampling.items()}
+
+        place = choose_device(device) if model is None else input_device(model)
+        self.processes = Processes(use_cpu=place.type == "cpu")
         if model is None:
             if self.processes.world > 1 and device_map:
                 raise UserError("--device-map spreads one process over all GPUs: leave out accelerate launch")
             if self.processes.world > 1 and place.type == "cuda":
                 place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             precision = choose_dtype(place, dtype if use_fp16 else "float32")
-            options = (device_map, revision, trust_remote_code)
-            model, tokenizer = load_model(model_name, place, precision, *options)
-        self.model, self.tokenizer, self.layers = model, tokenizer, find_moe_layers(model)
-        self.model_name, self.output_dir, self.seed = model_name, Path(output_dir), seed
-        self.revision = getattr(model.config, "_commit_hash", None) or revision or ""
-        self.sampling = None
-        if sampling is not None:
-            given = {name: _plain(value) for name, value in sampling.items()}
-            self.sampling = {"temperature": 1.0, "top_p": 1.0, **given}
-        self.checkpoint_interval, self.command = checkpoint_interval, command
-        self.calibration_text = None if calibration_text is None else Path(calibration_text)
+            model, tokenizer = load_model(
+                model_name, place, precision, device_map, revision, trust_remote_code
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.layers = find_moe_layers(model)
         self.device = input_device(model)
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        self.revision = getattr(model.config, "_commit_hash", None) or revision or ""
         text_config = getattr(model.config, "get_text_config", lambda: model.config)()
         self.context = getattr(text_config, "max_position_embeddings", None) or math.inf
-        self.batch_size, self._fitting = batch_size, sys.maxsize  # asked for; what the memory was enough for
+
+        self.own_k = self.layers[0].own_k
+        self.results: Results | None = None
         self.checkpoint: Checkpoint | None = None
         self._routing = contextlib.ExitStack()
-        self._own = resolve_config("own", {"method": "topk", "k": self.layers[0].own_k})
-        # Static Top-k that the baseline's rows are scored at as well
-        self._curve: Sequence[int] = range(1, self.layers[0].own_k)
-        self._run_id = ""  # of the run that is at work
-        self._repeated: set[str] | None = None  # scored items that show the noise floor; all where None
-        # Of the one batch or prompt that is at work: its key, and what the model's own routing makes of it.
-        self._own_scored: tuple[Any, Any] = (None, None)
-        self._own_text: tuple[Any, Any] = (None, None)
+        self._batch_limit = sys.maxsize  # how many texts the memory was enough for
 
     def __repr__(self) -> str:
-        first = self.layers[0]
-        shape = f"{len(self.layers)} MoE layers x {first.num_experts} experts, top-{first.own_k}"
+        shape = f"{len(self.layers)} MoE layers x {self.layers[0].num_experts} experts, top-{self.own_k}"
         return f"BHExperimentRunner({self.model_name!r}, {shape}, {self.dtype} on {self.device})"
 
     # Routing by hand: one configuration at a time, outside the suite
 
     @contextlib.contextmanager
-    def routing(self, config: str | Mapping[str, Any]) -> Iterator[RoutingRecorder]:
+    def routing(self, config: str | Config) -> Iterator[RoutingRecorder]:
         """Route by a configuration, or the built-in one of that name, in the block; yields the recorder."""
-        name = config if isinstance(config, str) else "routing"
+        name = "routing"
         if isinstance(config, str):
+            name = config
             known = suites()["all"]
-            config = known[_choice("configuration", config, tuple(known))]
+            config = known[_choice("configuration", name, tuple(known))]
         with self._routed(self._resolve(name, config)) as recorder:
             yield recorder
 
     def generate(self, text: str, max_new_tokens: int = DEFAULT_MAX_TOKENS) -> str:
         """What the model writes after `text` as it is routed now; sampled if the runner samples."""
-        inputs = self._encode(resolve_prompt({"text": text}), max_new_tokens)
-        output, _ = self._generate(inputs, max_new_tokens, self.seed)
-        return self.tokenizer.decode(output[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        run = self._prompt_run(resolve_prompt({"text": text}), max_new_tokens, self.seed)
+        return run.decode(run.generate().tokens)
 
     def _apply_routing_config(self, config: Config) -> RoutingRecorder:
         """Route by `config` until the next call or `_restore_original_routing`; returns the live recorder."""
@@ -2743,320 +4275,224 @@ class BHExperimentRunner:
         self._routing.close()
 
     def _routed(self, config: Config) -> contextlib.AbstractContextManager[RoutingRecorder]:
-        calibration = self.calibration if config["p_values"] == "empirical" else None
+        calibration = self.calibration if needs_calibration(config) else None
         return patched_routing(self.model, config, calibration, self.layers)
 
-    def _resolve(self, name: str, config: Config) -> dict[str, Any]:
-        """`resolve_config`, with the model's own K in the built-in baseline, whose 8 is OLMoE's."""
-        config, widest = resolve_config(name, config), self.layers[0].max_k
-        if name == BASELINE and config == resolve_config(BASELINE, ROUTING_CONFIGS[BASELINE]):
-            config["k"] = self.layers[0].own_k
-        for field in ("k", "min_k"):
-            if (config[field] or 1) > widest:
-                why = f"{field} = {config[field]}, but a layer can run {widest} experts"
-                raise UserError(f"configuration {name!r}: {why}")
-        if config["max_k"]:
-            config["max_k"] = min(config["max_k"], widest)
-        return config
+    # Configurations, as they are on this model
 
-    def _configs(self, given: Configs | None) -> dict[str, dict[str, Any]]:
+    def _resolve(self, name: str, config: Config) -> dict[str, Any]:
+        """`resolve_config` for this model: the built-in baseline, whose 8 is OLMoE's, gets the model's own K,
+        and no cap is above what a layer can run."""
+        resolved = resolve_config(name, config, len(self.layers))
+        if name == BASELINE and resolved == resolve_config(BASELINE, ROUTING_CONFIGS[BASELINE]):
+            resolved["k"] = self.own_k
+        widest = min(layer.max_k for layer in self.layers)
+        caps = resolved.get("max_k")
+        if isinstance(caps, list):
+            resolved["max_k"] = [min(cap, widest) for cap in caps]
+        elif caps is not None:
+            resolved["max_k"] = min(caps, widest)
+        for layer in range(len(self.layers)):
+            floor, _ = count_bounds(layer_config(resolved, layer))
+            if floor > widest:
+                rule = RULES[resolved["method"]]
+                field = rule.knob.name if rule.is_static else "min_k"
+                why = f"{field} = {floor}, but a layer can run {widest} experts"
+                raise UserError(f"configuration {name!r}: {why}")
+        return resolved
+
+    def _static(self, k: int) -> dict[str, Any]:
+        return self._resolve("static", {"method": "topk", "k": k, "description": f"Fixed Top-{k}"})
+
+    def _configs(self, given: Configs | None, baseline: str | None) -> dict[str, dict[str, Any]]:
         """The configurations of a run, resolved; first the model's own routing, where it is not among them:
         what it predicts is what all others are compared with."""
         given = ROUTING_CONFIGS if given is None else given
+        if not given:
+            raise UserError("a run needs at least one configuration")
         configs = {name: self._resolve(name, config) for name, config in given.items()}
-        if not configs or any(self._is_own(config) for config in configs.values()):
-            return configs
-        names = (f"topk_{self._own['k']}", "own_topk", *(f"own_topk_{n}" for n in range(2, len(configs) + 2)))
-        name = next(name for name in names if name not in configs)
-        return {name: self._own | {"description": "The model's own routing"}} | configs
+        if not any(static_k(config) == self.own_k for config in configs.values()):
+            name = _unused_name(f"topk_{self.own_k}", configs)
+            configs = {name: self._static(self.own_k)} | configs
+        if baseline is not None:
+            _choice("baseline", baseline, tuple(configs))
+        return configs
+
+    @staticmethod
+    def _say_what_was_added(configs: Configs, given: Configs | None) -> None:
+        given = ROUTING_CONFIGS if given is None else given
+        for name in configs:
+            if name not in given:
+                why = "the others are compared with it"
+                logger.info(f"{name}, the model's own routing, is run as well: {why}")
+
+    def _with_static_ladder(self, configs: Configs) -> dict[str, dict[str, Any]]:
+        """`configs` and every static Top-k up to the model's own that is not among them."""
+        ladder = dict(configs)
+        present = {static_k(config) for config in configs.values()}
+        for k in range(1, self.own_k):
+            if k not in present:
+                ladder[_unused_name(f"topk_{k}", ladder)] = self._static(k)
+        return ladder
 
     # What decides the numbers, besides configuration and prompt
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        text = self.calibration_text
-        source = "sampled" if text is None else hashlib.sha256(text.read_bytes()).hexdigest()[:16]
-        weights = {"model": model_fingerprint(self.model), "dtype": self.dtype, "device": self.device.type}
-        weights["tokenizer"] = tokenizer_fingerprint(self.tokenizer)
-        return {**weights, "seed": self.seed, "calibration_text": source, "sampling": self.sampling}
+        """What every row of this runner has in common; a run is resumed only with the same."""
+        source = "sampled"
+        if self.calibration_text is not None:
+            source = hashlib.sha256(self.calibration_text.read_bytes()).hexdigest()[:16]
+        return {
+            "model": model_fingerprint(self.model),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "dtype": self.dtype,
+            "device": self.device.type,
+            "seed": self.seed,
+            "calibration_text": source,
+            "sampling": self.sampling,
+        }
 
     @functools.cached_property
     def calibration(self) -> Calibration:
         """The calibration of this model: from the output folder if it was made from the same, or made now."""
         about = {**self.settings, "sequences": CALIBRATION_SEQUENCES, "length": CALIBRATION_LENGTH}
         del about["sampling"]
-        path, start = self.output_dir / "calibration.safetensors", time.perf_counter()
-        with self.processes.first_alone():
-            if calibration := Calibration.load(path, about):
-                return calibration
+        path = self.output_dir / CALIBRATION_FILE
+        start = time.perf_counter()
+        with waiting_for(self.output_dir / ".calibration.lock"):  # one process makes it, the others read it
+            stored = Calibration.load(path, about)
+            if stored is not None:
+                return stored
             calibration = calibrate(self.model, self.tokenizer, self.seed, self.calibration_text)
             calibration.save(path, about)
-        null, source = calibration.null(0, 1.0), self.calibration_text or "text sampled from the model"
+        null = calibration.null(0, 1.0)
+        source = self.calibration_text or "text sampled from the model"
+        smallest = null.smallest_alpha(self.layers[0].num_experts)
         logger.info(
             f"calibrated on {calibration.logits.shape[1]} tokens of {source} in "
             f"{time.perf_counter() - start:.1f} s: n0 = {null.n0:,} null scores a layer, enough for alpha >= "
-            f"{null.smallest_alpha(self.layers[0].num_experts):.2g}"
+            f"{smallest:.2g}"
         )
         return calibration
 
-    def diagnose(self, prompts: Sequence[Prompt], max_tokens: int = 8192) -> dict[str, Any]:
+    def diagnose(self, texts: Sequence[TextItem], run_id: str = "", max_tokens: int = 8192) -> dict[str, Any]:
         """`diagnose_nulls` on scored texts, up to `max_tokens`; also written to null_diagnostics.json."""
-        texts, total = [], 0
-        for prompt in prompts:
-            with contextlib.suppress(UserError):  # one that does not fit: its rows will say so
-                if total < max_tokens and (batch := self._scored_batch([prompt])):
-                    texts.append(batch.ids)
-                    total += batch.ids.numel()
-        if not texts:
+        batches: list[Tensor] = []
+        total = 0
+        for item in texts:
+            if total < max_tokens and len(item.token_ids) - 1 <= self.context:
+                batches.append(torch.as_tensor(item.token_ids, dtype=torch.int64)[None])
+                total += len(item.token_ids)
+        if not batches:
             return {}
-        report = diagnose_nulls(self.calibration, record_routers(self.model, texts))
-        shared = count_shared_tokens(texts, self.calibration_text, self.tokenizer)
-        report["n_shared_tokens"] = shared
-        path = self.output_dir / "null_diagnostics.json"
-        write_json(path, {"run_id": self._run_id} | report, indent=None)
+        report = diagnose_nulls(self.calibration, record_routers(self.model, batches))
+        report["n_shared_tokens"] = count_shared_tokens(batches, self.calibration_text, self.tokenizer)
+        write_json(self.output_dir / NULL_DIAGNOSTICS, {"run_id": run_id} | report, indent=None)
         return report
 
-    # Experiments
+    # Rows
 
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _generate(
-        self, inputs: Mapping[str, Tensor], new_tokens: int, seed: int
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Exactly `new_tokens` tokens, timed: output ids [S + n] and the clock columns.
-
-        The seed decides what is sampled; the global random generators are left as they were.
-        """
-        on_gpu, watch = self.device.type == "cuda", _StepWatch(self._synchronize)
-        sampling = {"do_sample": False} if self.sampling is None else {"do_sample": True, "top_k": 0}
-        settings = _generation_config(self.tokenizer, new_tokens, **sampling, **(self.sampling or {}))
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        generators = torch.random.fork_rng([self.device] if on_gpu else [])
-        with writing_plainly(self.model), generators, torch.inference_mode():
-            torch.manual_seed(seed)
-            self._synchronize()
-            start = time.perf_counter()
-            output = self.model.generate(**inputs, generation_config=settings, logits_processor=[watch])
-            self._synchronize()
-            end = time.perf_counter()
-        _finite(torch.stack(watch.largest))
-        return output[0], {
-            "inference_time_sec": end - start,
-            "tokens_per_sec": new_tokens / (end - start),
-            "time_to_first_token_sec": watch.prefill_done - start,
-            "decode_sec_per_token": (end - watch.prefill_done) / (new_tokens - 1) if new_tokens > 1 else None,
-            "peak_memory_gb": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None,
-        }
-
-    def _encode(self, prompt: Prompt, new_tokens: int) -> dict[str, Tensor]:
-        """Token ids and attention mask [1, S]; UserError where they and the new tokens exceed the context."""
-        inputs = self.tokenizer(prompt["text"], return_tensors="pt", verbose=False).to(self.device)
-        length, most = inputs["input_ids"].shape[1], self.context - new_tokens
-        if not 0 < length <= most:
-            raise UserError(
-                f"prompt {prompt['id']!r} has {length} tokens; with {new_tokens} new ones it must have 1 to "
-                f"{most} for this model's context of {self.context}"
-            )
-        return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-
-    def _row(self, name: str, config: Config, prompt: Prompt, tokens: int, sample: int) -> dict[str, Any]:
-        """The part of a result row that is known before the experiment. Only the checkpoint keeps `inputs`:
-        from it a resumed run can say which field of a prompt is another."""
-        on_cpu, inputs = self.device.type == "cpu", input_hashes(prompt)
-        return dict.fromkeys(RESULT_COLUMNS) | {
-            "config_name": name,
-            "sample": sample,
-            **{f"prompt_{key}": prompt[key] for key in ("id", "category")},
-            "prompt_text": self._text(prompt),
-            "document": prompt["document"],
-            "inputs": inputs,
-            "input_hash": fingerprint(inputs),
+    @functools.cached_property
+    def _origin(self) -> dict[str, Any]:
+        """The columns that all rows of this runner share."""
+        on_cpu = self.device.type == "cpu"
+        return {
             "status": "ok",
-            **dict.fromkeys(("error", "static_nll", "routing"), ""),
-            **{field: config[field] for field in CONFIG_FIELDS},
+            "error": "",
+            "own_k": self.own_k,
             "model_name": self.model_name,
             "model_revision": self.revision,
             "model_hash": self.settings["model"],
             "device": "cpu" if on_cpu else torch.cuda.get_device_name(self.device),
             "dtype": self.dtype,
             "seed": self.seed,
-            "max_new_tokens": tokens,
-            "sampling": "greedy" if self.sampling is None else json.dumps(self.sampling),
             "torch_version": torch.__version__,
             "transformers_version": transformers.__version__,
-            **script_origin(),
-            "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": self.command,
+            **script_origin(),
         }
 
-    def _text(self, prompt: Prompt) -> str:
-        """The text of an item; that of a window is kept as tokens, which take less memory."""
-        return prompt["text"] or self.tokenizer.decode(prompt["token_ids"][1:])
+    def _row(self, kind: str, name: str, config: Config, inputs: Mapping[str, str]) -> dict[str, Any]:
+        """A row as it is before anything was measured. Only the checkpoint keeps `kind` and `inputs`: from
+        these a resumed run can say what is another than it was."""
+        return {
+            **self._origin,
+            "kind": kind,
+            "config_name": name,
+            "method": config["method"],
+            "configuration": configuration_cell(config),
+            "inputs": dict(inputs),
+            "input_hash": fingerprint(inputs),
+            "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
 
-    def _scored_batch(self, prompts: Sequence[Prompt]) -> _ScoredBatch | None:
-        """What is teacher-forced for these prompts; None for a prompt that has nothing to be scored."""
-        texts, contexts, num_bytes = [], [], []
-        for prompt in prompts:
-            if "token_ids" in prompt:
-                ids, context, text = prompt["token_ids"], 1, self._text(prompt)
-            elif text := prompt["reference"]:
-                ids = self.tokenizer(prompt["text"], verbose=False)["input_ids"]
-                context = len(ids)
-                ids = ids + self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            else:
-                return None
-            if len(ids) - 1 > self.context:
-                what = f"prompt {prompt['id']!r}: {len(ids)} tokens to score"
-                raise UserError(f"{what} exceed this model's context of {self.context}")
-            texts.append(torch.as_tensor(ids, dtype=torch.int64))
-            contexts.append(context)
-            num_bytes.append(len(text.encode()))
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in texts], batch_first=True)
-        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        parts = (part.to(self.device) for part in (ids, mask, torch.tensor(contexts)))
-        return _ScoredBatch(*parts, num_bytes)
+    def _failed(self, row: dict[str, Any], error: Exception) -> dict[str, Any]:
+        """The row of a failure, which the log says as well."""
+        message = f"{type(error).__name__}: {error}"
+        item = row_key(row)[2]
+        logger.error(f"{row['config_name']} x {item} failed: {message}")
+        logger.debug("where it failed", exc_info=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # after an out-of-memory error, start clean
+        return row | {"status": "error", "error": message}
 
-    @torch.inference_mode()
-    def _log_probabilities(self, batch: _ScoredBatch) -> Tensor:
-        """Log-probabilities of every token where any row is scored, float32: [B, S - first, V]."""
-        # The last token of a row predicts nothing: it is left out, as padding where a longer row goes on.
-        inputs = {"input_ids": batch.ids[:, :-1], "attention_mask": batch.mask[:, 1:]}
-        logits = self.model(**inputs, use_cache=False).logits[:, batch.first - 1 :]
-        return logits.float().log_softmax(-1)
+    # Generation
 
-    @torch.inference_mode()
-    def _means(self, batch: _ScoredBatch, values: Tensor) -> list[float]:
-        """The mean of `values` [B, S - first] over each row's scored tokens."""
-        scored = batch.scored
-        return (values.double().masked_fill(~scored, 0).sum(1) / scored.sum(1)).tolist()
+    def _prompt_run(self, prompt: Prompt, new_tokens: int, seed: int) -> PromptRun:
+        """UserError where the prompt and the new tokens exceed the context."""
+        run = PromptRun(self.model, self.tokenizer, prompt["text"], new_tokens, self.sampling, seed)
+        longest = self.context - new_tokens
+        if not 0 < run.num_input_tokens <= longest:
+            raise UserError(
+                f"prompt {prompt['id']!r} has {run.num_input_tokens} tokens; with {new_tokens} new ones it "
+                f"must have 1 to {longest} for this model's context of {self.context}"
+            )
+        return run
 
-    def _nll(self, batch: _ScoredBatch, scores: Tensor) -> list[float]:
-        return self._means(batch, -scores.gather(2, batch.targets)[..., 0])
-
-    @torch.inference_mode()
-    def _own_scores(self, batch: _ScoredBatch) -> _OwnScores:
-        """Those of the model's own routing, computed and recorded once for all configurations of a batch."""
-        if self._own_scored[0] != batch.key:
-            self._own_scored = None, None  # never two of them in memory
-            with self._routed(self._own) as recorder:
-                rows, scores = self._score(batch, recorder, None)
-            p, best = scores.exp(), scores.argmax(-1, keepdim=True)
-            self._own_scored = batch.key, _OwnScores(p, torch.linalg.vecdot(p, scores), best, rows)
-        return self._own_scored[1]
-
-    def _static_curve(self, batch: _ScoredBatch, config: Config) -> list[str]:
-        """For each text [B] under the model's own routing, as JSON: k -> NLL under static Top-k, for each k
-        that the suite does not run."""
-        curve, rows = {}, range(len(batch.ids))
-        if not self._curve or not self._is_own(config):
-            return ["" for _ in rows]
-        for k in self._curve:
-            with self._routed(resolve_config(f"topk_{k}", {"method": "topk", "k": k})):
-                curve[k] = self._nll(batch, self._log_probabilities(batch))
-        return [json.dumps({k: values[row] for k, values in curve.items()}) for row in rows]
-
-    @torch.inference_mode()
-    def _score(
-        self, batch: _ScoredBatch, recorder: RoutingRecorder, own: _OwnScores | None
-    ) -> tuple[list[dict[str, Any]], Tensor]:
-        """Teacher forcing as the model is routed now: for each text [B] the QUALITY_COLUMNS and `routing`,
-        what the routers did; and the log-probabilities behind them. own: what to compare with, if not itself.
-        """
-        recorder.start(rows=len(batch.ids))
-        scores = self._log_probabilities(batch)
-        recorded, nlls = recorder.statistics(), self._nll(batch, scores)
-        _finite(torch.tensor(nlls))
-        kl, agreement = ([number] * len(nlls) for number in (0.0, 1.0))
-        if own is not None:
-            # KL(own || this) in one pass: exactly 0 for equal scores; rounding may take it below.
-            divergence = own.negentropy - torch.linalg.vecdot(own.probabilities, scores)  # [B, S - first]
-            kl = self._means(batch, divergence.clamp(min=0))
-            best = scores.gather(2, own.best)[..., 0] == scores.amax(-1)  # five times faster than its argmax
-            agreement = self._means(batch, best)
-        rows = []
-        for index, tokens in enumerate(batch.scored.sum(1).tolist()):
-            nll, size, routing = nlls[index], batch.num_bytes[index], recorded[index].row()
-            row = {"reference_nll": nll, "reference_tokens": tokens, "reference_bytes": size}
-            row["reference_perplexity"] = math.exp(nll) if nll < 700 else None
-            row["bits_per_byte"] = nll * tokens / (math.log(2) * size)
-            row |= {"kl_to_baseline": kl[index], "top1_agreement": agreement[index]}
-            row |= {"reference_avg_experts": routing["avg_experts_per_token"], "routing": recorded[index]}
-            rows.append(row | {f"reference_{share}": routing[share] for share in SHARES})
-        return rows, scores
-
-    def _quality(
-        self, batch: _ScoredBatch, config: Config, recorder: RoutingRecorder, own: _OwnScores, repeat: bool
-    ) -> list[dict[str, Any]]:
-        """What `_score` finds for each text [B] under `config`; the model's own routing, scored before, is
-        scored again for the noise floor."""
-        if not self._is_own(config):
-            return self._score(batch, recorder, own)[0]
-        again = self._nll(batch, self._log_probabilities(batch)) if repeat else [None] * len(own.rows)
-        return [row | {"repeat_reference_nll": nll} for row, nll in zip(own.rows, again, strict=True)]
-
-    def _is_static(self, config: Config, k: int) -> bool:
-        """Whether a resolved configuration is plain Top-k, a point of the static curve, whatever its name."""
-        plain = self._own | {"k": k}
-        return all(config[field] == plain[field] for field in CONFIG_FIELDS)
-
-    def _is_own(self, config: Config) -> bool:
-        """Whether a resolved configuration is the model's own routing."""
-        return self._is_static(config, self._own["k"])
-
-    def _static_widths(self, configs: Configs) -> list[int]:
-        """The k below the model's own that plain Top-K configurations among these run."""
-        widths = range(1, self._own["k"])
-        return [k for k in widths if any(self._is_static(config, k) for config in configs.values())]
-
-    def _score_only(
-        self, name: str, config: Config, prompts: Sequence[Prompt], tokens: int
-    ) -> list[dict[str, Any]]:
-        """Result rows of items with `token_ids`, scored together."""
-        batch = self._scored_batch(prompts)
-        own, curve = self._own_scores(batch), self._static_curve(batch, config)
-        repeat = self._repeated is None or prompts[0]["id"] in self._repeated
-        with self._routed(config) as recorder:
-            quality = self._quality(batch, config, recorder, own, repeat)
-        rows = []
-        for prompt, found, static in zip(prompts, quality, curve, strict=True):
-            row = self._row(name, config, prompt, tokens, 0) | found | found["routing"].row()
-            more = {"static_nll": static, "batch_size": len(prompts), "routing": found["routing"].pack()}
-            rows.append(row | more)
-        return rows
-
-    def _generate_and_score(
-        self, name: str, config: Config, prompt: Prompt, tokens: int, sample: int
-    ) -> dict[str, Any]:
-        """The result row of a prompt: one patch, in which it is continued and its reference scored."""
-        row, is_own = self._row(name, config, prompt, tokens, sample), self._is_own(config)
-        inputs, batch = self._encode(prompt, tokens), self._scored_batch([prompt])
-        if sample > 0:  # the reference is the same for every sample: scored once
-            batch = None
-        if batch is not None:
-            own, row["static_nll"] = self._own_scores(batch), self._static_curve(batch, config)[0]
+    def _sample_seed(self, prompt: Prompt, sample: int) -> int:
+        """What a text is sampled by: seed, prompt and sample only, not order or resume."""
         digest = hashlib.sha256(f"{self.seed} {sample} {prompt['id']}".encode()).digest()
-        seed, length = int.from_bytes(digest[:7], "big"), inputs["input_ids"].shape[1]
+        return int.from_bytes(digest[:7], "big")
+
+    def _generated_row(
+        self, run: PromptRun, name: str, config: Config, prompt: Prompt, sample: int
+    ) -> dict[str, Any]:
+        """The row of a prompt that is continued under one configuration."""
+        row = self._prompt_row(name, config, prompt, sample, run.new_tokens)
         with self._routed(config) as recorder:
-            output, clock = self._generate(inputs, tokens, seed)
+            generation = run.generate()
             routing = recorder.total()
-            quality = {} if batch is None else self._quality(batch, config, recorder, own, True)[0]
-        new, key = output[length:], (prompt["text"], tokens, seed)
-        if is_own or self._own_text[0] != key:  # run again by itself: what the others are compared with
-            again, second = self._generate(inputs, tokens, seed)
-            self._own_text = key, again[length:]
-            row["repeat_inference_time_sec"] = second["inference_time_sec"] if is_own else None
-        text = self.tokenizer.decode(new, skip_special_tokens=True)
-        row |= quality | routing.row() | clock
-        return row | {
+        # The model's own routing runs again by itself: what the others are compared with, and, beside its
+        # first run, the noise floor.
+        own = run.own
+        if static_k(config) == self.own_k:
+            row["repeat_inference_time_sec"] = own.clock["inference_time_sec"]
+        text = run.decode(generation.tokens)
+        generated = GeneratedText(text, generation.tokens, own.tokens)
+        return {
+            **row,
+            **generation.clock,
+            **routing.row(),
+            **{column.name: measure(generated) for measure, column in TEXT_METRICS.items()},
             "generated_text": text,
             "full_text": prompt["text"] + text,
-            "num_input_tokens": length,
-            "num_output_tokens": len(new),
-            "tokens_until_divergence": (new == self._own_text[1]).long().cumprod(0).sum().item(),
+            "num_input_tokens": run.num_input_tokens,
+            "num_output_tokens": len(generation.tokens),
             "routing": routing.pack(),
+        }
+
+    def _prompt_row(
+        self, name: str, config: Config, prompt: Prompt, sample: int, new_tokens: int
+    ) -> dict[str, Any]:
+        return {
+            **self._row("generation", name, config, input_hashes(prompt)),
+            "prompt_id": prompt["id"],
+            "sample": sample,
+            "prompt_category": prompt["category"],
+            "prompt_text": prompt["text"],
+            "max_new_tokens": new_tokens,
+            "sampling": "greedy" if self.sampling is None else json.dumps(self.sampling),
         }
 
     def run_single_experiment(
@@ -3067,71 +4503,139 @@ class BHExperimentRunner:
         max_new_tokens: int = DEFAULT_MAX_TOKENS,
         sample: int = 0,
     ) -> dict[str, Any]:
-        """Generate from one prompt and score its reference under one configuration; returns a result row.
+        """Continue one prompt under one configuration; returns a row with the columns of GENERATION.
 
-        The row has RESULT_COLUMNS as keys. Its routing statistics cover every token that was routed while
-        generating: the prompt and all new tokens but the last; those of the scored text are `reference_*`.
-        The model's own routing is run twice: its `repeat_*` columns are the noise floor. An item with
-        `token_ids` is only scored. `sample` tells several samples of a prompt apart. The model is unpatched
-        afterwards, whatever happened. Raises UserError for a prompt that does not fit.
+        Its routing statistics cover every token that was routed: the prompt and all new tokens but the last.
+        The model's own routing is run twice: its `repeat_*` column is the noise floor. `sample` tells several
+        samples of a prompt apart. The model is unpatched afterwards, whatever happened. Raises UserError for
+        a prompt that does not fit.
         """
         self._restore_original_routing()
-        config, prompt = self._resolve(config_name, config), resolve_prompt(prompt_data)
-        row = self._run(config_name, config, [prompt], max_new_tokens, sample)[0]
-        return {column: row[column] for column in RESULT_COLUMNS}
+        config = self._resolve(config_name, config)
+        prompt = resolve_prompt(prompt_data)
+        run = self._prompt_run(prompt, max_new_tokens, self._sample_seed(prompt, sample))
+        row = self._generated_row(run, config_name, config, prompt, sample)
+        return {name: row.get(name) for name in GENERATION.names}
 
-    def _run(
-        self, name: str, config: Config, prompts: Sequence[Prompt], tokens: int, sample: int
-    ) -> list[dict[str, Any]]:
-        """Rows of one prompt, or of items that are scored together; each also has `routing`."""
-        if "token_ids" in prompts[0]:
-            return self._score_only(name, config, prompts, tokens)
-        return [self._generate_and_score(name, config, prompts[0], tokens, sample)]
-
-    def _run_safely(
-        self, name: str, config: Config, prompts: Sequence[Prompt], tokens: int, sample: int
-    ) -> list[dict[str, Any]]:
-        """`_run`, whose failure is a row; a batch that fails is halved: a row fails by its own fault only."""
-        # Counts shuffled over a batch would depend on the batch.
-        size, rows = 1 if config["shuffle"] else min(len(prompts), self._fitting), []
-        while len(rows) < len(prompts):
-            part = prompts[len(rows) : len(rows) + size]
+    def _generate_unit(self, plan: SuitePlan, prompt: Prompt, sample: int, saver: _Saver) -> None:
+        """Continue a prompt under every configuration that is not done; a failure is a row."""
+        run: PromptRun | None = None
+        for name, config in plan.configs.items():
+            if not saver.lacks(("generation", name, prompt["id"], sample)):
+                continue
             try:
-                rows += self._run(name, config, part, tokens, sample)
+                if run is None:
+                    run = self._prompt_run(prompt, plan.new_tokens, self._sample_seed(prompt, sample))
+                row = self._generated_row(run, name, config, prompt, sample)
             except Exception as error:  # one failed experiment must not end the suite
-                self._own_scored = None, None
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()  # after an out-of-memory error, start clean
-                if len(part) > 1:
-                    size = len(part) // 2
-                    if accelerate.utils.memory.should_reduce_batch_size(error):
-                        self._fitting = size
-                    logger.info(f"a batch of {len(part)} failed ({type(error).__name__}), trying {size}")
-                    continue
-                rows.append(self._failed(self._row(name, config, part[0], tokens, sample), error))
+                row = self._prompt_row(name, config, prompt, sample, plan.new_tokens)
+                row = self._failed(row, error)
+            saver.save(row)
+
+    # Scoring
+
+    def _score_row(self, name: str, config: Config, item: TextItem) -> dict[str, Any]:
+        return {
+            **self._row("score", name, config, item.inputs),
+            "item_id": item.id,
+            "document": item.document,
+            "category": item.category,
+        }
+
+    def _scored_rows(
+        self, batch: ScoredBatch, name: str, config: Config, repeats: bool
+    ) -> list[dict[str, Any]]:
+        """Rows of a batch under one configuration. repeats: the model's own routing is scored once more."""
+        for item in batch.items:
+            if len(item.token_ids) - 1 > self.context:
+                length = f"{len(item.token_ids)} tokens to score"
+                raise UserError(f"text {item.id!r}: {length} exceed this model's context of {self.context}")
+        if batch.own_rows is None:
+            with self._routed(self._static(self.own_k)) as recorder:
+                batch.score_own(recorder)
+        if static_k(config) != self.own_k:
+            with self._routed(config) as recorder:
+                measured = batch.score(recorder)
+        else:
+            measured = batch.own_rows
+            if repeats:
+                with self._routed(config):
+                    again = batch.nll()
+                measured = [row | {"repeat_nll": nll} for row, nll in zip(measured, again, strict=True)]
+        return [
+            self._score_row(name, config, item) | row | {"routing": row["routing"].pack()}
+            for item, row in zip(batch.items, measured, strict=True)
+        ]
+
+    def _rows_or_failures(
+        self, batch: ScoredBatch, name: str, config: Config, repeats: bool
+    ) -> list[dict[str, Any]]:
+        """`_scored_rows`, whose failure is a row. Where a batch fails its texts are tried one by one, so that
+        a row fails by its own fault only; out-of-memory is passed on: a smaller batch may do."""
+        is_single = len(batch.items) == 1
+        one_by_one = config.get("shuffle") and not is_single  # counts would be shuffled over the whole batch
+        if not one_by_one:
+            try:
+                return self._scored_rows(batch, name, config, repeats)
+            except Exception as error:  # one failed experiment must not end the suite
+                batch.release()
+                if is_single:
+                    return [self._failed(self._score_row(name, config, batch.items[0]), error)]
+                if accelerate.utils.memory.should_reduce_batch_size(error):
+                    raise
+                logger.info(f"a batch of {len(batch.items)} failed ({type(error).__name__}): one by one")
+        rows = []
+        for item in batch.items:
+            rows += self._rows_or_failures(ScoredBatch(self.model, [item]), name, config, repeats)
         return rows
 
-    def _failed(self, row: dict[str, Any], error: Exception) -> dict[str, Any]:
-        """The row of an experiment that failed, which the log says as well."""
-        message = f"{type(error).__name__}: {error}"
-        logger.error(f"{row['config_name']} x {row['prompt_id']} failed: {message}")
-        logger.debug("where it failed", exc_info=True)
-        return row | {"status": "error", "error": message}
+    def _score_unit(self, plan: SuitePlan, texts: Sequence[TextItem], repeats: bool, saver: _Saver) -> None:
+        """Score texts under every configuration, together as far as the memory is enough.
 
-    def _units(self, prompts: Sequence[Prompt], num_samples: int) -> list[tuple[list[Prompt], int]]:
-        """What is run in one go under each configuration: (prompts, sample).
-
-        Items to be scored go together by length. The units follow from the prompts alone, not from what is
-        finished already, so that a resumed run rounds as an uninterrupted one.
+        As `accelerate.utils.find_executable_batch_size` would, but memory is cleared where it was not enough
+        only: that takes longer than to score a text.
         """
-        windows = sorted((p for p in prompts if "token_ids" in p), key=lambda p: -len(p["token_ids"]))
-        units = [([prompt], n) for prompt in prompts if "token_ids" not in prompt for n in range(num_samples)]
-        while windows:
-            fitting = max(1, AUTO_BATCH_TOKENS // len(windows[0]["token_ids"]))
-            size = fitting if self.batch_size == "auto" else self.batch_size
-            units.append((windows[:size], 0))
-            windows = windows[size:]
-        return units
+        remaining = list(texts)
+        while remaining:
+            part = remaining[: self._batch_limit]
+            if self._score_together(plan, part, repeats, saver):
+                remaining = remaining[len(part) :]
+            else:
+                logger.info(f"memory is not enough for a batch of {len(part)}: trying half of it")
+                self._batch_limit = len(part) // 2
+                accelerate.utils.memory.clear_device_cache(garbage_collection=True)
+
+    def _score_together(
+        self, plan: SuitePlan, texts: Sequence[TextItem], repeats: bool, saver: _Saver
+    ) -> bool:
+        """Score texts in one batch, under every configuration that is not done; whether the memory was
+        enough."""
+        try:
+            batch = ScoredBatch(self.model, texts)
+            for name, config in plan.scoring.items():
+                if any(saver.lacks(("score", name, text.id)) for text in texts):
+                    for row in self._rows_or_failures(batch, name, config, repeats):
+                        saver.save(row)
+        except RuntimeError as error:
+            if accelerate.utils.memory.should_reduce_batch_size(error):
+                return False
+            raise
+        return True
+
+    def _batches(self, texts: Sequence[TextItem]) -> list[list[TextItem]]:
+        """Which texts are scored together, by length. This follows from the texts alone, not from what is
+        finished already, so that a resumed run rounds as an uninterrupted one."""
+        remaining = sorted(texts, key=lambda text: -len(text.token_ids))
+        batches = []
+        while remaining:
+            size = self.batch_size
+            if size == "auto":
+                size = max(1, AUTO_BATCH_TOKENS // len(remaining[0].token_ids))
+            batches.append(remaining[:size])
+            remaining = remaining[size:]
+        return batches
+
+    # Suites
 
     def run_full_experiment_suite(
         self,
@@ -3140,12 +4644,17 @@ class BHExperimentRunner:
         max_new_tokens: int = DEFAULT_MAX_TOKENS,
         resume: bool = True,
         *,
+        texts: Sequence[TextItem] = (),
         num_samples: int = 1,
         retry_failed: bool = False,
         fail_fast: bool = False,
         baseline: str | None = None,
     ) -> pd.DataFrame:
-        """Run every configuration on every prompt; returns a row each, in that order, and writes the CSV.
+        """Continue every prompt and score every text under every configuration.
+
+        Returns the rows of generation, one for each prompt and configuration in that order; `results` has all
+        three tables, and they are written to the output folder. Scored are the prompts' references and
+        `texts` (see `text_windows`), also by static Top-k for every k up to the model's own.
 
         Configurations take turns within each prompt, so that a machine that slows down slows all of them
         alike. The model's own routing is run as well where it is not among them. With `resume`, what the
@@ -3153,95 +4662,99 @@ class BHExperimentRunner:
         status "error"; retry_failed tries the earlier ones again, fail_fast stops at the first. num_samples:
         texts to sample for each prompt. baseline: the configuration that the others will be compared with;
         refused where it is not one of them. Ctrl-C keeps what is finished and is passed on. Under `accelerate
-        launch` each process runs its share; the first one returns all rows, the others their own.
+        launch` each process runs its share.
         """
+        plan = self._plan(routing_configs, test_prompts, max_new_tokens, texts, num_samples, baseline)
+        settings = {**self.settings, "max_new_tokens": plan.new_tokens}
+        keys = plan.keys()
+        run_id = fingerprint(strict_json([settings, plan.configs, plan.scoring, plan.inputs(), keys]))
+        with self._opened(settings, resume) as checkpoint:
+            self._check_rows(checkpoint, plan.scoring, plan.inputs())
+            self._say_what_was_added(plan.configs, routing_configs)
+            done = checkpoint.done(retry_failed)
+            all_keys = [key for of_kind in keys.values() for key in of_kind]
+            pending = sum(key not in done for key in all_keys)
+            logger.info(
+                f"{self!r}: {len(keys['generation'])} experiments and {len(keys['score'])} scores, "
+                f"{len(all_keys) - pending} of them finished already"
+            )
+            self._calibrate_for(plan.configs)
+            diagnosed = read_json_object(self.output_dir / NULL_DIAGNOSTICS).get("run_id")
+            is_needed = any(needs_calibration(config) for config in plan.configs.values())
+            if is_needed and self.processes.rank == 0 and diagnosed != run_id:
+                self.diagnose(plan.texts, run_id)
+            if pending:
+                self._warm_up(plan)
+            self._run_units(plan, _Saver(checkpoint, done, fail_fast))
+            return self._finish(checkpoint, plan.scoring, keys, run_id).generation
+
+    def _plan(
+        self,
+        routing_configs: Configs | None,
+        test_prompts: Sequence[Prompt] | None,
+        max_new_tokens: int,
+        texts: Sequence[TextItem],
+        num_samples: int,
+        baseline: str | None,
+    ) -> SuitePlan:
+        """What a suite will measure, checked."""
         prompts = [resolve_prompt(p) for p in (TEST_PROMPTS if test_prompts is None else test_prompts)]
-        configs = self._configs(routing_configs)
-        max_new_tokens = check_least("max_new_tokens", max_new_tokens)
+        new_tokens = check_least("max_new_tokens", max_new_tokens)
         num_samples = check_least("num_samples", num_samples)
-        if not configs or not prompts:
-            raise UserError("a suite needs at least one configuration and one prompt")
         if num_samples > 1 and self.sampling is None:
             raise UserError(f"num_samples {num_samples}: greedy texts are all alike; sample with --do-sample")
-        check_ids(prompts)
-        self._check_baseline(baseline, configs)
-        static = self._static_widths(configs)
-        self._curve = [k for k in range(1, self._own["k"]) if k not in static]
-        units = self._units(prompts, num_samples)
-        self._repeated = {prompt["id"] for prompt in units[0][0]}  # one batch shows it, at little cost
-        settings = {**self.settings, "max_new_tokens": max_new_tokens}
-        plan = [
-            (name, prompt["id"], sample)
-            for prompt in prompts
-            for sample in range(1 if "token_ids" in prompt else num_samples)
-            for name in configs
-        ]
-        empirical = any(config["p_values"] == "empirical" for config in configs.values())
-        scored = any("token_ids" in prompt or prompt["reference"] for prompt in prompts)
-        with self._opened(settings, resume, configs, prompts, plan) as checkpoint:
-            diagnosed = (_read_json(self.output_dir / "null_diagnostics.json") or {}).get("run_id")
-            self._say_what_was_added(configs, routing_configs)
-            done = checkpoint.done(retry_failed)
-            pending = sum(key not in done for key in plan)
-            logger.info(f"{self!r}: {len(plan)} experiments, {len(plan) - pending} finished already")
-            if pending:
-                self._warm_up(configs, units[0], max_new_tokens)
-            if empirical and scored and diagnosed != self._run_id:
-                self._calibrate_for(configs)  # all processes together
-                if self.processes.rank == 0:
-                    self.diagnose(prompts)
-            self._run_units(units, configs, max_new_tokens, done, checkpoint, fail_fast)
-            rows = self._gather(checkpoint)
-            if self.processes.rank > 0:
-                return pd.DataFrame(rows, columns=RESULT_COLUMNS).assign(run_id=self._run_id)
-            return self._finish(checkpoint.rows(plan), configs, {prompt["category"] for prompt in prompts})
+        scored = [*reference_items(prompts, self.tokenizer), *texts]
+        if not prompts and not scored:
+            raise UserError("a suite needs at least one prompt or text")
+        check_ids([prompt["id"] for prompt in prompts])
+        check_ids([text.id for text in scored])
+        configs = self._configs(routing_configs, baseline)
+        scoring = self._with_static_ladder(configs) if scored else configs
+        return SuitePlan(configs, scoring, prompts, scored, new_tokens, num_samples)
 
-    @staticmethod
-    def _check_baseline(baseline: str | None, configs: Configs) -> None:
-        if baseline is not None:
-            _choice("baseline", baseline, tuple(configs))
+    def _calibrate_for(self, configs: Configs) -> None:
+        """Calibrate if a configuration needs it; a mistake in what was asked for ends the run here."""
+        for config in configs.values():
+            with self._routed(config):
+                pass
 
-    @staticmethod
-    def _say_what_was_added(configs: Configs, given: Configs | None) -> None:
-        given = ROUTING_CONFIGS if given is None else given
-        for name in configs:
-            if name not in given:
-                logger.info(
-                    f"{name}, the model's own routing, is run as well: the others are compared with it"
-                )
+    def _warm_up(self, plan: SuitePlan) -> None:
+        """Touch every code path once, so that no experiment pays for it. A failure will show in the rows it
+        spoils."""
+        new_tokens = min(plan.new_tokens, 4)
+        for name, config in plan.configs.items():
+            with contextlib.suppress(Exception):
+                if plan.prompts:
+                    run = self._prompt_run(plan.prompts[0], new_tokens, self.seed)
+                    self._generated_row(run, name, config, plan.prompts[0], 0)
 
-    def _finish(self, rows: Iterable[Row], configs: Configs, categories: set[str]) -> pd.DataFrame:
-        """Write results and layer tables to the output folder; returns the results as they were written."""
-        tables = LayerTables(configs, [layer.name for layer in self.layers], categories)
-        path = self.output_dir / "bh_routing_results.csv"
-        self._drop_plots_of_another_run(path)
-        rows = self._with_one_static_curve(rows, configs)
-        write_results((tables.add(row) | {"run_id": self._run_id} for row in rows), path)
-        tables.write(self.output_dir, self._run_id)
-        frame = read_results(path)
-        logger.info(f"{len(frame)} experiments, {int((frame['status'] != 'ok').sum())} failed: {path}")
-        return frame
-
-    def _drop_plots_of_another_run(self, results: Path) -> None:
-        """Plots do not say which run they show: those of what `results` holds go, unless it is this run."""
-        with contextlib.suppress(OSError, ValueError):
-            first = pd.read_csv(results, nrows=1, dtype=str)
-            if run_ids(first) != {self._run_id}:
-                for name in PLOTS:
-                    (self.output_dir / "plots" / f"{name}.png").unlink(missing_ok=True)
-
-    def _with_one_static_curve(self, rows: Iterable[Row], configs: Configs) -> Iterator[Row]:
-        """`rows` with each point of the static curve once for each item, whatever else earlier runs into the
-        same folder scored: in the rows of the first configuration that is the model's own routing, without
-        the k that a configuration of this run has rows of its own for."""
-        baseline = next(name for name, config in configs.items() if self._is_own(config))
-        own_rows = set(self._static_widths(configs))
-        for row in rows:
-            if row.get("static_nll"):
-                curve = json.loads(row["static_nll"]) if row["config_name"] == baseline else {}
-                kept = {k: nll for k, nll in curve.items() if int(k) not in own_rows}
-                row = row | {"static_nll": json.dumps(kept) if kept else ""}
-            yield row
+    def _run_units(self, plan: SuitePlan, saver: _Saver) -> None:
+        """Run this process's share of what is not done, under a progress bar; each row is saved at once."""
+        units: list[tuple[str, int, Callable[[], None]]] = []  # what it is, how many rows, and how it is run
+        for prompt in plan.prompts:
+            for sample in range(plan.num_samples):
+                work = functools.partial(self._generate_unit, plan, prompt, sample, saver)
+                units.append((f"prompt {prompt['id']}", len(plan.configs), work))
+        for number, texts in enumerate(self._batches(plan.texts)):
+            repeats = number == 0  # one batch shows the noise floor, at little cost
+            work = functools.partial(self._score_unit, plan, texts, repeats, saver)
+            named = f"text {texts[0].id}" + (f" and {len(texts) - 1} more" if len(texts) > 1 else "")
+            units.append((named, len(texts) * len(plan.scoring), work))
+        share = units[self.processes.rank :: self.processes.world]
+        quiet = None if self.processes.rank == 0 else True  # None: shown on a terminal only
+        total = sum(rows for _, rows, _ in share)
+        with tqdm.tqdm(total=total, unit="row", disable=quiet) as progress:
+            for number, (name, rows, work) in enumerate(share, 1):
+                progress.set_description(name[:40])
+                start = time.perf_counter()
+                try:
+                    work()
+                except _Stopped:
+                    logger.error("stopped at the first failed experiment, as --fail-fast asks")
+                    return
+                progress.update(rows)
+                seconds = time.perf_counter() - start
+                logger.debug(f"{number} of {len(share)}: {name}, {rows} rows in {seconds:.2f} s")
 
     def run_tasks(
         self,
@@ -3256,266 +4769,166 @@ class BHExperimentRunner:
         fail_fast: bool = False,
         baseline: str | None = None,
     ) -> pd.DataFrame:
-        """Run tasks of lm-evaluation-harness under every configuration; a row for each document of each.
+        """Run tasks of lm-evaluation-harness under every configuration; returns TASKS, a row a document.
 
-        Rows are as those of `run_full_experiment_suite`, with `task_metric` and `task_score`, and go to the
-        same CSV; what the harness itself reports goes to task_results.json. num_fewshot and limit (documents
-        of each task, or a share below 1) are the harness's own; include_path: see `load_tasks`. A task under
-        a configuration is saved when it is finished, and not run again with `resume`. Batch size "auto" is 1
+        What the harness itself reports goes to task_results.json. num_fewshot and limit (documents of each
+        task, or a share below 1) are the harness's own; include_path: see `load_tasks`. A task under a
+        configuration is saved when it is finished, and not run again with `resume`. Batch size "auto" is 1
         here; router statistics are recorded with 1 only. For the rest see `run_full_experiment_suite`.
         """
         try:
             import lm_eval
         except ImportError:
             raise UserError("--tasks needs lm-evaluation-harness: pip install lm_eval") from None
-        names, configs = list(dict.fromkeys(tasks)), self._configs(routing_configs)
-        if not configs or not names:
-            raise UserError("a run needs at least one configuration and one task")
-        self._check_baseline(baseline, configs)
+        names = list(dict.fromkeys(tasks))
+        if not names:
+            raise UserError("a run needs at least one task")
+        configs = self._configs(routing_configs, baseline)
         with _harness_seeds(self.device):
             loaded = load_tasks(names, include_path, num_fewshot)
-        items = {name: resolve_prompt({"id": name, "text": name, "category": name}) for name in names}
-        own = [] if include_path is None else sorted(Path(include_path).rglob("*.y*ml"))
-        files = hashlib.sha256(b"".join(path.read_bytes() for path in own)).hexdigest()[:16]
+        own_files = [] if include_path is None else sorted(Path(include_path).rglob("*.y*ml"))
+        task_files = hashlib.sha256(b"".join(path.read_bytes() for path in own_files)).hexdigest()[:16]
         how = {"lm_eval": lm_eval.__version__, "num_fewshot": num_fewshot, "limit": limit}
-        settings = {**self.settings, **how, "task_files": files}
-        plan = [(config, name, 0) for name in names for config in configs]
-        with self._opened(settings, resume, configs, list(items.values()), plan) as checkpoint:
+        settings = {**self.settings, **how, "task_files": task_files}
+        keys = {"task": [("task", config, name) for name in names for config in configs]}
+        inputs = {f"task {name}": {"task": fingerprint(name)} for name in names}
+        run_id = fingerprint(strict_json([settings, configs, keys]))
+        with self._opened(settings, resume) as checkpoint:
+            self._check_rows(checkpoint, configs, inputs)
             self._say_what_was_added(configs, routing_configs)
             done = checkpoint.done(retry_failed)
-            pending = [key for key in plan if key not in done]
-            logger.info(f"{self!r}: {len(plan)} tasks x configurations, {len(plan) - len(pending)} finished")
+            pending = [key for key in keys["task"] if key not in done]
+            finished = len(keys["task"]) - len(pending)
+            logger.info(f"{self!r}: {len(keys['task'])} tasks x configurations, {finished} finished already")
+            self._calibrate_for(configs)
+            saver = _Saver(checkpoint, done, fail_fast)
             if pending:
-                self._calibrate_for(configs)
-                size = 1 if self.batch_size == "auto" else self.batch_size
-                lm = harness_model(self.model, self.tokenizer, size)
+                lm = harness_model(
+                    self.model, self.tokenizer, 1 if self.batch_size == "auto" else self.batch_size
+                )
             share = pending[self.processes.rank :: self.processes.world]
-            for number, (config, name, _) in enumerate(share, 1):
-                logger.info(f"{name} under {config}")
-                start = time.perf_counter()
-                row = self._run_task(config, configs[config], items[name], loaded[name], lm, limit)
-                checkpoint.append(row)
-                seconds = time.perf_counter() - start
-                logger.debug(f"{number} of {len(share)}: {config} x {name}, {seconds:.2f} s")
-                if fail_fast and row["status"] != "ok":
+            for number, (_, config_name, task) in enumerate(share, 1):
+                logger.info(f"{task} under {config_name}: {number} of {len(share)}")
+                row = self._task_row(config_name, configs[config_name], task, loaded[task], lm, limit)
+                try:
+                    saver.save(row)
+                except _Stopped:
                     logger.error("stopped at the first failed task, as --fail-fast asks")
                     break
-            rows = self._gather(checkpoint)
-            if self.processes.rank > 0:
-                frame = pd.DataFrame(_documents(rows), columns=RESULT_COLUMNS)
-                return frame.assign(run_id=self._run_id)
-            harness: dict[str, dict[str, Any]] = {name: {} for name in configs}
-            for row in checkpoint.rows(plan):
-                harness[row["config_name"]][row["prompt_id"]] = row["task_results"]
-            results = {"run_id": self._run_id, **how, "configurations": harness}
-            write_json(self.output_dir / TASK_RESULTS, strict_json(results))
-            rows = list(_documents(checkpoint.rows(plan)))
-            return self._finish(rows, configs, {row["prompt_category"] for row in rows})
+            return self._finish(checkpoint, configs, keys, run_id, how).tasks
 
-    def _run_task(
-        self, name: str, config: Config, item: Prompt, tasks: Mapping[str, Any], lm: Any, limit: float | None
+    def _task_row(
+        self, name: str, config: Config, task: str, parts: Mapping[str, Any], lm: Any, limit: float | None
     ) -> dict[str, Any]:
-        """One task under one configuration: a row with the part of a result row that all its documents share,
-        the rest for each under `documents`, and `task_results`. A failure is a row with status "error"."""
-        from lm_eval import evaluate
-        from lm_eval.defaults import DEFAULT_OTHER_SEED
-
-        row = self._row(name, config, item, 0, 0) | {"batch_size": lm.batch_size}
-        row |= {"documents": [], "task_results": {}}
+        """One task under one configuration: what its documents share, the rest for each under `documents`,
+        and what the harness reports. A failure is a row with status "error"."""
+        row = self._row("task", name, config, {"task": fingerprint(task)})
+        row |= {"task": task, "batch_size": lm.batch_size, "documents": [], "report": {}}
         try:
             with _harness_seeds(self.device), self._routed(config) as recorder:
-                lm.recorder, lm.seen = recorder, {}
-                for task in tasks["tasks"].values():
-                    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-                # Never with the harness's cache: it finds answers by the model's name, whatever its routing.
-                found = evaluate(lm, task_dict=tasks, limit=limit)
+                run = run_task(lm, recorder, parts, limit)
         except Exception as error:  # one failed task must not end the run
             return self._failed(row, error)
-        kept = ("results", "groups", "higher_is_better", "versions", "n-shot", "n-samples")
-        row["task_results"] = {key: found[key] for key in kept if key in found}
-        for part, samples in found["samples"].items():
-            samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-            metric, scores = document_scores(samples, found["results"][part])
-            if not metric:
-                logger.warning(f"{part} has no metric of single documents: it is reported, but not tested")
-            for sample, score in zip(samples, scores, strict=True):
-                asked, answer = str(sample["arguments"][0][0]), sample["filtered_resps"][0]
-                place, routing = f"{part}:{sample['doc_id']}", lm.seen.get((part, sample["doc_id"]))
-                document = {
-                    "prompt_id": place,
-                    "prompt_category": part,
-                    "document": place,
-                    "prompt_text": asked if len(asked) <= SHOWN_TEXT else f"... {asked[-SHOWN_TEXT:]}",
-                    "input_hash": fingerprint(repr(sample["arguments"])),
-                    "generated_text": answer if isinstance(answer, str) else None,
-                    "task_metric": metric,
-                    "task_score": score,
-                }
-                if routing is not None:
-                    document |= {**routing.row(), "routing": routing.pack()}
-                row["documents"].append(document)
-        return row
+        for document in run.documents:
+            routing = document.pop("routing")
+            if routing is not None:
+                document |= {**routing.row(), "routing": routing.pack()}
+            row["documents"].append(document)
+        return row | {"report": run.report}
+
+    # Around a run
 
     @contextlib.contextmanager
-    def _opened(
-        self,
-        settings: Mapping[str, Any],
-        resume: bool,
-        configs: Configs,
-        prompts: Sequence[Prompt],
-        plan: Sequence[Key],
-    ) -> Iterator[Checkpoint]:
-        """The log, the lock, the id and the checkpoint of a run. Each process has its own file; what an
-        earlier run of any number of processes left is gathered in the first one's beforehand.
-
-        The id follows from all that the results follow from: the same command has the same one.
-        """
+    def _opened(self, settings: Mapping[str, Any], resume: bool) -> Iterator[Checkpoint]:
+        """The log, the lock and the checkpoint of a run. The first process prepares the folder; each appends
+        to its own file and reads them all."""
         self._restore_original_routing()
-        folder, rank = self.output_dir / "checkpoints", self.processes.rank
-        main, by_id = folder / "latest_checkpoint.json", {prompt["id"]: prompt for prompt in prompts}
-        inputs = {prompt["id"]: input_hashes(prompt) for prompt in prompts}
+        folder = self.output_dir / "checkpoints"
         with contextlib.ExitStack() as stack:
-            if rank == 0:
-                stack.enter_context(log_to(self.output_dir / "experiment_log.txt"))
-                stack.enter_context(locked(folder))
+            if self.processes.rank == 0:
+                stack.enter_context(log_to(self.output_dir / LOG_FILE))
+                stack.enter_context(locked(self.output_dir))
                 if not resume or not any(folder.glob("*.json")):
-                    set_aside(self.output_dir)
-                checkpoint = Checkpoint(main, settings, self.checkpoint_interval)
-                stack.callback(checkpoint.close)
-                self._take_over(checkpoint)
-                self._check_rows(checkpoint, configs, by_id, inputs)
+                    set_aside(self.output_dir, RUN_FILES)
             self.processes.wait()
-            if rank > 0:
-                own = folder / f"process_{rank}.json"
-                checkpoint = Checkpoint(own, settings, self.checkpoint_interval)
-                stack.callback(checkpoint.close)
-                with contextlib.closing(Checkpoint(main, settings)) as gathered:
-                    checkpoint.elsewhere = gathered.places
-            self.processes.wait()
+            rank = self.processes.rank
+            checkpoint = Checkpoint(folder, settings, rank, self.checkpoint_interval)
+            stack.callback(checkpoint.close)
             self.checkpoint = checkpoint
-            self._run_id = fingerprint(strict_json([settings, configs, inputs, sorted(plan)]))
-            stack.callback(setattr, self, "_run_id", "")
             yield checkpoint
 
-    def _take_over(self, checkpoint: Checkpoint) -> None:
-        for other in sorted(checkpoint.path.parent.glob("process_*.json")):
-            checkpoint.take_over(other)
+    def _check_rows(
+        self, checkpoint: Checkpoint, configs: Configs, inputs: Mapping[str, Mapping[str, str]]
+    ) -> None:
+        """Finished rows must be of the same configurations and inputs as what now goes by their names."""
+        for row in checkpoint.rows(checkpoint.keys()):
+            kind, name, item = row_key(row)[:3]
+            if name not in configs or f"{kind} {item}" not in inputs:
+                continue
+            where = f"{self.output_dir} holds {name} x {item}"
+            before = json.loads(row["configuration"])
+            now = json.loads(configuration_cell(configs[name]))
+            for field in {**before, **now}:
+                if before.get(field) != now.get(field):
+                    values = f"{field} = {before.get(field)!r}, now it is {now.get(field)!r}"
+                    raise UserError(f"{where} with {values}; {WAY_OUT}")
+            fed_in = inputs[f"{kind} {item}"]
+            for field in {**row["inputs"], **fed_in}:
+                if row["inputs"].get(field) != fed_in.get(field):
+                    raise UserError(f"{where}, run with another {field}; {WAY_OUT}")
 
-    def _gather(self, checkpoint: Checkpoint) -> list[dict[str, Any]]:
-        """When all processes are done, the first one takes over what the others found; they get their own."""
-        own = []
-        if self.processes.rank > 0:
-            own = list(checkpoint.rows(checkpoint.places))
-            checkpoint.close()  # the first one will delete the file
+    def _finish(
+        self,
+        checkpoint: Checkpoint,
+        configs: Configs,
+        keys: Mapping[str, Sequence[Key]],
+        run_id: str,
+        how: Mapping[str, Any] | None = None,
+    ) -> Results:
+        """When all processes are done the first one writes the tables; each returns them as they stand there.
+
+        how: the harness's settings, for the file with its own numbers.
+        """
+        checkpoint.sync()
         self.processes.wait()
         if self.processes.rank == 0:
-            self._take_over(checkpoint)
-        return own
-
-    def _check_rows(
-        self,
-        checkpoint: Checkpoint,
-        configs: Configs,
-        prompts: Mapping[str, Prompt],
-        inputs: Mapping[str, dict[str, str]],
-    ) -> None:
-        """Finished rows must be of the same configurations and prompts as what now goes by their names."""
-        older = 0
-        for row in checkpoint.rows(list(checkpoint.places)):
-            name, prompt_id = row["config_name"], row["prompt_id"]
-            if name in configs and prompt_id in prompts:
-                self._check_configuration(row, configs[name])
-                if "inputs" in row:
-                    before, now = row["inputs"], inputs[prompt_id]
+            checkpoint.read_others()
+            layer_tables = LayerTables(self.layers, run_id)
+            for kind, table in (("generation", GENERATION), ("score", SCORES), ("task", TASKS)):
+                rows = checkpoint.rows(keys.get(kind, ()))
+                if keys.get(kind):
+                    counted = self._counted(rows, configs, layer_tables, run_id)
+                    write_table(table, counted, self.output_dir)
                 else:
-                    older += 1
-                    before, now = self._inputs_that_show(row, prompts[prompt_id])
-                for field in {**before, **now}:
-                    if before.get(field) != now.get(field):
-                        why = f"holds {name} x {prompt_id}, run with another {field} of that prompt"
-                        raise UserError(f"{self.output_dir} {why}; {WAY_OUT}")
-        if older:
-            logger.warning(
-                f"{older} finished experiments are of an older script, which did not note all that was fed "
-                "in: whether their references are the same is seen by their lengths only"
-            )
+                    (self.output_dir / table.file).unlink(missing_ok=True)
+            layer_tables.write(self.output_dir)
+            if how is not None:
+                reports: dict[str, dict[str, Any]] = {name: {} for name in configs}
+                for row in checkpoint.rows(keys["task"]):
+                    reports[row["config_name"]][row["task"]] = row["report"]
+                content = {"run_id": run_id, **how, "configurations": reports}
+                write_json(self.output_dir / TASK_RESULTS, strict_json(content))
+        self.processes.wait()
+        self.results = Results.read(self.output_dir)
+        failed = f", {self.results.num_failed} failed" if self.results.num_failed else ""
+        logger.info(f"{self.results}{failed}: {self.output_dir}")
+        return self.results
 
-    def _check_configuration(self, row: Row, config: Config) -> None:
-        for field in CONFIG_FIELDS:
-            known = field in row or config[field] is None  # an older script may not have known the field
-            before = row.get(field) if known else FIELDS[field][0]
-            if before != config[field]:
-                raise UserError(
-                    f"{self.output_dir} holds {row['config_name']} x {row['prompt_id']} with {field} = "
-                    f"{before!r}, now it is {config[field]!r}; {WAY_OUT}"
-                )
-
-    def _inputs_that_show(self, row: Row, prompt: Prompt) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Field -> value, of an older script's row and of a prompt, as far as such a row shows them."""
-        now = {"text": self._text(prompt), "category": prompt["category"], "document": prompt["document"]}
-        columns = {"text": "prompt_text", "category": "prompt_category", "document": "document"}
-        before = {field: row.get(column, now[field]) for field, column in columns.items()}
-        if row["status"] == "ok" and row["sample"] == 0 and "token_ids" not in prompt:
-            before["reference"] = row.get("reference_bytes") or 0
-            now["reference"] = len(prompt["reference"].encode())
-        return before, now
-
-    def _calibrate_for(self, configs: Configs) -> None:
-        """Calibrate if a configuration needs it; a mistake in what was asked for ends the run here."""
-        for config in configs.values():
-            with self._routed(config):
-                pass
-
-    def _warm_up(self, configs: Configs, unit: tuple[list, int], max_new_tokens: int) -> None:
-        """Touch every code path once, so that no experiment pays for it. A failure will show in the rows it
-        spoils."""
-        self._calibrate_for(configs)
-        for name, config in configs.items():
-            with contextlib.suppress(Exception):
-                self._run(name, config, unit[0][:1], min(max_new_tokens, 4), 0)
-
-    def _run_units(
-        self,
-        units: Sequence[tuple[list[Prompt], int]],
-        configs: Configs,
-        max_new_tokens: int,
-        done: set[Key],
-        checkpoint: Checkpoint,
-        fail_fast: bool,
-    ) -> None:
-        """Run this process's share of what is not done, under a progress bar; each row is saved at once."""
-        share = units[self.processes.rank :: self.processes.world]
-        jobs = [
-            (name, prompts, sample)
-            for prompts, sample in share
-            for name in configs
-            if any((name, prompt["id"], sample) not in done for prompt in prompts)
-        ]
-        total = sum(len(prompts) for _, prompts, _ in jobs)
-        quiet = None if self.processes.rank == 0 else True  # None: shown on a terminal only
-        with tqdm.tqdm(total=total, unit="experiment", disable=quiet) as progress:
-            for number, (name, prompts, sample) in enumerate(jobs, 1):
-                progress.set_description(name)
-                start = time.perf_counter()
-                for row in self._run_safely(name, configs[name], prompts, max_new_tokens, sample):
-                    if Checkpoint.key(row) in done:
-                        continue
-                    checkpoint.append(row)
-                    if fail_fast and row["status"] != "ok":
-                        logger.error("stopped at the first failed experiment, as --fail-fast asks")
-                        return
-                progress.update(len(prompts))
-                seconds = time.perf_counter() - start
-                done_now = self._in_words(prompts, sample)
-                logger.debug(f"{number} of {len(jobs)}: {name} x {done_now}, {seconds:.2f} s")
-
-    @staticmethod
-    def _in_words(prompts: Sequence[Prompt], sample: int) -> str:
-        """The items of a unit of work, for the log."""
-        first = prompts[0]["id"]
-        if len(prompts) > 1:
-            return f"{len(prompts)} items from {first} on"
-        return f"{first}, sample {sample}" if sample else first
+    def _counted(
+        self, rows: Iterable[Row], configs: Configs, layer_tables: LayerTables, run_id: str
+    ) -> Iterator[Row]:
+        """The rows as their table holds them; what their routers did goes into the layer tables."""
+        every_layer = [layer.index for layer in self.layers]
+        for row in rows:
+            shared = {name: value for name, value in row.items() if name not in ("documents", "report")}
+            for part in row.get("documents") or [{}]:
+                part = shared | part | {"run_id": run_id}
+                if part.get("routing"):
+                    name = part["config_name"]
+                    routing = RoutingStatistics.unpack(part["routing"], configs[name], every_layer)
+                    category, document = COUNTED_BY[part["kind"]]
+                    layer_tables.add(name, part["kind"], part[category], part[document], routing)
+                yield part
 
     def _save_checkpoint(self) -> None:
         """Force everything finished so far to the disk."""
@@ -3523,21 +4936,15 @@ class BHExperimentRunner:
             self.checkpoint.sync()
 
 
+def _unused_name(name: str, taken: Collection[str]) -> str:
+    """`name`, or one like it that no configuration has."""
+    candidates = itertools.chain([name, f"static_{name}"], (f"static_{name}_{n}" for n in itertools.count(2)))
+    return next(candidate for candidate in candidates if candidate not in taken)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # 13. Analysis
 # ---------------------------------------------------------------------------------------------------------
-
-METRICS: dict[str, tuple[str, str, int]] = {  # what is tested: column -> title, unit, digits in tables
-    "avg_experts_per_token": ("experts per token and layer", "", 2),
-    "inference_time_sec": ("inference time", "s", 3),
-    "decode_sec_per_token": ("decode time per token", "s", 4),
-    "tokens_per_sec": ("throughput", "tokens/s", 1),
-    "reference_nll": ("NLL of the reference", "nats/token", 4),
-    "expert_utilization_cv": ("load imbalance, CV over experts", "", 2),
-    "expert_utilization_max_min_ratio": ("most to least used expert", "", 1),
-}
-
-REPEATED = ("inference_time_sec", "reference_nll")  # measured twice for the baseline: the noise floor
 
 # What an earlier attempt expected of OLMoE-1B-7B and never measured: configurations, quantity, low, high.
 _ALL_BH = ("bh_strict", "bh_moderate", "bh_loose", "bh_adaptive")
@@ -3562,6 +4969,9 @@ HYPOTHESES = (
 EXPECTED_SUITE_MINUTES = {"an RTX 3090": (15, 20), "a T4": (25, 35), "16 CPU cores": (90, 120)}
 
 
+# One test for every comparison
+
+
 def paired_test(
     differences: Sequence[float], margin: float | None = None, scale: float = 1.0
 ) -> dict[str, Any]:
@@ -3576,12 +4986,13 @@ def paired_test(
     called. Differences below 1e-12 `scale` are rounding. Nothing is claimed here: see `adjust_p_values`.
     """
     x = np.asarray(differences, dtype=float)
-    n, rounding = len(x), 1e-12 * max(scale, np.abs(x).max(initial=0))
+    n = len(x)
     numbers = ("ci95_low", "ci95_high", "t_statistic", "p_value", "cohens_d", "smallest_detectable")
     result = {"n_units": n, "mean_difference": float(x.mean()) if n else None}
     result |= dict.fromkeys((*numbers, "equivalence_p_value", "reason"))
     if n < 2:
         return result | {"reason": f"at least 2 independent units are needed, not {n}"}
+    rounding = 1e-12 * max(scale, np.abs(x).max())
     if (np.abs(x) <= rounding).all():
         return result | {"reason": "nothing differs"}
     if x.std(ddof=1) <= rounding:
@@ -3617,13 +5028,6 @@ def item_units(values: pd.Series, documents: pd.Series) -> pd.Series:
     return mean + (clusters["sum"] - mean * clusters["count"]) / clusters["count"].mean()
 
 
-def item_documents(frame: pd.DataFrame) -> pd.Series:
-    """prompt_id -> document, the independent unit; an item whose document is not known is its own."""
-    items = frame.drop_duplicates("prompt_id").set_index("prompt_id", drop=False)
-    own = items["prompt_id"]
-    return items["document"].mask(items["document"] == "").fillna(own) if "document" in items else own
-
-
 def paired_comparison(
     baseline: Sequence[float], other: Sequence[float], documents: pd.Series | None = None
 ) -> dict[str, Any]:
@@ -3632,17 +5036,20 @@ def paired_comparison(
     Items that one of them lacks are left out. documents: item -> document, by default its own.
     """
     base, values = pd.Series(baseline, dtype=float).align(pd.Series(other, dtype=float), join="inner")
-    complete = base.notna() & values.notna()
-    base, values = base[complete], values[complete]
+    is_complete = base.notna() & values.notna()
+    base = base[is_complete]
+    values = values[is_complete]
     differences = values - base
     units = differences if documents is None else item_units(differences, documents)
-    found = {
-        "n_pairs": len(base),
-        "mean_baseline": float(base.mean()) if len(base) else None,
-        "mean": float(values.mean()) if len(base) else None,
-        "median_ratio": float((values / base).median()) if len(base) and (base > 0).all() else None,
-    }
-    return found | paired_test(units, scale=max(base.abs().max(), values.abs().max()) if len(base) else 0.0)
+    means = {"n_pairs": len(base), "mean_baseline": None, "mean": None, "median_ratio": None}
+    scale = 0.0
+    if len(base):
+        means["mean_baseline"] = float(base.mean())
+        means["mean"] = float(values.mean())
+        scale = max(base.abs().max(), values.abs().max())
+        if (base > 0).all():
+            means["median_ratio"] = float((values / base).median())
+    return means | paired_test(units, scale=scale)
 
 
 def adjust_p_values(
@@ -3661,68 +5068,432 @@ def adjust_p_values(
         test[claim] = None if value is None else value < SIGNIFICANCE_LEVEL
 
 
-def _describe(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Metric -> mean, std, median, min, max, n; what is undefined becomes None in the JSON."""
-    known = {metric: rows[metric].dropna() for metric in METRICS}
-    kinds = ("mean", "std", "median", "min", "max")
-    return {m: {k: getattr(x, k)() for k in kinds} | {"n": len(x)} for m, x in known.items()}
+# What was measured, by configuration
 
 
-def _order(values: Iterable[str]) -> list[str]:
+@dataclass(frozen=True)
+class Items:
+    """Which columns of a table name its item, the item's category and its document; and what it is called."""
+
+    item: str
+    category: str
+    document: str
+    word: str
+
+
+ITEMS = {
+    "generation": Items("prompt_id", "prompt_category", "prompt_id", "prompt"),
+    "scores": Items("item_id", "category", "document", "window"),
+    "tasks": Items("document", "task", "document", "document"),
+}
+KINDS = {"generation": GENERATION, "scores": SCORES, "tasks": TASKS}
+
+
+def distinct(values: Iterable[str]) -> list[str]:
     """Distinct values in order of appearance: configurations and categories keep the order of the run."""
     return list(dict.fromkeys(values))
 
 
-REQUIRED_COLUMNS = ("config_name", "prompt_id", "status")  # without these a table says nothing
+def configurations(results: Results) -> dict[str, dict[str, Any]]:
+    """Name -> configuration as it was run; empty for one that no row describes."""
+    rows = pd.concat([frame[["config_name", "configuration"]] for frame in results])
+    return {
+        row["config_name"]: json.loads(row["configuration"] or "{}")
+        for row in rows.drop_duplicates("config_name").to_dict("records")
+    }
 
 
-def with_todays_columns(frame: pd.DataFrame) -> pd.DataFrame:
-    """A table of results with all RESULT_COLUMNS: those that an older script did not write are empty.
-
-    Raises UserError for a table that is none of this script's.
-    """
-    if lacking := [column for column in REQUIRED_COLUMNS if column not in frame]:
-        why = "pass what run_full_experiment_suite or read_results returned"
-        raise UserError(f"the table of results lacks {', '.join(lacking)}: {why}")
-    empty = {c: "" if c in STRING_COLUMNS else math.nan for c in RESULT_COLUMNS if c not in frame}
-    return frame.assign(**empty) if empty else frame
+def own_k_of(results: Results) -> int | None:
+    """How many experts the model itself runs; None where no row says so."""
+    known = [int(own_k) for frame in results for own_k in frame["own_k"].dropna().unique()]
+    return next(iter(known), None)
 
 
-def static_widths(frame: pd.DataFrame) -> dict[str, int]:
-    """Configuration -> k, for those that are plain static Top-K: what a row does decides, not its name."""
-    rows = frame.drop_duplicates("config_name")[["config_name", "method", "k", "renormalize"]]
-    return {row["config_name"]: int(row["k"]) for row in rows.to_dict("records") if is_plain_topk(row)}
-
-
-def own_routing(frame: pd.DataFrame) -> str | None:
-    """The configuration that is the model's own routing; None where no row shows it.
-
-    Only the model's own routing is run twice, carries the static curve, and agrees exactly with itself. Rows
-    of tasks have none of these marks: there it is a plain Top-K that has the built-in baseline's name, whose
-    k is then the model's own.
-    """
-    frame = with_todays_columns(frame)
-    widths = static_widths(frame)
-    rows = frame[frame["config_name"].isin(list(widths))]
-    twice = rows[[f"repeat_{column}" for column in REPEATED]].notna().any(axis=1)
-    with_curve = rows["static_nll"].fillna("") != ""
-    agrees = (rows["kl_to_baseline"] == 0) & (rows["top1_agreement"] == 1)
-    for shown in (twice | with_curve, agrees):
-        if shown.any():
-            return rows["config_name"][shown].iloc[0]
-    return BASELINE if BASELINE in widths else None
-
-
-def choose_baseline(frame: pd.DataFrame, name: str | None = None) -> str:
+def choose_baseline(results: Results, name: str | None = None) -> str:
     """What the others are compared with: `name` if it is given, else the model's own routing, else the widest
-    static Top-K, else the first configuration. Raises UserError for a name that is not in the table."""
-    names = _order(frame["config_name"])
+    static Top-K, else the first configuration. Raises UserError for a name that is not there."""
+    configs = configurations(results)
     if name is not None:
-        return _choice("baseline", name, names)
-    if own := own_routing(frame):
-        return own
-    widths = static_widths(with_todays_columns(frame))
-    return max(widths, key=widths.__getitem__) if widths else names[0]
+        return _choice("baseline", name, tuple(configs))
+    widths = {name: static_k(config) for name, config in configs.items()}
+    static = {name: k for name, k in widths.items() if k is not None}
+    own_k = own_k_of(results)
+    of_model = [name for name, k in static.items() if k == own_k]
+    if of_model:
+        return of_model[0]
+    return max(static, key=static.__getitem__) if static else next(iter(configs))
+
+
+def _describe(values: pd.Series) -> dict[str, Any]:
+    known = values.dropna()
+    measures = {name: getattr(known, name)() for name in ("mean", "std", "median", "min", "max")}
+    return measures | {"n": len(known)}
+
+
+def summarize(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
+    """Configuration -> metric -> mean, std, median, min, max, n; each metric from the first table with it."""
+    summary: dict[str, dict[str, dict[str, Any]]] = collections.defaultdict(dict)
+    for table, frame in zip(KINDS.values(), results, strict=True):
+        for name, rows in frame.groupby("config_name", sort=False):
+            for metric in table.metrics:
+                if metric not in summary[name]:
+                    summary[name][metric] = _describe(rows[metric])
+    return dict(summary)
+
+
+def main_kind(results: Results) -> str:
+    """What a report is about: generation; where nothing was generated the scores of text, else of tasks."""
+    return next((kind for kind in KINDS if len(getattr(results, kind))), "generation")
+
+
+def summarize_categories(results: Results) -> dict[str, dict[str, Any]]:
+    """Category -> what `summarize` gives for it, of the table that the report is about."""
+    kind = main_kind(results)
+    by_category = getattr(results, kind).groupby(ITEMS[kind].category, sort=False)
+    return {
+        category: summarize(Results(**{**vars(EMPTY_RESULTS), kind: rows})) for category, rows in by_category
+    }
+
+
+def compare_with_baseline(results: Results, baseline: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Configuration -> metric -> `paired_comparison` with the baseline, BH-adjusted over all of them.
+
+    Of what was generated, or, where nothing was, of the scored text: what is scored beside generation, the
+    static ladder, is not among these tests. A prompt, or a window of text, is an item; several samples of a
+    prompt are one, their mean. Empty for tasks, which `compare_tasks` compares.
+    """
+    kind = main_kind(results)
+    if kind == "tasks":
+        return {}
+    frame = getattr(results, kind)
+    columns = ITEMS[kind]
+    metrics = list(KINDS[kind].metrics)
+    documents = frame.drop_duplicates(columns.item).set_index(columns.item, drop=False)[columns.document]
+    items = {
+        name: rows.groupby(columns.item, sort=False)[metrics].mean()
+        for name, rows in frame.groupby("config_name", sort=False)
+    }
+    base = items.pop(baseline, None)
+    if base is None:
+        return {}
+    tests = {
+        name: {metric: paired_comparison(base[metric], rows[metric], documents) for metric in metrics}
+        for name, rows in items.items()
+    }
+    adjust_p_values([test for by_metric in tests.values() for test in by_metric.values()])
+    return tests
+
+
+def noise_floor(results: Results) -> dict[str, dict[str, Any]]:
+    """The model's own routing, its second run against its first: what any other difference must exceed."""
+    floors = {}
+    for kind, column in (("generation", "inference_time_sec"), ("scores", "nll")):
+        repeat = f"repeat_{column}"
+        frame = getattr(results, kind)
+        twice = frame[frame[repeat].notna()]
+        means = twice.groupby(ITEMS[kind].item, sort=False)[[column, repeat]].mean()
+        floors[column] = paired_comparison(means[column], means[repeat])
+    return floors
+
+
+# Quality at equal compute
+
+QUALITY_MARGIN = math.log(1.01)  # nats per token: 1 % of perplexity, what counts as "no loss" in the TOST
+_NEEDED_SCORES = ["nll", "num_tokens", "avg_experts_per_token"]  # an item that lacks one is left out
+
+
+@dataclass(frozen=True)
+class NotComparable:
+    """Why a configuration cannot be compared with static Top-K."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class StaticMixture:
+    """Static Top-K at any mean number of experts: a share of the tokens gets k_high, the others k_low."""
+
+    k_low: int
+    k_high: int
+    share: float
+
+
+Curve = Mapping[int, pd.DataFrame]  # k -> the scored items of static Top-k, indexed by item_id
+
+
+def token_mean(rows: pd.DataFrame, column: str) -> float | None:
+    """Mean over tokens of a column that holds means over each item's tokens; None where one is missing."""
+    if rows.empty or rows[column].isna().any():
+        return None
+    values = rows[column].to_numpy(float)
+    tokens = rows["num_tokens"].to_numpy(float)
+    return float((values * tokens).sum() / tokens.sum())
+
+
+def scored_items(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Configuration -> its finished rows with a finite score, indexed by item_id. Raises UserError where an
+    item occurs twice."""
+    done = scores[scores["status"] == "ok"]
+    done = done[np.isfinite(done[_NEEDED_SCORES].to_numpy(float)).all(axis=1)]
+    tables = {}
+    for name, rows in done.groupby("config_name", sort=False):
+        tables[name] = rows.set_index("item_id")
+        if not tables[name].index.is_unique:
+            twice = tables[name].index[tables[name].index.duplicated()][0]
+            raise UserError(f"configuration {name!r} has item_id {twice!r} twice")
+    return tables
+
+
+def static_mixture(curve: Curve, mean_experts: float) -> StaticMixture | NotComparable:
+    """The mixture of the two static neighbours that spends `mean_experts`, by the means they achieved.
+
+    NLL and compute of a mixture are both linear in the share. Never extrapolates, nor across a gap: the curve
+    is convex, so a mixture across a gap would flatter what it is compared with.
+    """
+    points = sorted((token_mean(rows, "avg_experts_per_token"), k) for k, rows in curve.items() if len(rows))
+    if not points:
+        return NotComparable("no static Top-K configuration was run")
+    below = [point for point in points if point[0] <= mean_experts + 1e-9]
+    above = [point for point in points if point[0] >= mean_experts - 1e-9]
+    if not below or not above:
+        first = points[0][0]
+        last = points[-1][0]
+        span = f"{first:.2f} to {last:.2f}" if len(points) > 1 else f"{first:.2f} only"
+        return NotComparable(f"{mean_experts:.2f} experts, but static Top-K was measured at {span}")
+    x_low, low = below[-1]
+    x_high, high = above[0]
+    if high - low > 1:
+        gap = f"between Top-{low} and Top-{high} nothing was measured"
+        return NotComparable(f"{mean_experts:.2f} experts, but {gap}")
+    share = 0.0 if low == high else (mean_experts - x_low) / (x_high - x_low)
+    return StaticMixture(low, high, share)
+
+
+@dataclass(frozen=True)
+class EqualCompute:
+    """A static mixture, and the items on which a configuration can be compared with it."""
+
+    items: pd.Index
+    mixture: StaticMixture
+
+
+def equal_compute(rows: pd.DataFrame, items: pd.Index, curve: Curve) -> EqualCompute | NotComparable:
+    """The static mixture that spends what a configuration spends, on those of `items` that all of them have.
+
+    Leaving out an item moves the mean, which may move the neighbours; the set of items only shrinks.
+    """
+    while len(items):
+        mixture = static_mixture(curve, token_mean(rows.loc[items], "avg_experts_per_token"))
+        if isinstance(mixture, NotComparable):
+            return mixture
+        in_both = items.isin(curve[mixture.k_low].index) & items.isin(curve[mixture.k_high].index)
+        if in_both.all():
+            return EqualCompute(items, mixture)
+        items = items[in_both]
+    return NotComparable("no item was scored by it, the baseline and its static neighbours")
+
+
+def difference_to_static(rows: pd.DataFrame, mixture: StaticMixture, curve: Curve) -> pd.Series:
+    """NLL of each item minus that of the static mixture with the same mean experts.
+
+    The share of the mixture is itself estimated from these items, so each gets its first-order term (delta
+    method): slope x (item's experts - mean), whose mean is zero. Without it a rule whose experts vary by item
+    is found different from its equal far too often, or hardly ever.
+    """
+    low = curve[mixture.k_low].loc[rows.index]
+    high = curve[mixture.k_high].loc[rows.index]
+    static_nll = (1 - mixture.share) * low["nll"] + mixture.share * high["nll"]
+    step = token_mean(high, "avg_experts_per_token") - token_mean(low, "avg_experts_per_token")
+    slope = (high["nll"] - low["nll"]).mean() / step if step else 0.0
+    surplus = rows["avg_experts_per_token"] - token_mean(rows, "avg_experts_per_token")
+    weight = rows["num_tokens"] / rows["num_tokens"].mean()
+    return rows["nll"] - static_nll - slope * surplus * weight
+
+
+_TEST_NUMBERS = ("ci95_low", "ci95_high", "p_value", "cohens_d", "smallest_detectable")
+
+
+def quality_verdicts(
+    scores: pd.DataFrame, configs: Configs, baseline: str, margin: float = QUALITY_MARGIN
+) -> dict[str, Any]:
+    """Does a configuration predict the text better than static Top-K that spends the same experts?
+
+    delta_nll is its NLL minus that of the static mixture with its own mean experts, a mean over the items
+    which it, the baseline and both static neighbours have; all its other numbers are over the same items.
+    "better" or "worse": p, BH-adjusted over all configurations, is below SIGNIFICANCE_LEVEL; "equivalent"
+    likewise.
+
+    Returns configuration -> numbers; plain static ones have no equal-compute test and verdict None.
+    """
+    by_config = scored_items(scores)
+    documents = scores.drop_duplicates("item_id").set_index("item_id")["document"]
+    documents = documents.where(documents != "", documents.index.to_series())
+    curve: dict[int, pd.DataFrame] = {}
+    for name, rows in by_config.items():
+        k = static_k(configs[name])
+        if k is not None:
+            curve.setdefault(k, rows)
+    nothing = scores[:0].set_index("item_id")
+    base = by_config.get(baseline, nothing)
+
+    def tested(differences: pd.Series) -> dict[str, Any]:
+        return paired_test(item_units(differences, documents), margin)
+
+    verdicts = {}
+    for name in distinct(scores["config_name"]):
+        rows = by_config.get(name, nothing)
+        items = rows.index.intersection(base.index)
+        compared = NotComparable("static Top-K: it is the curve")
+        if static_k(configs[name]) is None:
+            compared = equal_compute(rows, items, curve)
+        if isinstance(compared, EqualCompute):
+            items = compared.items
+        rows = rows.loc[items]
+        to_baseline = tested(rows["nll"] - base["nll"].loc[items])
+        at_equal_compute = dict.fromkeys((*_TEST_NUMBERS, "mean_difference"))
+        if isinstance(compared, EqualCompute):
+            at_equal_compute = tested(difference_to_static(rows, compared.mixture, curve))
+            reason = at_equal_compute["reason"]
+        else:
+            reason = compared.reason
+        mean_nll = token_mean(rows, "nll")
+        verdicts[name] = {
+            "mean_experts": token_mean(rows, "avg_experts_per_token"),
+            "delta_nll": at_equal_compute["mean_difference"],
+            **{key: at_equal_compute[key] for key in _TEST_NUMBERS},
+            "static_mixture": vars(compared.mixture) if isinstance(compared, EqualCompute) else None,
+            "delta_to_baseline": to_baseline["mean_difference"],
+            "delta_to_baseline_ci95_low": to_baseline["ci95_low"],
+            "delta_to_baseline_ci95_high": to_baseline["ci95_high"],
+            "equivalence_p_value": to_baseline["equivalence_p_value"],
+            "n_items": len(items),
+            "n_units": to_baseline["n_units"],
+            "n_left_out": len(documents) - len(items),
+            "perplexity": None if mean_nll is None else math.exp(mean_nll),
+            "kl_to_own": token_mean(rows, "kl_to_own"),
+            "top1_agreement": token_mean(rows, "top1_agreement"),
+            "reason": reason,
+        }
+    adjust_p_values(list(verdicts.values()))
+    adjust_p_values(list(verdicts.values()), "equivalence_p_value", "equivalent_to_baseline")
+    for name, row in verdicts.items():
+        is_claimed = row.pop("significant")
+        word = "undecided"
+        if is_claimed:
+            word = "better" if row["delta_nll"] < 0 else "worse"
+        row["verdict"] = word if static_k(configs[name]) is None else None
+    return verdicts
+
+
+def shuffle_effects(scores: pd.DataFrame, configs: Configs) -> dict[str, Any]:
+    """Each shuffled configuration against the same one unshuffled, if both ran: NLL difference per item.
+
+    Both keep the same numbers of experts; what differs is which token gets them. Each is a `paired_test` over
+    documents with `unshuffled`, BH-adjusted over all of them.
+    """
+    by_config = scored_items(scores)
+    documents = scores.drop_duplicates("item_id").set_index("item_id")["document"]
+    effects = {}
+    for name, config in configs.items():
+        for twin, other in configs.items():
+            are_twins = config.get("shuffle") and other == config | {"shuffle": False}
+            if are_twins and name in by_config and twin in by_config:
+                difference = by_config[name]["nll"] - by_config[twin]["nll"]
+                units = item_units(difference.dropna(), documents)
+                effects[name] = {"unshuffled": twin} | paired_test(units)
+    adjust_p_values(list(effects.values()))
+    return effects
+
+
+# Tasks, layers, hypotheses
+
+
+def compare_tasks(tasks: pd.DataFrame, baseline: str, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Tasks x configurations: what lm-evaluation-harness reports, and paired tests over the documents.
+
+    A dict each with task, configuration, metric, what `paired_comparison` with the baseline gives for the
+    documents' scores, BH-adjusted over all of them, experts (mean per token and layer) and `harness`: metric
+    -> value and standard error. Tasks are tested one by one: their scores differ in meaning and direction. A
+    group of tasks has what the harness reports only. Empty where no task was run. report: task_results.json.
+    """
+    entries: dict[tuple[str, str], dict[str, Any]] = {}
+    with_metric = tasks[tasks["metric"] != ""]
+    scores = {
+        key: rows.set_index("document")
+        for key, rows in with_metric.groupby(["task", "config_name"], sort=False)
+    }
+    for (task, name), rows in scores.items():
+        entry = {"metric": rows["metric"].iloc[0], "experts": rows["avg_experts_per_token"].mean()}
+        if name == baseline:
+            entry |= {"n_documents": len(rows), "mean": rows["score"].mean()}
+        elif (task, baseline) in scores:
+            entry |= paired_comparison(scores[task, baseline]["score"], rows["score"])
+        else:
+            entry |= paired_comparison([], [])
+        entries[task, name] = entry
+    adjust_p_values([entry for entry in entries.values() if "p_value" in entry])
+    for name, units in report.get("configurations", {}).items():
+        for unit in units.values():
+            for task, values in unit.get("results", {}).items():
+                numbers = _harness_numbers(values)
+                if numbers:
+                    entries.setdefault((task, name), {})["harness"] = numbers
+    tasks_in_order = distinct(task for task, _ in entries)
+    keys = sorted(entries, key=lambda key: tasks_in_order.index(key[0]))
+    return [{"task": task, "configuration": name, **entries[task, name]} for task, name in keys]
+
+
+def _harness_numbers(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Metric -> value and standard error, from what the harness reports of one task."""
+    return {
+        key: {"value": value, "stderr": values.get(key.replace(",", "_stderr,", 1))}
+        for key, value in values.items()
+        if "," in key and "_stderr," not in key and isinstance(value, (int, float))
+    }
+
+
+def first_kind(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a table by layer about generation; where nothing was generated, about text or tasks."""
+    kinds = distinct(table["kind"])
+    return table[table["kind"] == kinds[0]] if kinds else table
+
+
+def summarize_layers(table: pd.DataFrame) -> dict[str, Any]:
+    """Configuration -> which layers run most and fewest experts, and whether categories use different ones.
+
+    category_p_values: one permutation test a layer, BH-adjusted over the layers of the configuration.
+    """
+    summary = {}
+    for name, rows in first_kind(table).groupby("config_name", sort=False):
+        experts = rows.set_index("layer")["avg_experts_per_token"]
+        p_values = rows["category_p_value"].dropna()
+        is_tested = len(p_values) > 0
+        summary[name] = {
+            "fewest_experts": experts.min(),
+            "fewest_in_layer": int(experts.idxmin()),
+            "most_experts": experts.max(),
+            "most_in_layer": int(experts.idxmax()),
+            "gate_mass_frac": rows["gate_mass_frac"].mean(),
+            "use_entropy_bits": rows["use_entropy_bits"].mean(),
+            "category_divergence_bits": rows["category_divergence_bits"].mean() if is_tested else None,
+            "category_p_values": list(stats.false_discovery_control(p_values)) if is_tested else None,
+        }
+    return summary
+
+
+def _hypothesis_value(analysis: Mapping[str, Any], name: str, quantity: str) -> float | None:
+    """What was measured of a quantity that the earlier attempt expected something of."""
+    tests = analysis["statistical_tests"].get(name, {})
+    experts = tests.get("avg_experts_per_token", {})
+    if quantity == "experts_p_value":
+        return experts.get("p_value")
+    if quantity == "experts_abs_d":
+        effect = experts.get("cohens_d")
+        return None if effect is None else abs(effect)
+    if quantity == "slowdown_percent":
+        ratio = tests.get("inference_time_sec", {}).get("median_ratio")
+        return None if ratio is None else 100 * (ratio - 1)
+    return analysis["summary_by_config"].get(name, {}).get(quantity, {}).get("mean")
 
 
 def check_hypotheses(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -3730,329 +5501,78 @@ def check_hypotheses(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for names, quantity, low, high in HYPOTHESES:
         for name in names:
-            tests = analysis["statistical_tests"].get(name, {})
-            experts, clock = tests.get("avg_experts_per_token", {}), tests.get("inference_time_sec", {})
-            ratio, effect = clock.get("median_ratio"), experts.get("cohens_d")
-            value = {
-                "slowdown_percent": None if ratio is None else 100 * (ratio - 1),
-                "experts_p_value": experts.get("p_value"),
-                "experts_abs_d": None if effect is None else abs(effect),
-            }.get(quantity, analysis["summary_by_config"].get(name, {}).get(quantity, {}).get("mean"))
-            held = None if value is None else bool(low <= value <= high)
+            value = _hypothesis_value(analysis, name, quantity)
+            held = None if pd.isna(value) else bool(low <= value <= high)
             row = {"configuration": name, "quantity": quantity, "low": low, "high": high}
             rows.append(row | {"measured": value, "held": held})
     return rows
 
 
-QUALITY_MARGIN = math.log(1.01)  # nats per token: 1 % of perplexity, what counts as "no loss" in the TOST
-SCORES = ["reference_nll", "reference_tokens", "reference_avg_experts"]  # an item lacking one is left out
+def results_beside(df: pd.DataFrame, output_dir: Path) -> Results:
+    """The rows of generation `df` as a table, and the tables that the same run left in `output_dir`.
 
-
-def scored_items(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Configuration -> its finished rows with a finite score, indexed by prompt_id. Raises UserError where an
-    item occurs twice."""
-    done = frame[frame["status"] == "ok"].astype(dict.fromkeys(SCORES, float))
-    done = done[(abs(done[SCORES].to_numpy()) < math.inf).all(axis=1)]
-    tables = {name: rows.set_index("prompt_id") for name, rows in done.groupby("config_name", sort=False)}
-    for name, rows in tables.items():
-        if not rows.index.is_unique:
-            twice = rows.index[rows.index.duplicated()][0]
-            raise UserError(f"configuration {name!r} has prompt_id {twice!r} twice")
-    return tables
-
-
-def _token_mean(rows: pd.DataFrame, column: str) -> float | None:
-    """Mean over tokens of a column that holds means over each item's tokens."""
-    if column not in rows or rows.empty or rows[column].isna().any():
-        return None
-    values, tokens = rows[column].to_numpy(float), rows["reference_tokens"].to_numpy()
-    return float((values * tokens).sum() / tokens.sum())
-
-
-def with_static_curve(frame: pd.DataFrame) -> pd.DataFrame:
-    """`frame` and a row for each static score that the baseline's rows carry in `static_nll`.
-
-    The points are called topk_K, or, where a configuration has that name already, by one it cannot have. A
-    width that a configuration has is left out.
+    Raises UserError for a frame that is none of this script's.
     """
-    names, widths = set(frame["config_name"]), set(static_widths(frame).values())
-    points, empty = {}, {"static_nll": "", "kl_to_baseline": None, "top1_agreement": None}
-    for row in frame[frame["static_nll"].fillna("") != ""].to_dict("records"):
-        for k, nll in json.loads(row["static_nll"]).items():
-            if int(k) not in widths:
-                name = f"topk_{k}" if f"topk_{k}" not in names else f"topk_{k} (static)"
-                score = {"k": float(k), "reference_nll": nll, "reference_avg_experts": float(k)}
-                # The model's own routing may be there under two names, each with the curve.
-                points[k, row["prompt_id"]] = row | empty | score | {"config_name": name}
-    rows = list(points.values())
-    added = pd.DataFrame(rows, columns=frame.columns).astype(frame.dtypes)
-    return pd.concat([frame, added], ignore_index=True) if rows else frame
-
-
-def static_at(
-    curve: Mapping[int, pd.DataFrame], mean_experts: float
-) -> tuple[pd.Series, tuple[int, int, float]] | tuple[None, str]:
-    """NLL per item of static Top-K at `mean_experts`, and the mixture (k_low, k_high, share) that gives it.
-
-    curve: k -> the scored items of static Top-k. A share of the tokens gets k_high experts, the others k_low,
-    the two static neighbours by the mean they achieved; NLL and compute are then both linear in the share.
-    Items both neighbours have are returned. Never extrapolates, nor across a gap: without k and k + 1 around
-    it the answer is None and a reason. (The curve is convex, so a mixture across a gap would flatter what it
-    is compared with.)
-    """
-    points = sorted((_token_mean(rows, "reference_avg_experts"), k) for k, rows in curve.items() if len(rows))
-    if not points:
-        return None, "no static Top-K configuration was run"
-    below = [point for point in points if point[0] <= mean_experts + 1e-9]
-    above = [point for point in points if point[0] >= mean_experts - 1e-9]
-    if not below or not above:
-        first, last = points[0][0], points[-1][0]
-        span = f"{first:.2f} to {last:.2f}" if len(points) > 1 else f"{first:.2f} only"
-        return None, f"{mean_experts:.2f} experts, but static Top-K was measured at {span}"
-    (x_low, low), (x_high, high) = below[-1], above[0]
-    if high - low > 1:
-        gap = f"between Top-{low} and Top-{high} nothing was measured"
-        return None, f"{mean_experts:.2f} experts, but {gap}"
-    share = 0.0 if low == high else (mean_experts - x_low) / (x_high - x_low)
-    nll = (1 - share) * curve[low]["reference_nll"] + share * curve[high]["reference_nll"]
-    return nll.dropna(), (low, high, share)
-
-
-def quality_verdicts(frame: pd.DataFrame, baseline: str, margin: float = QUALITY_MARGIN) -> dict[str, Any]:
-    """Does a configuration predict the text better than static Top-K that spends the same experts?
-
-    delta_nll is its NLL minus that of the static mixture with its own mean experts, a mean over the items
-    which it, the baseline and both static neighbours have, paired by prompt_id; all its other numbers are
-    over the same items. The share of the mixture is itself estimated from these items, so tests and interval
-    get its first-order term (delta method): slope x (item's experts - mean), whose mean is zero. Without it
-    a rule whose experts vary by item is found different from its equal far too often, or hardly ever.
-    "better" or "worse": p, BH-adjusted over all configurations, is below SIGNIFICANCE_LEVEL; "equivalent"
-    likewise.
-
-    Returns configuration -> numbers; static ones have no equal-compute test.
-    """
-    frame = with_static_curve(frame)
-    by_config, static, documents = scored_items(frame), static_widths(frame), item_documents(frame)
-    curve: dict[int, pd.DataFrame] = {}
-    for name, k in static.items():
-        if name in by_config:
-            curve.setdefault(k, by_config[name])
-
-    def test_of(differences: pd.Series) -> dict[str, Any]:
-        return paired_test(item_units(differences, documents), margin)
-
-    def one(name: str) -> dict[str, Any]:
-        own, tested = by_config.get(name, frame[:0].set_index("prompt_id")), name not in static
-        common, mixture, reason = own.index, None, "static Top-K: it is the curve"
-        common = common.intersection(by_config[baseline].index) if baseline in by_config else common[:0]
-        while tested:  # leaving out items moves the mean, which may move the neighbours; the set only shrinks
-            experts = _token_mean(own.loc[common], "reference_avg_experts")
-            if experts is None:
-                tested, reason = False, "no item was scored by it, the baseline and its static neighbours"
-                break
-            nll, mixture = static_at(curve, experts)
-            if nll is None:
-                tested, reason, mixture = False, mixture, None
-            elif common.isin(nll.index).all():
-                break
-            else:
-                common = common[common.isin(nll.index)]
-        own = own.loc[common]
-        nlls, tokens = own["reference_nll"], own["reference_tokens"]
-        to_baseline = test_of(nlls - by_config[baseline]["reference_nll"][common] if len(common) else nlls)
-        test = dict.fromkeys(to_baseline)
-        if tested:
-            low, high = (curve[k].loc[common] for k in mixture[:2])
-            step = _token_mean(high, "reference_avg_experts") - _token_mean(low, "reference_avg_experts")
-            slope = (high["reference_nll"] - low["reference_nll"]).mean() / step if step else 0.0
-            extra = (own["reference_avg_experts"] - experts) * tokens / tokens.mean()
-            test = test_of(nlls - nll[common] - slope * extra)
-            reason = test["reason"]
-        names = ("ci95_low", "ci95_high", "p_value", "cohens_d", "smallest_detectable")
-        mean_nll = _token_mean(own, "reference_nll")
-        return {
-            "mean_experts": _token_mean(own, "reference_avg_experts"),
-            "delta_nll": test["mean_difference"],
-            **{key: test[key] for key in names},
-            "static_mixture": mixture,
-            "delta_to_baseline": to_baseline["mean_difference"],
-            **{f"delta_to_baseline_{key}": to_baseline[key] for key in ("ci95_low", "ci95_high")},
-            "equivalence_p_value": to_baseline["equivalence_p_value"],
-            "n_items": len(common),
-            "n_units": to_baseline["n_units"],
-            "n_left_out": len(documents) - len(common),
-            "perplexity": None if mean_nll is None else math.exp(mean_nll),
-            **{key: _token_mean(own, key) for key in ("kl_to_baseline", "top1_agreement")},
-            "reason": reason,
-        }
-
-    verdict = {name: one(name) for name in _order(frame["config_name"])}
-    adjust_p_values(list(verdict.values()))
-    adjust_p_values(list(verdict.values()), "equivalence_p_value", "equivalent_to_baseline")
-    for name, row in verdict.items():
-        word = "undecided"
-        if row.pop("significant"):
-            word = "better" if row["delta_nll"] < 0 else "worse"
-        row["verdict"] = None if name in static else word
-    return verdict
-
-
-def is_static(row: Row) -> bool:
-    """Whether a row of `quality_verdicts` is plain Top-K: part of the static curve, not compared with it."""
-    return row["verdict"] is None
-
-
-def shuffle_effects(frame: pd.DataFrame) -> dict[str, Any]:
-    """Each shuffled configuration against the same one unshuffled, if both ran: NLL difference per item.
-
-    Both keep the same numbers of experts; what differs is which token gets them. Each is a `paired_test` over
-    documents with `unshuffled`, BH-adjusted over all of them.
-    """
-    by_config, documents, effects = scored_items(frame), item_documents(frame), {}
-    first = frame.drop_duplicates("config_name").set_index("config_name")
-    settings = first[list(CONFIG_FIELDS)].drop(columns="shuffle").astype(str).apply(tuple, axis=1)
-    shuffled = first["shuffle"].astype(str) == "True"
-    for name in first.index[shuffled]:
-        for twin in first.index[~shuffled & (settings == settings[name])]:
-            if name in by_config and twin in by_config:
-                difference = by_config[name]["reference_nll"] - by_config[twin]["reference_nll"]
-                units = item_units(difference.dropna(), documents)
-                effects[name] = {"unshuffled": twin} | paired_test(units)
-    adjust_p_values(list(effects.values()))
-    return effects
-
-
-def compare_tasks(frame: pd.DataFrame, baseline: str, output_dir: Path) -> list[dict[str, Any]]:
-    """Tasks x configurations: what lm-evaluation-harness reports, and paired tests over the documents.
-
-    A dict each with task, configuration, metric, what `paired_comparison` with the baseline gives for the
-    documents' scores, BH-adjusted over all of them, experts (mean per token and layer) and `harness`: metric
-    -> value and standard error. Tasks are tested one by one: their scores differ in meaning and direction. A
-    group of tasks has what the harness reports only. Empty where no task was run.
-    """
-    rows = frame[frame["task_metric"].fillna("") != ""]
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    scores = {
-        key: own.set_index("prompt_id")
-        for key, own in rows.groupby(["prompt_category", "config_name"], sort=False)
-    }
-    for (task, name), own in scores.items():
-        entry = {"metric": own["task_metric"].iloc[0], "experts": own["avg_experts_per_token"].mean()}
-        if name == baseline:
-            entry |= {"n_documents": len(own), "mean": own["task_score"].mean()}
-        else:
-            base = scores.get((task, baseline), own[:0])["task_score"]
-            entry |= paired_comparison(base, own["task_score"])
-        found[task, name] = entry
-    adjust_p_values([entry for entry in found.values() if "p_value" in entry])
-    report = _read_json(output_dir / TASK_RESULTS, run_ids(frame)) if found else None
-    for name, units in (report or {}).get("configurations", {}).items():
-        for task, values in itertools.chain(*(unit.get("results", {}).items() for unit in units.values())):
-            metrics = {
-                key: {"value": value, "stderr": values.get(key.replace(",", "_stderr,", 1))}
-                for key, value in values.items()
-                if "," in key and "_stderr," not in key and isinstance(value, (int, float))
-            }
-            if metrics:
-                found.setdefault((task, name), {})["harness"] = metrics
-    order = _order(task for task, _ in found)
-    keys = sorted(found, key=lambda key: order.index(key[0]))
-    return [{"task": task, "configuration": name, **found[task, name]} for task, name in keys]
-
-
-def read_layer_table(output_dir: Path, name: str, runs: set[str] | None = None) -> pd.DataFrame | None:
-    """layer_statistics or expert_usage of a run, None where the folder has none that can be read, or one that
-    is not of `runs`, see `_read_json`."""
-    path = output_dir / f"{name}.csv"
+    needed = ("config_name", "prompt_id", "status")
+    lacking = [column for column in needed if column not in df]
+    if lacking:
+        why = "pass what run_full_experiment_suite returned, or Results.read(folder).generation"
+        raise UserError(f"the table of results lacks {', '.join(lacking)}: {why}")
     try:
-        options = {"keep_default_na": False, "na_values": {"": ""}, "dtype": {"run_id": str}}
-        frame = pd.read_csv(path, **_EXACT_FLOATS, **options)
-    except (OSError, ValueError):
-        return None
-    if runs is not None and runs != run_ids(frame):
-        return None
-    numbers = [c for c in frame if c not in ("config_name", "router", "prompt_category", "run_id")]
-    return frame.assign(**{c: pd.to_numeric(frame[c], errors="coerce") for c in numbers})
-
-
-def summarize_layers(table: pd.DataFrame | None) -> dict[str, Any]:
-    """Configuration -> which layers run most and fewest experts, and whether categories use different ones.
-
-    category_p_values: one permutation test a layer, BH-adjusted over the layers of the configuration.
-    """
-    found = {}
-    for name, rows in [] if table is None else table.groupby("config_name", sort=False):
-        experts, p_values = rows["avg_experts_per_token"], rows["category_p_value"].dropna()
-        found[name] = {
-            "fewest_experts": experts.min(),
-            "fewest_in_layer": int(rows["layer"][experts.idxmin()]),
-            "most_experts": experts.max(),
-            "most_in_layer": int(rows["layer"][experts.idxmax()]),
-            **{key: rows[key].mean() for key in ("gate_mass_frac", "use_entropy_bits")},
-            "category_divergence_bits": rows["category_divergence_bits"].mean() if len(p_values) else None,
-            "category_p_values": list(stats.false_discovery_control(p_values)) if len(p_values) else None,
-        }
-    return found
+        stored = Results.read(output_dir)
+    except UserError:  # nothing is there: the frame is all
+        stored = EMPTY_RESULTS
+    generation = fit_table(df, GENERATION)
+    runs = run_ids(generation)
+    beside = [
+        frame if not runs or run_ids(frame) <= runs else frame[:0] for frame in (stored.scores, stored.tasks)
+    ]
+    return Results(generation, *beside)
 
 
 def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | None = None) -> dict[str, Any]:
-    """Summaries and paired tests of a results table; also written to `analysis_summary.json`, strict JSON.
+    """Summaries and paired tests of what a run measured; also in `analysis_summary.json`, strict JSON.
 
-    df: rows of `run_full_experiment_suite` or `read_results`. Rows whose status is not "ok" are counted and
-    left out. Pairs are formed by prompt_id, never by row order. baseline: the configuration that the others
-    are compared with, see `choose_baseline`.
+    df: rows of generation, as `run_full_experiment_suite` returns them; the other tables of the same run are
+    taken from `output_dir`. Rows whose status is not "ok" are counted and left out. Pairs are formed by the
+    item's name, never by row order. baseline: the configuration that the others are compared with, see
+    `choose_baseline`.
 
-    Returns a dict with baseline, own_routing, n_experiments, n_failed, n_prompts, configurations,
-    summary_by_config, summary_by_category, statistical_tests (configuration -> metric -> tests against the
-    baseline), verdict (`quality_verdicts`), shuffle_effects, noise_floor (the model's own routing, its second
-    run against its first), tasks (`compare_tasks`), null_diagnostics, layers (`summarize_layers`) and
-    hypotheses. Raises UserError for a table that is none of this script's, for a baseline that is not in it,
-    and when no row is left.
+    Returns a dict with baseline, own_k, n_rows, n_failed, n_prompts, configurations, summary_by_config,
+    summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), verdict
+    (`quality_verdicts`), shuffle_effects, noise_floor, tasks (`compare_tasks`), null_diagnostics, layers
+    (`summarize_layers`) and hypotheses. Raises UserError for a table that is none of this script's, for a
+    baseline that is not in it, and when no row is left.
     """
-    df, folder = with_todays_columns(df), Path(output_dir)
-    done = df[df["status"] == "ok"]
-    if done.empty:
-        raise UserError(f"nothing to analyse: none of {len(df)} experiments finished")
-    for name in _order(df["config_name"]):
+    folder = Path(output_dir)
+    results = results_beside(df, folder)
+    done = results.finished()
+    n_rows = sum(map(len, results))
+    n_done = sum(map(len, done))
+    if not n_done:
+        raise UserError(f"nothing to analyse: none of {n_rows} experiments finished")
+    configs = configurations(results)
+    for name in configs:
         check_name(name)
-    baseline, by_config = choose_baseline(done, baseline), dict(iter(done.groupby("config_name", sort=False)))
-    own, documents = own_routing(done), item_documents(done)
-    # Several samples of a prompt are one unit: their mean.
-    columns = [*METRICS, *(f"repeat_{column}" for column in REPEATED)]
-    items = {name: rows.groupby("prompt_id", sort=False)[columns].mean() for name, rows in by_config.items()}
-    base, twice = items[baseline], items[own or baseline]
-    tests = {
-        name: {metric: paired_comparison(base[metric], rows[metric], documents) for metric in METRICS}
-        for name, rows in items.items()
-        if name != baseline
-    }
-    adjust_p_values([test for by_metric in tests.values() for test in by_metric.values()])
+    baseline = choose_baseline(done, baseline)
+    runs = set().union(*map(run_ids, results))
     analysis = {
         "baseline": baseline,
-        "own_routing": own,
-        "n_experiments": len(df),
-        "n_failed": len(df) - len(done),
-        "n_prompts": done["prompt_id"].nunique(),
-        "configurations": {
-            row["config_name"]: {field: row[field] for field in CONFIG_FIELDS}
-            for row in done.drop_duplicates("config_name").to_dict("records")
-        },
-        "summary_by_config": {name: _describe(rows) for name, rows in by_config.items()},
-        "summary_by_category": {
-            word: {name: _describe(rows[rows["prompt_category"] == word]) for name, rows in by_config.items()}
-            for word in _order(done["prompt_category"])
-        },
-        "statistical_tests": tests,
-        "verdict": quality_verdicts(df, baseline),
-        "shuffle_effects": shuffle_effects(df),
+        "own_k": own_k_of(results),
+        "n_rows": n_rows,
+        "n_failed": n_rows - n_done,
+        "n_prompts": done.generation["prompt_id"].nunique(),
+        "configurations": configs,
+        "summary_by_config": summarize(done),
+        "summary_by_category": summarize_categories(done),
+        "statistical_tests": compare_with_baseline(done, baseline),
+        "verdict": quality_verdicts(results.scores, configs, baseline),
+        "shuffle_effects": shuffle_effects(results.scores, configs),
         "quality_margin": QUALITY_MARGIN,
-        "noise_floor": {
-            column: paired_comparison(twice[column], twice[f"repeat_{column}"], documents)
-            for column in REPEATED
-        },
-        "tasks": compare_tasks(done, baseline, folder),
-        "null_diagnostics": _read_json(folder / "null_diagnostics.json", run_ids(df)),
-        "layers": summarize_layers(read_layer_table(folder, "layer_statistics", run_ids(df))),
+        "noise_floor": noise_floor(done),
+        "tasks": compare_tasks(done.tasks, baseline, read_side_file(folder / TASK_RESULTS, runs)),
+        "null_diagnostics": read_side_file(folder / NULL_DIAGNOSTICS, runs) or None,
+        "layers": summarize_layers(read_side_table(LAYER_STATISTICS, folder, runs)),
     }
     analysis = strict_json(analysis | {"hypotheses": check_hypotheses(analysis)})
     write_json(folder / "analysis_summary.json", analysis)
@@ -4063,15 +5583,16 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
 # 14. Figures
 # ---------------------------------------------------------------------------------------------------------
 #
-# Each plot_* draws into given axes and returns them; saving is done in one place, `create_visualizations`.
-
+# Each plot_* draws what it is given into given axes and returns them; PLOTS says what it is given, and
+# saving is done in one place, `draw_plots`.
 
 LEGEND_BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}
-
-
 ROW_OF_NAMES = 80  # characters; longer names do not fit side by side below a plot: a row each instead
 MAX_INCHES = 60  # of a figure's height, however many rows it has
 MARKERS = "osD^v<>phdXP*"  # of the members of a family
+VERDICT_COLORS = {"better": "#0173b2", "worse": "#d55e00", "undecided": "0.5"}
+EXPERTS_LABEL = "experts per token and layer"
+NOT_FROM_ZERO = "(axis not from 0)"  # where a plot that began at 0 would be mostly empty
 
 
 def _axes(ax: Any, height: float = 4.2) -> Any:
@@ -4081,7 +5602,18 @@ def _axes(ax: Any, height: float = 4.2) -> Any:
 
 
 def _two_axes(axes: Any, height: float = 4.2) -> Any:
-    return axes if axes is not None else plt.subplots(1, 2, figsize=(9, height), layout="constrained")[1]
+    if axes is not None:
+        return axes
+    return plt.subplots(1, 2, figsize=(10, height), layout="constrained")[1]
+
+
+def amount(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def _owns_figure(ax: Any) -> bool:
+    """Whether the figure is this plot's own, so that its size may be changed."""
+    return len(ax.figure.axes) == 1
 
 
 def _in_rows(names: Sequence[str]) -> bool:
@@ -4089,30 +5621,48 @@ def _in_rows(names: Sequence[str]) -> bool:
     return len(names) * max(map(len, names), default=0) > ROW_OF_NAMES
 
 
-def _legend_beside(ax: Any, entries: int, fontsize: str = "medium") -> None:
-    """The legend right of `ax`, smaller where it has many entries."""
-    style = {"fontsize": "x-small", "labelspacing": 0.25} if entries > 10 else {"fontsize": fontsize}
-    sns.move_legend(ax, **LEGEND_BESIDE, title=None, **style)
+def _legend_beside(ax: Any, entries: int) -> None:
+    """The legend right of `ax`, small where it has many entries."""
+    small = {"fontsize": "x-small", "labelspacing": 0.25} if entries > 10 else {}
+    sns.move_legend(ax, **LEGEND_BESIDE, title=None, **small)
 
 
-FAMILY_FIELDS = ("method", "p_values", "max_k", "temperature", "renormalize", "shuffle")
+def _family_words(config: Config, fields: Sequence[str]) -> str:
+    """A family's label: the rule, and its value of each of `fields`."""
+    words = [config.get("method", "")]
+    for field in fields:
+        value = config.get(field)
+        if field == "shuffle":
+            words += ["shuffled"] if value else []
+        elif isinstance(value, (int, float)):
+            words.append(f"{field} {value:g}")
+        elif value is not None:
+            words.append(value if isinstance(value, str) else f"{field} {value}")
+    return ", ".join(words)
 
 
 def _families(frame: pd.DataFrame, names: Sequence[str]) -> dict[str, list[str]]:
     """Label -> configurations that differ in their knob only; a label names what differs between families.
 
-    Where `frame` does not say what a configuration is, each is a family.
+    frame: has config_name and configuration. Where a configuration is not known, it is a family of its own.
     """
-    rows = frame.drop_duplicates("config_name").set_index("config_name").loc[list(names)]
-    if "method" not in rows:
-        return {name: [name] for name in names}
-    fields = [f for f in FAMILY_FIELDS if f in rows and (f == "method" or rows[f].nunique(dropna=False) > 1)]
+    rows = frame.drop_duplicates("config_name").set_index("config_name")
+    known: dict[str, dict[str, Any]] = {}
+    for name in names:
+        config = json.loads(rows["configuration"].get(name) or "{}")
+        rule = RULES.get(config.get("method"))
+        if rule is not None:
+            config.pop(rule.knob.name, None)
+            known[name] = config
+    differing = [
+        field
+        for field in distinct(field for config in known.values() for field in config)
+        if field != "method" and len({str(config.get(field)) for config in known.values()}) > 1
+    ]
     families: dict[str, list[str]] = {}
-    for name, row in rows[fields].iterrows():
-        row = row[row.notna() & ~row.astype(str).isin(["", "False"])]
-        values = row.drop("shuffle", errors="ignore").items()
-        words = [f"{f} {v:g}" if isinstance(v, (int, float)) else str(v) for f, v in values]
-        families.setdefault(", ".join([*words, *["shuffled"] * ("shuffle" in row)]), []).append(name)
+    for name in names:
+        label = _family_words(known[name], differing) if name in known else name
+        families.setdefault(label, []).append(name)
     return families
 
 
@@ -4122,7 +5672,8 @@ def _distinct_colors(number: int) -> list[Any]:
 
 def _palette(frame: pd.DataFrame, names: Sequence[str]) -> dict[str, Any]:
     """Configuration -> colour: one for each family, its members from full to light in their order."""
-    families, colors = _families(frame, names), {}
+    families = _families(frame, names)
+    colors = {}
     for color, members in zip(_distinct_colors(len(families)), families.values(), strict=True):
         for name, white in zip(members, np.linspace(0, 0.6, len(members)), strict=True):
             colors[name] = tuple(channel + white * (1 - channel) for channel in color)
@@ -4131,8 +5682,10 @@ def _palette(frame: pd.DataFrame, names: Sequence[str]) -> dict[str, Any]:
 
 def _markers(frame: pd.DataFrame, names: Sequence[str]) -> dict[str, str]:
     """Configuration -> marker: the members of a family have different ones."""
-    families = _families(frame, names).values()
-    return {name: mark for members in families for name, mark in zip(members, itertools.cycle(MARKERS))}
+    markers = {}
+    for members in _families(frame, names).values():
+        markers |= dict(zip(members, itertools.cycle(MARKERS)))
+    return markers
 
 
 def _student_interval(values: Any) -> tuple[float, float]:
@@ -4145,20 +5698,21 @@ def _student_interval(values: Any) -> tuple[float, float]:
 
 def plot_bars(frame: pd.DataFrame, ax: Any = None, *, column: str, label: str, median: bool = False) -> Any:
     """One bar per configuration with its prompts as dots, so that a mean never hides its spread."""
-    order = _order(frame["config_name"])
-    rows = _in_rows(order)
-    ax = _axes(ax, 1 + 0.24 * len(order) if rows else 4.2)
-    x, y = (column, "config_name") if rows else ("config_name", column)
+    order = distinct(frame["config_name"])
+    in_rows = _in_rows(order)
+    ax = _axes(ax, 1 + 0.24 * len(order) if in_rows else 4.2)
+    x, y = (column, "config_name") if in_rows else ("config_name", column)
     common = {"data": frame, "x": x, "y": y, "order": order, "ax": ax}
     style = {"alpha": 0.75, "capsize": 0.15, "err_kws": {"linewidth": 1.2, "color": "0.2"}, "legend": False}
     spread = {"estimator": "median", "errorbar": ("pi", 50)} if median else {"errorbar": _student_interval}
     sns.barplot(**common, hue="config_name", palette=_palette(frame, order), **spread, **style)
     sns.stripplot(**common, color="0.25", size=3, alpha=0.4, jitter=False)
     note = "median and quartiles" if median else "mean and 95 % interval"
-    quantity = METRICS[column][0][0].upper() + METRICS[column][0][1:]
-    over = f"{note} over {frame['prompt_id'].nunique()} prompts"
-    ax.set_title(f"{quantity}:\n{over}" if rows else f"{quantity}: {over}")
-    if rows:
+    title = GENERATION.metrics[column].title
+    quantity = title[0].upper() + title[1:]
+    over = f"{note} over {amount(frame['prompt_id'].nunique(), 'prompt')}"
+    ax.set_title(f"{quantity}:\n{over}" if in_rows else f"{quantity}: {over}")
+    if in_rows:
         ax.set(xlabel=label, ylabel="", xlim=(0, None))
     else:
         ax.set(xlabel="", ylabel=label, ylim=(0, None))
@@ -4167,27 +5721,34 @@ def plot_bars(frame: pd.DataFrame, ax: Any = None, *, column: str, label: str, m
 
 def plot_experts_by_category(frame: pd.DataFrame, ax: Any = None) -> Any:
     """Distribution over prompts of mean experts, by prompt category and configuration."""
-    order, categories = _order(frame["config_name"]), _order(frame["prompt_category"])
-    boxes = len(order) * len(categories)
-    if many := _in_rows(order):  # a row a configuration, a colour a category
-        groups, hue, colors = "config_name", "prompt_category", _distinct_colors(len(categories))
-        shown = {"order": order, "hue_order": categories, "palette": colors}
+    order = distinct(frame["config_name"])
+    categories = distinct(frame["prompt_category"])
+    common = {"data": frame, "linewidth": 0.9, "fliersize": 2.5, "gap": 0.15}
+    value = "avg_experts_per_token"
+    if _in_rows(order):  # a row a configuration, a colour a category
+        groups = {"y": "config_name", "order": order}
+        colors = {"hue": "prompt_category", "hue_order": categories}
+        colors["palette"] = _distinct_colors(len(categories))
     else:
-        groups, hue, colors = "prompt_category", "config_name", _palette(frame, order)
-        shown = {"order": categories, "hue_order": order, "palette": colors}
-    value, rows = "avg_experts_per_token", many or _in_rows(categories)
-    ax = _axes(ax, 1 + 0.12 * boxes if rows else 4.2)
-    x, y = (value, groups) if rows else (groups, value)
-    sns.boxplot(frame, x=x, y=y, hue=hue, **shown, ax=ax, linewidth=0.9, fliersize=2.5, gap=0.15)
+        groups = {"x": "prompt_category", "order": categories}
+        colors = {"hue": "config_name", "hue_order": order, "palette": _palette(frame, order)}
+        if _in_rows(categories):
+            groups = {"y": "prompt_category", "order": categories}
+    in_rows = "y" in groups
+    ax = _axes(ax, 1 + 0.12 * len(order) * len(categories) if in_rows else 4.2)
+    sns.boxplot(**common, **groups, **({"x": value} if in_rows else {"y": value}), **colors, ax=ax)
     ax.set(xlabel="", ylabel="", title="Experts by prompt category")
-    (ax.set_xlabel if rows else ax.set_ylabel)("experts per token and layer")
-    _legend_beside(ax, len(shown["hue_order"]))
+    if in_rows:
+        ax.set_xlabel(EXPERTS_LABEL)
+    else:
+        ax.set_ylabel(EXPERTS_LABEL)
+    _legend_beside(ax, len(colors["hue_order"]))
     return ax
 
 
 def plot_experts_vs_latency(frame: pd.DataFrame, ax: Any = None) -> Any:
     """Mean experts against decode time per token: a dot a prompt, a large mark a configuration's medians."""
-    order = _order(frame["config_name"])
+    order = distinct(frame["config_name"])
     ax = _axes(ax, 0.6 + 0.15 * len(order))
     data = frame.assign(latency=frame["decode_sec_per_token"] * 1000)
     medians = data.groupby("config_name", sort=False)[["avg_experts_per_token", "latency"]].median()
@@ -4197,98 +5758,153 @@ def plot_experts_vs_latency(frame: pd.DataFrame, ax: Any = None) -> Any:
     marks = {"style": "config_name", "style_order": order, "markers": _markers(frame, order)}
     large = {"s": 80, "edgecolor": "0.2", "linewidth": 0.7, "zorder": 4}
     sns.scatterplot(medians.reset_index(), **common, **marks, **large)
-    ax.set(xlabel="experts per token and layer", ylabel="decode time, ms per token", ylim=(0, None))
+    ax.set(xlabel=EXPERTS_LABEL, ylabel=f"decode time, ms per token {NOT_FROM_ZERO}")
     ax.set_title("Experts against latency (large: medians of a configuration)")
     _legend_beside(ax, len(order))
     return ax
 
 
-VERDICT_COLORS = {"better": "#0173b2", "worse": "#d55e00", "undecided": "0.5"}
-
-
 def _nats_scale(ax: Any, which: str, values: list[float]) -> None:
     """Linear within +-0.01 nats, logarithmic beyond: 0.4 and 0.004 nats can be read off one axis."""
-    low, high = 1.3 * min(values), 1.3 * max(values)
+    low = 1.3 * min(values)
+    high = 1.3 * max(values)
     if max(-low, high) <= 0.05:
         ax.locator_params(which, nbins=6)
-    else:
-        getattr(ax, f"set_{which}scale")("symlog", linthresh=0.01)
-        steps = (0.005, *(step * 10.0**power for power in range(-2, 2) for step in (1, 3)))
-        ticks = [tick for tick in (*(-step for step in steps), 0.0, *steps) if low <= tick <= high]
-        getattr(ax, f"{which}axis").set_ticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
-        getattr(ax, f"{which}axis").set_ticks([], minor=True)
+        return
+    ax.set(**{f"{which}scale": "symlog"})
+    axis = getattr(ax, f"{which}axis")
+    getattr(ax, f"set_{which}scale")("symlog", linthresh=0.01)
+    steps = (0.005, *(step * 10.0**power for power in range(-2, 2) for step in (1, 3)))
+    ticks = [tick for tick in (*(-step for step in steps), 0.0, *steps) if low <= tick <= high]
+    axis.set_ticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
+    axis.set_ticks([], minor=True)
 
 
-def plot_quality_vs_experts(
-    frame: pd.DataFrame, ax: Any = None, verdicts: Any = None, baseline: str | None = None
-) -> Any:
+def plot_quality_vs_experts(verdicts: pd.DataFrame, ax: Any = None) -> Any:
     """Difference to the baseline in NLL against mean experts: the static curve, and each rule's ladder.
 
-    Differences are paired by item, so band and bars (95 %) hold what the comparison leaves uncertain, not
-    how hard the items are. Between two static points the curve is their mixture.
+    verdicts: see `verdict_frame`. Differences are paired by item, so band and bars (95 %) hold what the
+    comparison leaves uncertain, not how hard the items are. Between two static points the curve is their
+    mixture.
     """
-    baseline, (ax, mean) = choose_baseline(frame, baseline), (_axes(ax), "delta_to_baseline")
-    found = verdicts or quality_verdicts(frame, baseline)
-    rows = pd.DataFrame.from_dict(found, orient="index").dropna(subset=mean)
-    low, high = (rows[f"{mean}_ci95_{side}"].astype(float).fillna(rows[mean]) for side in ("low", "high"))
-    rows = rows.assign(low=low, high=high)  # no width where no item differs: the baseline itself
-    is_curve = rows.index.map(lambda name: is_static(found[name])).astype(bool)
-    static = rows[is_curve].sort_values("mean_experts")
-    gray, style = {"color": "0.2", "linewidth": 1.4}, {"linewidth": 1.2, "elinewidth": 0.8, "markersize": 5}
+    ax = _axes(ax)
+    difference = "delta_to_baseline"
+    rows = verdicts.dropna(subset=difference)
+    # No width where no item differs: the baseline itself.
+    low = rows[f"{difference}_ci95_low"].fillna(rows[difference])
+    high = rows[f"{difference}_ci95_high"].fillna(rows[difference])
+    rows = rows.assign(low=low, high=high)
+    static = rows[rows["is_static"]].sort_values("mean_experts")
     if len(static):
-        x = np.union1d(np.linspace(*static["mean_experts"].iloc[[0, -1]], 400), static["mean_experts"])
-        band = {key: np.interp(x, static["mean_experts"], static[key]) for key in ("low", mean, "high")}
+        ends = static["mean_experts"].iloc[[0, -1]]
+        x = np.union1d(np.linspace(*ends, 400), static["mean_experts"])
+        band = {key: np.interp(x, static["mean_experts"], static[key]) for key in ("low", difference, "high")}
+        gray = {"color": "0.2", "linewidth": 1.4, "markersize": 5}
         ax.fill_between(x, band["low"], band["high"], color="0.2", alpha=0.15, linewidth=0)
-        ax.plot(x, band[mean], **gray)
-        ax.plot(static["mean_experts"], static[mean], "o", color="0.2", markersize=5)
-        ax.plot([], [], "o-", **gray, markersize=5, label="static Top-K")
-    families = _families(frame, list(rows.index[~is_curve]))
+        ax.plot(x, band[difference], **gray)
+        ax.plot(static["mean_experts"], static[difference], "o", color="0.2", markersize=5)
+        ax.plot([], [], "o-", **gray, label="static Top-K")
+    families = _families(rows, list(rows.loc[~rows["is_static"], "config_name"]))
     colors = _distinct_colors(len(families))
-    for i, (label, members) in enumerate(families.items()):
-        ladder = rows.loc[members].sort_values("mean_experts")
-        bars = np.maximum([ladder[mean] - ladder["low"], ladder["high"] - ladder[mean]], 0)
-        mark = {"color": colors[i], "marker": MARKERS[1:][i % 12], "markeredgecolor": "white"}
-        mark |= {"markeredgewidth": 0.5, "label": label}
-        ax.errorbar(ladder["mean_experts"], ladder[mean], yerr=bars, **mark, **style)
-    if len(ax.figure.axes) == 1:  # the figure is this plot's own
+    for place, (label, members) in enumerate(families.items()):
+        ladder = rows[rows["config_name"].isin(members)].sort_values("mean_experts")
+        bars = np.maximum([ladder[difference] - ladder["low"], ladder["high"] - ladder[difference]], 0)
+        ax.errorbar(
+            ladder["mean_experts"],
+            ladder[difference],
+            yerr=bars,
+            label=label,
+            color=colors[place],
+            marker=MARKERS[1:][place % len(MARKERS[1:])],
+            markersize=5,
+            markeredgecolor="white",
+            markeredgewidth=0.5,
+            linewidth=1.2,
+            elinewidth=0.8,
+        )
+    if _owns_figure(ax):
         ax.figure.set_figwidth(8.5)  # room for the legend
     if len(rows):
         _nats_scale(ax, "y", [*low, *high])
         ax.legend(**LEGEND_BESIDE, fontsize="small")
     ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    ax.set(xlabel="experts per token and layer", ylabel=f"NLL minus {baseline}'s, nats per token")
+    ax.set(xlabel=EXPERTS_LABEL, ylabel=f"NLL minus {verdicts.attrs['baseline']}'s, nats per token")
     ax.set_title("Quality against compute (lower is better)" if len(rows) else "No configuration was scored")
     return ax
 
 
-def plot_delta_at_equal_compute(frame: pd.DataFrame, ax: Any = None, verdicts: Any = None) -> Any:
+def plot_delta_at_equal_compute(verdicts: pd.DataFrame, ax: Any = None) -> Any:
     """One row per adaptive configuration: NLL minus that of static Top-K with the same mean experts, 95 %."""
-    found = verdicts or quality_verdicts(frame, choose_baseline(frame))
-    ax, spans = _axes(ax), [0.0]
-    rows = {name: row for name, row in found.items() if not is_static(row)}
-    if len(ax.figure.axes) == 1:
+    ax = _axes(ax)
+    rows = verdicts[~verdicts["is_static"]].reset_index(drop=True)
+    if _owns_figure(ax):
         ax.figure.set_figheight(1.7 + 0.26 * max(len(rows), 4))
+    spans = [0.0]
     side = {"va": "center", "transform": ax.get_yaxis_transform()}
-    for y, row in enumerate(rows.values()):
-        ax.text(1.02, y, "–" if row["mean_experts"] is None else f"{row['mean_experts']:.2f}", **side)
-        color, delta = VERDICT_COLORS[row["verdict"]], row["delta_nll"]
-        if delta is None:
+    for y, row in rows.iterrows():
+        experts = row["mean_experts"]
+        ax.text(1.02, y, "–" if pd.isna(experts) else f"{experts:.2f}", **side)
+        delta = row["delta_nll"]
+        if pd.isna(delta):
             ax.text(0.98, y, "not comparable", ha="right", color="0.5", **side)
             continue
-        ends = [delta if row[key] is None else row[key] for key in ("ci95_low", "ci95_high")]
+        color = VERDICT_COLORS[row["verdict"]]
+        is_tested = not pd.isna(row["ci95_low"])
+        ends = [row["ci95_low"], row["ci95_high"]] if is_tested else [delta, delta]
         ax.plot(ends, [y, y], color=color, linewidth=1.8, solid_capstyle="butt")
-        ax.plot(delta, y, "o", color=color, markersize=5, markerfacecolor="white" if row["reason"] else color)
+        ax.plot(delta, y, "o", color=color, markersize=5, markerfacecolor=color if is_tested else "white")
         spans += ends
     _nats_scale(ax, "x", spans)
     ax.axvline(0, color="0.2", linewidth=1)
     for verdict, color in VERDICT_COLORS.items():
         ax.plot([], [], "o-", color=color, linewidth=1.8, markersize=5, label=verdict)
-    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set_yticks(range(len(rows)), list(rows["config_name"]))
     ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel="NLL minus static Top-K at equal experts, nats per token")
     ax.set_title("Against static Top-K at equal compute (left is better)", pad=22)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, borderaxespad=0.1)
     place = {"xycoords": "axes fraction", "textcoords": "offset points"}
     ax.annotate("experts", (1.02, 1), (0, 4), **place, color="0.4")
+    return ax
+
+
+def _is_plain(table: pd.DataFrame) -> pd.Series:
+    """Which rows are of plain static Top-K."""
+    return table["configuration"].map(lambda cell: static_k(json.loads(cell)) is not None).astype(bool)
+
+
+def plot_expert_counts(table: pd.DataFrame, ax: Any = None) -> Any:
+    """How many experts how often: shares of the decisions, all layers together, a line a configuration. Plain
+    Top-K, which always runs the same number, is left out."""
+    names = distinct(table["config_name"])
+    drawn = table[~_is_plain(table)]
+    order = distinct(drawn["config_name"])
+    ax = _axes(ax, 0.6 + 0.15 * len(order))
+    counts = drawn.groupby(["config_name", "num_experts"], sort=False)["tokens"].sum()
+    shares = (counts / counts.groupby("config_name").transform("sum")).rename("share").reset_index()
+    fewest = int(shares["num_experts"].min())
+    most = int(shares["num_experts"].max())
+    every = pd.MultiIndex.from_product([order, range(fewest, most + 1)], names=["config_name", "num_experts"])
+    shares = shares.set_index(["config_name", "num_experts"]).reindex(every, fill_value=0.0).reset_index()
+    sns.lineplot(
+        shares,
+        x="num_experts",
+        y="share",
+        hue="config_name",
+        hue_order=order,
+        palette=_palette(table, names),
+        style="config_name",
+        style_order=order,
+        markers=_markers(table, names),
+        dashes=False,
+        markersize=6,
+        linewidth=1.2,
+        ax=ax,
+    )
+    ax.set(xlabel="experts that ran", ylabel="share of decisions", ylim=(0, None))
+    ax.set_xlim(fewest - 0.3, most + 0.3)
+    ax.set_title("How many experts, how often (a decision is a token in a layer)")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    _legend_beside(ax, len(order))
     return ax
 
 
@@ -4298,29 +5914,28 @@ def plot_null_calibration(diagnostics: Mapping[str, Any], axes: Any = None) -> A
     alpha.
     """
     left, right = _two_axes(axes)
-    levels, colors = diagnostics["levels"], iter(sns.color_palette("colorblind"))
-    for name, null in diagnostics["nulls"].items():
-        color, curve = next(colors), pd.DataFrame(null["alphas"])
+    levels = diagnostics["levels"]
+    colors = sns.color_palette("colorblind")
+    for color, (name, null) in zip(colors, diagnostics["nulls"].items(), strict=False):
+        curve = pd.DataFrame(null["alphas"])
         for index, shares in enumerate(null["layers"]):
             left.plot(levels, shares, color=color, linewidth=0.9, alpha=0.7, label=None if index else name)
-        right.plot(curve["alpha"], curve["realised_fdp"], "o-", color=color, markersize=4, label=name)
+        above_zero = curve["realised_fdp"].where(curve["realised_fdp"] > 0)  # as far as a logarithm reaches
+        right.plot(curve["alpha"], above_zero, "o-", color=color, markersize=4, label=name)
     for ax, first, last, label in ((left, levels[0], 1, "exact"), (right, 0.001, 0.5, "alpha")):
         ax.plot([first, last], [first, last], color="0.2", linestyle=":", label=label)
         ax.set(xscale="log", yscale="log")
         ax.legend(frameon=False)
     left.set(xlabel="p-value level", ylabel="share of null pairs at or below", ylim=(levels[0] / 2, 1.5))
     left.set_title("Uniformity on held-out text, by layer")
-    right.set(xlabel="alpha", ylabel="realised proportion", ylim=(3e-4, 1))
+    right.set(xlabel="alpha", ylabel="realised proportion, where above 0", ylim=(3e-4, 1))
     right.set_title("False discoveries of BH, before floor and cap")
     return left, right
 
 
 def plot_layer_profile(table: pd.DataFrame, axes: Any = None) -> Any:
-    """Layer by layer: mean experts, and the share of the gate mass that the experts which ran have.
-
-    table: layer_statistics; with the columns of CONFIG_FIELDS beside them, families share a colour.
-    """
-    order = _order(table["config_name"])
+    """Layer by layer: mean experts, and the share of the gate mass that the experts which ran have."""
+    order = distinct(table["config_name"])
     axes = _two_axes(axes, max(4.2, 0.6 + 0.15 * len(order)))
     common = {"x": "layer", "hue": "config_name", "hue_order": order, "palette": _palette(table, order)}
     common |= {"style": "config_name", "style_order": order, "markers": _markers(table, order)}
@@ -4329,50 +5944,53 @@ def plot_layer_profile(table: pd.DataFrame, axes: Any = None) -> Any:
         (axes[1], "gate_mass_frac", "share of gate mass that ran", "Gate mass by layer"),
     ):
         sns.lineplot(table, y=column, ax=ax, **common, dashes=False, markersize=5, linewidth=1.2)
-        ax.set(xlabel="MoE layer", ylabel=label, ylim=(0, None), title=title)
+        ax.set(xlabel="MoE layer", ylabel=f"{label} {NOT_FROM_ZERO}", title=title)
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend_.remove()
-    _legend_beside(axes[1], len(order), "small")
+    _legend_beside(axes[1], len(order))
     return axes
 
 
 def plot_task_scores(frame: pd.DataFrame, axes: Any = None) -> Any:
     """Mean score of each task by configuration, one panel for each kind of score."""
-    frame = frame[frame["task_score"].notna()]
-    metrics, order = _order(frame["task_metric"]), _order(frame["config_name"])
-    tasks = _order(frame["prompt_category"])
-    if many := _in_rows(order):  # a row a configuration, a colour a task
-        groups, hue, colors = "config_name", "prompt_category", _distinct_colors(len(tasks))
-        shown = {"hue_order": tasks, "palette": dict(zip(tasks, colors, strict=True))}
+    metrics = distinct(frame["metric"])
+    order = distinct(frame["config_name"])
+    tasks = distinct(frame["task"])
+    in_rows = _in_rows(order)  # a row a configuration, a colour a task
+    if in_rows:
+        groups = {"x": "score", "y": "config_name", "order": order}
+        colors = {"hue": "task", "hue_order": tasks, "palette": _distinct_colors(len(tasks))}
     else:
-        groups, hue = "prompt_category", "config_name"
-        shown = {"hue_order": order, "palette": _palette(frame, order)}
+        groups = {"x": "task", "y": "score"}
+        colors = {"hue": "config_name", "hue_order": order, "palette": _palette(frame, order)}
     if axes is None:
-        height = min(1 + 0.14 * len(order) * (len(tasks) + 1), MAX_INCHES) if many else 4.2
-        style = {"squeeze": False, "layout": "constrained", "figsize": (2 + 3.2 * len(metrics), height)}
-        axes = plt.subplots(1, len(metrics), sharey=many, **style)[1][0]
-    x, y = ("task_score", groups) if many else (groups, "task_score")
+        height = min(1 + 0.14 * len(order) * (len(tasks) + 1), MAX_INCHES) if in_rows else 4.2
+        size = (2 + 3.2 * len(metrics), height)
+        panels = {"squeeze": False, "layout": "constrained", "figsize": size, "sharey": in_rows}
+        axes = plt.subplots(1, len(metrics), **panels)[1][0]
     style = {"alpha": 0.75, "errorbar": _student_interval, "capsize": 0.1}
     style["err_kws"] = {"linewidth": 1.0, "color": "0.2"}
     for ax, metric in zip(axes, metrics, strict=True):
-        part = frame[frame["task_metric"] == metric]
-        sns.barplot(part, x=x, y=y, hue=hue, **shown, **style, ax=ax, order=order if many else None)
+        sns.barplot(frame[frame["metric"] == metric], **groups, **colors, **style, ax=ax)
         ax.set(xlabel="", ylabel="")
-        (ax.set_xlabel if many else ax.set_ylabel)(f"{metric},\nmean and 95 % interval")
-        ax.tick_params(axis="x", rotation=0 if many else 20)
+        if in_rows:
+            ax.set_xlabel(f"{metric},\nmean and 95 % interval")
+        else:
+            ax.set_ylabel(f"{metric}, mean and 95 % interval")
+            if _in_rows(tasks):
+                ax.tick_params(axis="x", rotation=20)
         if ax is not axes[-1]:
             ax.legend_.remove()
-    _legend_beside(axes[-1], len(shown["hue_order"]))
+    _legend_beside(axes[-1], len(colors["hue_order"]))
     return axes
 
 
-HEATMAP_CONFIGS = 5  # the baseline and the next ones; more would be too small to read
+HEATMAP_CONFIGS = 5  # the first ones; more would be too small to read
 
 
-def plot_expert_usage_heatmap(usage: pd.DataFrame, figure: Any = None, baseline: str | None = None) -> Any:
-    """How often each expert of each layer ran, relative to even use, for the baseline, where one is given,
-    and the first other configurations."""
-    names = sorted(_order(usage["config_name"]), key=lambda name: name != baseline)[:HEATMAP_CONFIGS]
+def plot_expert_usage_heatmap(usage: pd.DataFrame, figure: Any = None) -> Any:
+    """How often each expert of each layer ran, relative to even use, for the first configurations."""
+    names = distinct(usage["config_name"])[:HEATMAP_CONFIGS]
     counts = usage.groupby(["config_name", "layer", "expert"], sort=False)["count"].sum().unstack()
     relative = counts.div(counts.mean(axis=1), axis=0)
     figure = figure or plt.figure(layout="constrained")
@@ -4392,247 +6010,462 @@ def plot_expert_usage_heatmap(usage: pd.DataFrame, figure: Any = None, baseline:
     return axes
 
 
-# File name -> how it is drawn, what it shows, and what it is drawn from: a column of the results (the plot is
-# empty without it), or one of the other tables in the folder.
-PLOTS: dict[str, tuple[Callable, str, str]] = {
-    "avg_experts_comparison": (
-        functools.partial(plot_bars, column="avg_experts_per_token", label="experts per token and layer"),
-        *("Experts per token and layer", "avg_experts_per_token"),
+@dataclass(frozen=True)
+class PlotData:
+    """Everything a plot may be drawn from; each frame is empty where the run has none."""
+
+    generation: pd.DataFrame
+    verdicts: pd.DataFrame  # see `verdict_frame`
+    tasks: pd.DataFrame
+    layers: pd.DataFrame  # LAYER_STATISTICS
+    usage: pd.DataFrame  # EXPERT_USAGE, the baseline first
+    counts: pd.DataFrame  # EXPERT_COUNTS; empty where every configuration is plain Top-K
+    diagnostics: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """draw: plot_x(data, ax=None). data: what it is given; nothing is drawn where that is empty."""
+
+    title: str
+    draw: Callable[..., Any]
+    data: Callable[[PlotData], Any]
+
+
+def _generated(column: str) -> Callable[[PlotData], pd.DataFrame]:
+    """The generated rows that have a value of `column`."""
+    return lambda data: data.generation[data.generation[column].notna()]
+
+
+PLOTS: dict[str, Plot] = {  # file name, in the order of the report
+    "quality_vs_experts": Plot(
+        "Quality against compute",
+        plot_quality_vs_experts,
+        lambda data: data.verdicts.dropna(subset="delta_to_baseline"),
     ),
-    "inference_time_comparison": (
+    "delta_at_equal_compute": Plot(
+        "Quality at equal compute",
+        plot_delta_at_equal_compute,
+        lambda data: data.verdicts[~data.verdicts["is_static"]],
+    ),
+    "task_scores": Plot("Downstream tasks", plot_task_scores, lambda data: data.tasks),
+    "avg_experts_comparison": Plot(
+        "Experts per token and layer",
+        functools.partial(plot_bars, column="avg_experts_per_token", label=EXPERTS_LABEL),
+        _generated("avg_experts_per_token"),
+    ),
+    "expert_counts": Plot("How many experts, how often", plot_expert_counts, lambda data: data.counts),
+    "inference_time_comparison": Plot(
+        "Inference time",
         functools.partial(plot_bars, column="inference_time_sec", label="seconds per prompt", median=True),
-        *("Inference time", "inference_time_sec"),
+        _generated("inference_time_sec"),
     ),
-    "expert_utilization_cv": (
+    "experts_vs_latency": Plot(
+        "Experts against latency", plot_experts_vs_latency, _generated("decode_sec_per_token")
+    ),
+    "experts_by_category": Plot(
+        "Experts by category", plot_experts_by_category, _generated("avg_experts_per_token")
+    ),
+    "expert_utilization_cv": Plot(
+        "Balance of expert use",
         functools.partial(plot_bars, column="expert_utilization_cv", label="CV of use, mean of layers"),
-        *("Balance of expert use", "expert_utilization_cv"),
+        _generated("expert_utilization_cv"),
     ),
-    "experts_by_category": (plot_experts_by_category, "Experts by category", "avg_experts_per_token"),
-    "experts_vs_latency": (plot_experts_vs_latency, "Experts against latency", "decode_sec_per_token"),
-    "quality_vs_experts": (plot_quality_vs_experts, "Quality against compute", "reference_nll"),
-    "delta_at_equal_compute": (plot_delta_at_equal_compute, "Quality at equal compute", "reference_nll"),
-    "task_scores": (plot_task_scores, "Downstream tasks", "task_score"),
-    "layer_profile": (plot_layer_profile, "Layer by layer", "layer_statistics"),
-    "expert_usage_heatmap": (plot_expert_usage_heatmap, "Use of every expert", "expert_usage"),
-    "null_calibration": (plot_null_calibration, "Calibration of the nulls", "null_diagnostics"),
+    "layer_profile": Plot("Layer by layer", plot_layer_profile, lambda data: data.layers),
+    "expert_usage_heatmap": Plot("Use of every expert", plot_expert_usage_heatmap, lambda data: data.usage),
+    "null_calibration": Plot(
+        "Calibration of the nulls", plot_null_calibration, lambda data: data.diagnostics
+    ),
 }
 
 
-class Plots(NamedTuple):
-    paths: list[Path]  # what was drawn
-    failed: dict[str, str]  # plot -> why it could not be drawn
+def verdict_frame(analysis: Mapping[str, Any]) -> pd.DataFrame:
+    """The verdicts as a frame, with config_name, configuration, is_static; its `attrs` name the baseline."""
+    rows = []
+    for name, verdict in analysis["verdict"].items():
+        config = json.dumps(analysis["configurations"][name])
+        about = {"config_name": name, "configuration": config, "is_static": verdict["verdict"] is None}
+        rows.append(about | verdict)
+    frame = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["is_static", "delta_to_baseline"])
+    numbers = [name for name in frame if name.startswith(("mean_", "delta_", "ci95_"))]
+    frame = frame.astype(dict.fromkeys(numbers, float))
+    frame.attrs["baseline"] = analysis["baseline"]
+    return frame
 
 
-def draw_plots(
-    df: pd.DataFrame,
-    output_dir: str | Path,
-    analysis: Mapping[str, Any] | None = None,
-    baseline: str | None = None,
-) -> Plots:
-    """`create_visualizations`, which also says what could not be drawn: one plot must not lose the report."""
-    df, output_dir, plots = with_todays_columns(df), Path(output_dir), Plots([], {})
-    done = df[df["status"] == "ok"]
-    if done.empty:
-        raise UserError(f"nothing to draw: none of {len(df)} experiments finished")
-    if analysis is None:
-        baseline = choose_baseline(done, baseline)
-        verdicts = quality_verdicts(df, baseline)
-    else:
-        baseline, verdicts = analysis["baseline"], analysis["verdict"]
-    for column in ("prompt_category", "task_metric"):  # somebody's words: their dollar signs are no formula
-        words = done[column].astype(str).map(_visible).str.replace("$", r"\$", regex=False)
-        done = done.assign(**{column: words})
-    runs = run_ids(df)
-    about = done.drop_duplicates("config_name")[["config_name", *CONFIG_FIELDS]]
-    tables: dict[str, Any] = {"null_diagnostics": _read_json(output_dir / "null_diagnostics.json", runs)}
-    for name in ("layer_statistics", "expert_usage"):
-        table = read_layer_table(output_dir, name, runs)
-        tables[name] = None if table is None else table.merge(about, on="config_name", how="left")
+def plot_data(df: pd.DataFrame, analysis: Mapping[str, Any], output_dir: Path) -> PlotData:
+    """What the plots of a run are drawn from. Somebody's words are shown as they are, not as formulas."""
+
+    def shown(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
+        literal = {name: frame[name].map(_visible).str.replace("$", r"\$", regex=False) for name in columns}
+        return frame.assign(**literal)
+
+    results = results_beside(df, output_dir)
+    done = results.finished()
+    runs = set().union(*map(run_ids, results))
+    cells = {name: json.dumps(config) for name, config in analysis["configurations"].items()}
+
+    def by_layer(table: Table) -> pd.DataFrame:
+        rows = first_kind(read_side_table(table, output_dir, runs))
+        return rows.assign(configuration=rows["config_name"].map(cells))
+
+    counts = by_layer(EXPERT_COUNTS)
+    usage = by_layer(EXPERT_USAGE)
+    is_other = usage["config_name"] != analysis["baseline"]
+    return PlotData(
+        generation=shown(done.generation, "prompt_category"),
+        verdicts=verdict_frame(analysis),
+        tasks=shown(done.tasks[done.tasks["score"].notna()], "task", "metric"),
+        layers=by_layer(LAYER_STATISTICS),
+        usage=usage.iloc[is_other.argsort(kind="stable")],
+        counts=counts if (~_is_plain(counts)).any() else counts[:0],
+        diagnostics=analysis["null_diagnostics"] or {},
+    )
+
+
+@dataclass(frozen=True)
+class DrawnPlots:
+    """Paths of the plots that were drawn, and plot -> why, for those that could not be."""
+
+    paths: list[Path]
+    failed: dict[str, str]
+
+
+def draw_plots(df: pd.DataFrame, output_dir: Path, analysis: Mapping[str, Any]) -> DrawnPlots:
+    """Draw every plot in PLOTS that has data. One that fails is left out and named: it must not lose the
+    report."""
+    data = plot_data(df, analysis, output_dir)
+    drawn = DrawnPlots([], {})
     with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
-        for name, (draw, _, needed) in PLOTS.items():
+        for name, plot in PLOTS.items():
             path = output_dir / "plots" / f"{name}.png"
             path.unlink(missing_ok=True)  # no plot of an earlier run beside the report of this one
-            if needed in tables:
-                missing, arguments = tables[needed] is None, (tables[needed],)
-            else:
-                missing, arguments = not done[needed].notna().any(), (done,)
-            if missing:
-                continue
-            more = {"baseline": baseline, "verdicts": verdicts}
-            more = {key: value for key, value in more.items() if key in inspect.signature(draw).parameters}
-            others = plt.get_fignums()  # of a notebook, say
             try:
-                draw(*arguments, **more)
+                content = plot.data(data)
+                if not len(content):
+                    continue
+                plot.draw(content)
                 figure = plt.gcf()
                 sns.despine(figure, left=True)
                 with replacing(path) as part:
                     # No creation date or version in the file: the same results give the same bytes.
                     figure.savefig(part, format="png", dpi=300, metadata={"Software": None})
-                plots.paths.append(path)
+                drawn.paths.append(path)
             except OSError:  # a full disk, say: the report would not fit either
                 raise
             except Exception as error:
-                plots.failed[name] = f"{type(error).__name__}: {_first_line(error)}"
-                logger.error(f"plot {name} could not be drawn and is left out: {plots.failed[name]}")
+                drawn.failed[name] = f"{type(error).__name__}: {_first_line(error)}"
+                logger.error(f"plot {name} could not be drawn and is left out: {drawn.failed[name]}")
                 logger.debug("where it failed", exc_info=True)
             finally:
-                for number in set(plt.get_fignums()) - set(others):
-                    plt.close(number)
-    return plots
+                plt.close("all")
+    return drawn
 
 
 def create_visualizations(
-    df: pd.DataFrame,
-    output_dir: str | Path,
-    analysis: Mapping[str, Any] | None = None,
-    baseline: str | None = None,
+    df: pd.DataFrame, output_dir: str | Path, baseline: str | None = None
 ) -> list[Path]:
     """Draw every plot in PLOTS that has data into `output_dir`/plots, PNG at 300 DPI; returns the paths.
 
-    analysis: what `analyze_results` returned, to save doing its statistics again; its baseline is taken.
-    baseline: without `analysis`, see `choose_baseline`. A plot that cannot be drawn is left out, and named in
-    the log.
+    df, baseline: see `analyze_results`. A plot that cannot be drawn is left out, and named in the log.
     """
-    return draw_plots(df, output_dir, analysis, baseline).paths
+    analysis = analyze_results(df, output_dir, baseline)
+    return draw_plots(df, Path(output_dir), analysis).paths
 
 
 # ---------------------------------------------------------------------------------------------------------
 # 15. Report
 # ---------------------------------------------------------------------------------------------------------
+#
+# A template that looks like the report it makes. Whatever claims something is a sentence, a tested function
+# of the analysis; whatever is a table is declared in REPORT_TABLES.
 
 
-def _cell(value: Any) -> str:
+def markdown_text(value: Any) -> str:
     """Text of a run in Markdown: no character of it can end a cell, a row or a table, or act as HTML."""
     text = _visible(" ".join(str(value).split()))
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "".join("\\" + mark if mark in "\\`*_{}[]|#!" else mark for mark in text)
 
 
-def _show(row: Mapping[str, Any], key: str, form: str = "") -> str:
-    """An entry of `row` as a cell: "–" where there is none.
+NOTHING_TO_SHOW = "–"
+
+
+def show(row: Mapping[str, Any], key: str, form: str = "") -> str:
+    """An entry of `row` as a cell, NOTHING_TO_SHOW where there is none.
 
     form: a format of Python's for numbers; "a to b" for the interval of KEY_low and KEY_high; "p" for a
     p-value, "code" for a name, "s" for words of this script; empty for the text of a run, made harmless, and
     for numbers as they come.
     """
     if " to " in form:
-        ends = [_show(row, f"{key}_{end}", form.split(" to ")[0]) for end in ("low", "high")]
-        return " to ".join(ends) if "–" not in ends else "–"
+        number_form = form.split(" to ")[0]
+        low = show(row, f"{key}_low", number_form)
+        high = show(row, f"{key}_high", number_form)
+        return NOTHING_TO_SHOW if NOTHING_TO_SHOW in (low, high) else f"{low} to {high}"
     value = row.get(key)
-    if value is None or value == "" or pd.isna(value):
-        return "–"
+    if value is None or (isinstance(value, str) and not value) or value is pd.NA or value != value:
+        return NOTHING_TO_SHOW
     if form == "p":
         return "< 0.0001" if value < 0.0001 else f"{value:.4f}"
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
-    if not form:
-        return f"{value:g}" if isinstance(value, float) else _cell(value)
-    return f"`{value}`" if form == "code" else format(value, form)
+    if form == "code":
+        return f"`{value}`"
+    if form:
+        return format(value, form)
+    return f"{value:g}" if isinstance(value, float) else markdown_text(value)
 
 
-def _table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
-    """A Markdown table of title -> (key, form) as `_show` takes them; first column left, others right."""
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
-    lines += [[_show(row, *column) for column in columns.values()] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+@dataclass(frozen=True)
+class ReportColumn:
+    """A column of a table in the report: its title, and what `show` is given."""
+
+    title: str
+    key: str
+    form: str = ""
 
 
-def _significance(test: Mapping[str, Any]) -> bool | str | None:
-    """Whether a test is significant; without an answer the reason, if there is one."""
-    found = test.get("significant")
-    return test.get("reason") if found is None else found
+def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[ReportColumn]) -> str:
+    """A Markdown table: the first column left, the others right, and none that has nothing to show."""
+    shown = []
+    for place, column in enumerate(columns):
+        cells = [show(row, column.key, column.form) for row in rows]
+        if place == 0 or set(cells) != {NOTHING_TO_SHOW}:
+            shown.append([column.title, "---:" if place else "---", *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*shown, strict=True))
 
 
-def _bullets(lines: Sequence[str]) -> str:
-    return "".join(f"- {line}\n" for line in lines)
+_CONFIGURATION = ReportColumn("configuration", "configuration", "code")
+REPORT_TABLES: dict[str, tuple[ReportColumn, ...]] = {
+    "quality": (
+        _CONFIGURATION,
+        ReportColumn("experts", "mean_experts", ".2f"),
+        ReportColumn("NLL at equal compute", "delta_nll", "+.4f"),
+        ReportColumn("95 % interval", "ci95", "+.4f to +.4f"),
+        ReportColumn("p adjusted", "p_value_adjusted", "p"),
+        ReportColumn("detectable", "smallest_detectable", ".4f"),
+        ReportColumn("verdict", "verdict", "s"),
+        ReportColumn("NLL to baseline", "delta_to_baseline", "+.4f"),
+        ReportColumn("95 % interval to baseline", "delta_to_baseline_ci95", "+.4f to +.4f"),
+        ReportColumn("equivalent", "equivalent_to_baseline", "s"),
+        ReportColumn("perplexity", "perplexity", ".2f"),
+        ReportColumn("KL", "kl_to_own", ".4f"),
+        ReportColumn("top-1 agreement", "top1_agreement", ".3f"),
+        ReportColumn("items", "items", "s"),
+    ),
+    "nulls": (
+        ReportColumn("null", "null", "s"),
+        ReportColumn("alpha", "alpha", "g"),
+        ReportColumn("rejections, mean", "mean_rejections", ".2f"),
+        ReportColumn("realised false-discovery proportion", "realised_fdp", ".4f"),
+        ReportColumn("no rejection", "zero_rejection_frac", ".1%"),
+    ),
+    "tasks": (
+        ReportColumn("task", "task"),
+        _CONFIGURATION,
+        ReportColumn("harness's own numbers ± stderr", "numbers"),
+        ReportColumn("score", "metric"),
+        ReportColumn("documents", "n_documents", "d"),
+        ReportColumn("mean", "mean", ".4f"),
+        ReportColumn("difference", "mean_difference", "+.4f"),
+        ReportColumn("95 % interval", "ci95", "+.4f to +.4f"),
+        ReportColumn("p adjusted", "p_value_adjusted", "p"),
+        ReportColumn("d", "cohens_d", ".2f"),
+        ReportColumn("significant", "is_significant", "s"),
+        ReportColumn("experts", "experts", ".2f"),
+    ),
+    "summary": (
+        _CONFIGURATION,
+        ReportColumn("experts, mean ± sd", "experts", "s"),
+        ReportColumn("range", "range", ".0f to .0f"),
+        ReportColumn("at floor", "floor_frac", ".1%"),
+        ReportColumn("at cap", "cap_frac", ".1%"),
+        ReportColumn("no rejection", "zero_rejection_frac", ".1%"),
+        ReportColumn("time, s", "inference_time_sec", ".3f"),
+        ReportColumn("decode, ms/token", "decode_ms", ".2f"),
+        ReportColumn("load CV", "expert_utilization_cv", ".2f"),
+        ReportColumn("max/min use", "expert_utilization_max_min_ratio", ".1f"),
+    ),
+    "layers": (
+        _CONFIGURATION,
+        ReportColumn("fewest experts (layer)", "fewest", "s"),
+        ReportColumn("most experts (layer)", "most", "s"),
+        ReportColumn("gate mass that ran", "gate_mass_frac", ".3f"),
+        ReportColumn("entropy of use, bits", "use_entropy_bits", ".2f"),
+        ReportColumn("categories diverge, bits", "category_divergence_bits", ".3f"),
+        ReportColumn("diverge in layers", "diverging", "s"),
+    ),
+    "tests": (
+        _CONFIGURATION,
+        ReportColumn("quantity", "title", "s"),
+        ReportColumn("pairs", "n_pairs", "d"),
+        ReportColumn("difference", "difference", "s"),
+        ReportColumn("95 % interval", "interval", "s"),
+        ReportColumn("ratio, median", "median_ratio", ".2f"),
+        ReportColumn("p", "p_value", "p"),
+        ReportColumn("p adjusted", "p_value_adjusted", "p"),
+        ReportColumn("d", "cohens_d", ".2f"),
+        ReportColumn("significant", "is_significant", "s"),
+    ),
+    "expected": (
+        _CONFIGURATION,
+        ReportColumn("quantity", "title", "s"),
+        ReportColumn("expected", "expected", "s"),
+        ReportColumn("measured", "measured", "s"),
+        ReportColumn("held", "verdict", "s"),
+    ),
+    "details": (_CONFIGURATION, ReportColumn("method", "method", "s"), ReportColumn("settings", "settings")),
+    "settings": (ReportColumn("setting", "setting", "s"), ReportColumn("value", "value")),
+    "failures": (_CONFIGURATION, ReportColumn("item", "item"), ReportColumn("error", "error")),
+}
 
 
-def _names(names: Iterable[str]) -> str:
+# Sentences that claim something
+
+
+def names_of(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def _verdict_sentence(analysis: Mapping[str, Any]) -> str:
+def is_static(verdict: Row) -> bool:
+    """Whether a row of `quality_verdicts` is plain Top-K: part of the static curve, not compared with it."""
+    return verdict["verdict"] is None
+
+
+def verdict_sentence(analysis: Mapping[str, Any]) -> str:
     """The answer in one sentence; it claims nothing whose adjusted p-value is not below the level."""
-    compared = {n: row for n, row in analysis["verdict"].items() if row["delta_nll"] is not None}
+    verdicts = analysis["verdict"]
+    if not verdicts:
+        return "No text was scored in this run: it says nothing about quality."
+    compared = {name: row for name, row in verdicts.items() if row["delta_nll"] is not None}
     if not compared:
-        reasons = [row["reason"] for row in analysis["verdict"].values() if not is_static(row)]
+        reasons = [row["reason"] for row in verdicts.values() if not is_static(row)]
         reason = reasons[0] if reasons else "only static Top-K was run"
         return f"This run cannot compare quality at equal compute: {reason}."
     counts = {word: sum(row["verdict"] == word for row in compared.values()) for word in VERDICT_COLORS}
-    found = [name for name in compared if compared[name]["verdict"] == "better"]
-    best = min(found or compared, key=lambda name: compared[name]["delta_nll"])
+    better = [name for name, row in compared.items() if row["verdict"] == "better"]
+    best = min(better or compared, key=lambda name: compared[name]["delta_nll"])
     row = compared[best]
-    kind = "largest gain" if found else "lowest estimate, which is no evidence of a gain,"
-    documents = f" of {row['n_units']} documents" if row["n_units"] != row["n_items"] else ""
+    kind = "largest gain" if better else "lowest estimate, which is no evidence of a gain,"
+    documents = f" of {amount(row['n_units'], 'document')}" if row["n_units"] != row["n_items"] else ""
     return (
         f"**Against static Top-K that spends the same number of experts, {counts['better']} of "
         f"{len(compared)} configurations predict the text better, {counts['worse']} worse, "
         f"{counts['undecided']} undecided; the {kind} is `{best}`'s, {row['delta_nll']:+.4f} nats per "
-        f"token (95 % interval {_show(row, 'ci95', '+.4f to +.4f')}, adjusted p "
-        f"{_show(row, 'p_value_adjusted', 'p')}, {row['n_items']} items{documents}) at "
+        f"token (95 % interval {show(row, 'ci95', '+.4f to +.4f')}, adjusted p "
+        f"{show(row, 'p_value_adjusted', 'p')}, {amount(row['n_items'], 'item')}{documents}) at "
         f"{row['mean_experts']:.2f} experts.**"
     )
 
 
-QUALITY_TABLE = {
-    "configuration": ("configuration", "code"), "experts": ("mean_experts", ".2f"),
-    "NLL at equal compute": ("delta_nll", "+.4f"), "95 % interval": ("ci95", "+.4f to +.4f"),
-    "p adjusted": ("p_value_adjusted", "p"), "detectable": ("smallest_detectable", ".4f"),
-    "verdict": ("verdict", "s"), "NLL to baseline": ("delta_to_baseline", "+.4f"),
-    "95 % interval to baseline": ("delta_to_baseline_ci95", "+.4f to +.4f"),
-    "equivalent": ("equivalent_to_baseline", "s"), "perplexity": ("perplexity", ".2f"),
-    "KL": ("kl_to_baseline", ".4f"), "top-1 agreement": ("top1_agreement", ".3f"), "items": ("items", "s"),
-}  # fmt: skip
-NULL_TABLE = {
-    "null": ("null", "s"), "alpha": ("alpha", "g"), "rejections, mean": ("mean_rejections", ".2f"),
-    "realised false-discovery proportion": ("realised_fdp", ".4f"),
-    "no rejection": ("zero_rejection_frac", ".1%"),
-}  # fmt: skip
+def task_sentence(analysis: Mapping[str, Any]) -> str:
+    """What the tasks say, in one sentence."""
+    tested = [entry for entry in analysis["tasks"] if entry.get("n_pairs")]
+    if not tested:
+        return f"No task could be compared with `{analysis['baseline']}` document by document."
+    differing = [
+        f"`{entry['configuration']}` on {markdown_text(entry['task'])} ({entry['mean_difference']:+.4f} "
+        f"{markdown_text(entry['metric'])})"
+        for entry in tested
+        if entry["significant"]
+    ]
+    return (
+        f"**Of {len(tested)} comparisons with `{analysis['baseline']}` on a task, paired by document, "
+        f"{len(differing)} differ significantly{': ' if differing else ''}{', '.join(differing)}.** A "
+        "difference that was not found is not shown to be absent: see the intervals."
+    )
 
 
-def _noise_sentences(analysis: Mapping[str, Any]) -> list[str]:
+def baseline_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """What differences are to, where that is not the model's own routing."""
+    base = analysis["baseline"]
+    own_k = analysis["own_k"]
+    if own_k is None:
+        return [f"No row shows which configuration is the model's own Top-K; differences are to `{base}`."]
+    if static_k(analysis["configurations"][base]) == own_k:
+        return []
+    return [f"Differences are to `{base}`; the model's own routing is Top-{own_k}."]
+
+
+def finding_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """One for each adaptive configuration; a difference in time is claimed only where it is significant."""
+    base = analysis["baseline"]
+    sentences = []
+    again = analysis["noise_floor"]["inference_time_sec"]["median_ratio"]
+    noise = "" if again is None else f"; the model's own routing against itself {again:.2f}"
+    for name, tests in analysis["statistical_tests"].items():
+        experts = tests["avg_experts_per_token"]
+        if not experts["n_pairs"] or static_k(analysis["configurations"][name]) is not None:
+            continue
+        saved = round(100 * (1 - experts["mean"] / experts["mean_baseline"]))
+        compared = "within 1 % of"
+        if saved:
+            compared = f"{saved} % fewer than" if saved > 0 else f"{-saved} % more than"
+        sentence = f"`{name}` ran {experts['mean']:.2f} experts per token and layer, {compared} `{base}`"
+        clock = tests.get("inference_time_sec", {})
+        if clock.get("median_ratio") is not None:
+            claim = "which this run cannot tell from noise"
+            if clock["significant"]:
+                direction = "slower" if clock["mean_difference"] > 0 else "faster"
+                claim = f"{direction} with adjusted p {show(clock, 'p_value_adjusted', 'p')}"
+            ratio = f"{clock['median_ratio']:.2f} times the baseline's"
+            sentence += f"; its inference time was {ratio} (median{noise}), {claim}"
+        sentences.append(sentence + ".")
+    return sentences
+
+
+def reason_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """Which configurations have no test at equal compute, and why."""
+    untested = {
+        name: row for name, row in analysis["verdict"].items() if row["reason"] and not is_static(row)
+    }
+    return [f"`{name}` has no test at equal compute: {row['reason']}." for name, row in untested.items()]
+
+
+def noise_sentences(analysis: Mapping[str, Any]) -> list[str]:
     """What the model's own routing differs from itself by: what any other difference must exceed."""
-    lines, (clock, nll) = [], (analysis["noise_floor"][column] for column in REPEATED)
+    sentences = []
+    clock = analysis["noise_floor"]["inference_time_sec"]
+    nll = analysis["noise_floor"]["nll"]
     if clock["n_pairs"]:
-        line = (
-            f"Time: `{analysis['own_routing']}` run twice, {clock['median_ratio']:.3f} times itself (median)"
-        )
+        interval = ""
         if clock["ci95_low"] is not None:
-            line += f", mean difference {_show(clock, 'ci95', '+.4f to +.4f')} s (95 %)"
-        lines.append(line + ".")
+            interval = f", mean difference {show(clock, 'ci95', '+.4f to +.4f')} s (95 %)"
+        sentences.append(f"Time: run twice, {clock['median_ratio']:.3f} times itself (median){interval}.")
     if nll["n_pairs"]:
-        lines.append(f"NLL: scored twice, mean difference {nll['mean_difference']:+.6f} nats per token.")
-    return lines
+        sentences.append(f"NLL: scored twice, mean difference {nll['mean_difference']:+.6f} nats per token.")
+    return sentences
 
 
-def _shuffle_sentences(analysis: Mapping[str, Any]) -> list[str]:
-    lines = []
+def shuffle_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """Whether it matters which token gets many experts."""
+    sentences = []
     for name, effect in analysis["shuffle_effects"].items():
-        if effect["mean_difference"] is not None:
-            word = "not shown to differ"
-            if effect["significant"]:
-                word = "worse" if effect["mean_difference"] > 0 else "better"
-            interval = _show(effect, "ci95", "+.4f to +.4f")
-            lines.append(
-                f"`{name}`, the counts of `{effect['unshuffled']}` given to other tokens: {word}, "
-                f"{_show(effect, 'mean_difference', '+.4f')} nats per token (95 % interval {interval}, "
-                f"adjusted p {_show(effect, 'p_value_adjusted', 'p')})."
-            )
-    return lines
+        if effect["mean_difference"] is None:
+            continue
+        claim = "not shown to differ"
+        if effect["significant"]:
+            claim = "worse" if effect["mean_difference"] > 0 else "better"
+        sentences.append(
+            f"`{name}`, the counts of `{effect['unshuffled']}` given to other tokens: {claim}, "
+            f"{show(effect, 'mean_difference', '+.4f')} nats per token (95 % interval "
+            f"{show(effect, 'ci95', '+.4f to +.4f')}, adjusted p {show(effect, 'p_value_adjusted', 'p')})."
+        )
+    return sentences
 
 
 # Student's interval holds what it says for symmetric differences, however long their tails, and with enough
 # units for skewed ones.
 # Simulated with documents of 1 to 10 items, 95 % intervals hold the mean so often (the tests redo it):
 #   units                       6     12     30     50    100
-#   t with 3 degrees         .939   .945   .949   .952   .952
-#   lognormal, sigma 0.5     .904   .917   .930   .935   .942    skewness 1.7
-#   lognormal, sigma 1       .856   .867   .891   .902   .920    skewness 6.2; single items .824 to .917
-# (Differences of NLL between configurations over 88 documents had skewnesses of at most 1.5.)
+#   t with 3 degrees         .937   .945   .945   .949   .955
+#   lognormal, sigma 0.5     .906   .916   .929   .937   .941    skewness 1.7
+#   lognormal, sigma 1       .855   .872   .892   .904   .920    skewness 6.2
 INTERVALS_HOLD_FROM = 50  # independent units: from here on 93 to 97 %, unless the skew is strong
 
 
-def _few_units_sentence(tests: Iterable[Mapping[str, Any]]) -> str:
+def few_units_sentence(tests: Iterable[Mapping[str, Any]]) -> str:
     """What to think of the intervals of a table when they are over few units; empty where they hold."""
     units = [test["n_units"] for test in tests if test.get("ci95_low") is not None]
     if not units or min(units) >= INTERVALS_HOLD_FROM:
@@ -4640,363 +6473,573 @@ def _few_units_sentence(tests: Iterable[Mapping[str, Any]]) -> str:
     return (
         f"Intervals over fewer than {INTERVALS_HOLD_FROM} independent units (here as few as {min(units)}) "
         "are too narrow when differences are skewed: in simulations they hold the mean in 90 to 93 % "
-        "instead of 95 %, and in 82 to 90 % when a few units decide it."
+        "instead of 95 %, in 85 to 90 % when a few units decide it."
     )
 
 
-def _null_origin(diagnostics: Mapping[str, Any]) -> str:
+def null_origin(diagnostics: Mapping[str, Any]) -> str:
     """Whether the nulls are judged on what they were made from; results of older scripts do not say."""
     shared = diagnostics.get("n_shared_tokens")
     if shared is None:
-        return "of which it is not known whether they were used for calibration,"
+        return "of which it is not known whether they were used for calibration"
     if shared == 0:
-        return "not used for calibration,"
-    return f"of which {shared} were used for calibration as well (there the nulls look better than they are),"
+        return "not used for calibration"
+    return f"of which {shared} were used for calibration as well (there the nulls look better than they are)"
 
 
-def _quality_parts(analysis: Mapping[str, Any]) -> list[str]:
-    """The report's sections on quality and on the nulls, if any text was scored."""
-    margin, diagnostics = math.expm1(analysis["quality_margin"]), analysis["null_diagnostics"]
-    if all(row["mean_experts"] is None for row in analysis["verdict"].values()):
-        return ["## Quality at equal compute", "No text was scored in this run."]
-    rows = []
-    for name, row in analysis["verdict"].items():
-        items = f"{row['n_items']}" + (f" ({row['n_left_out']} left out)" if row["n_left_out"] else "")
-        rows.append(row | {"configuration": name, "verdict": row["verdict"] or "static", "items": items})
-    parts = [
-        "## Quality at equal compute",
-        "NLL in nats per token of the scored text (reference continuations, or the windows of `--text`), "
-        "a mean over items. *At equal compute*: minus that of static Top-K mixed to the same mean number "
-        "of experts on the same items. Intervals and p: Student's t on paired differences of documents, p "
-        "BH-adjusted over the configurations; verdict: better or worse if and only if the adjusted p is "
-        f"below {SIGNIFICANCE_LEVEL:g}. Detectable: the smallest effect found with 80 % power. Equivalent: "
-        f"two one-sided t-tests against `{analysis['baseline']}` within {100 * margin:.0f} % of perplexity, "
-        "adjusted likewise. KL: from the predictions of the model's own routing, nats.",
-        _table(rows, QUALITY_TABLE),
-        _few_units_sentence([*rows, *analysis["shuffle_effects"].values()]),
-    ]
-    if lines := _noise_sentences(analysis):
-        parts += ["Noise floor, the model's own routing against itself:\n\n" + _bullets(lines)]
-    if lines := _shuffle_sentences(analysis):
-        parts += ["Does it matter which token gets many experts?\n\n" + _bullets(lines)]
-    if diagnostics:
-        nulls = diagnostics["nulls"].items()
-        distances = (f"{name}: {', '.join(f'{value:.3f}' for value in null['ks'])}" for name, null in nulls)
-        parts += [
-            "## Calibration of the nulls",
-            "An expert counts as *irrelevant* for a token when the model's own Top-K leaves it out. On "
-            f"{diagnostics['n_tokens']} tokens of the scored text, {_null_origin(diagnostics)} the p-values "
-            "of such pairs should be uniform, and BH at alpha should reject at most a share alpha of "
-            "them. FDR bounds experts picked though irrelevant in this sense; it promises nothing about "
-            "quality. Before floor and cap:",
-            _table(({"null": name, **row} for name, null in nulls for row in null["alphas"]), NULL_TABLE),
-            f"Kolmogorov-Smirnov distance from uniform, by layer: {'; '.join(distances)}.",
-        ]
-    return parts
-
-
-TASK_TABLE = {
-    "task": ("task", ""), "configuration": ("configuration", "code"),
-    "harness's own numbers ± stderr": ("numbers", ""), "score": ("metric", ""),
-    "documents": ("n_documents", "d"), "mean": ("mean", ".4f"), "difference": ("mean_difference", "+.4f"),
-    "95 % interval": ("ci95", "+.4f to +.4f"), "p adjusted": ("p_value_adjusted", "p"),
-    "d": ("cohens_d", ".2f"), "significant": ("significant", "s"), "experts": ("experts", ".2f"),
-}  # fmt: skip
-
-
-def _task_parts(analysis: Mapping[str, Any]) -> list[str]:
-    """The report's section on downstream tasks, if any was run."""
-    rows = []
-    for entry in analysis["tasks"]:
-        numbers = ", ".join(
-            f"{key.removesuffix(',none')} {found['value']:.4f}"
-            + (f" ± {found['stderr']:.4f}" if isinstance(found["stderr"], (int, float)) else "")
-            for key, found in entry.get("harness", {}).items()
-        )
-        more = {"numbers": numbers or None, "significant": _significance(entry)}
-        rows.append({"n_documents": entry.get("n_pairs"), **entry, **more})
-    if not rows:
-        return []
-    return [
-        "## Downstream tasks",
-        _table(rows, TASK_TABLE),
-        "The harness's own numbers are as lm-evaluation-harness reports them, also in `task_results.json`. "
-        "Score: the first of them that is a mean over documents; for a perplexity, bits per byte (or word) "
-        f"of a document, lower is better. Difference: to `{analysis['baseline']}`, paired by document; "
-        "interval and p: Student's t, adjusted over all rows of this table; d: mean difference over its "
-        f"standard deviation; significant: adjusted p below {SIGNIFICANCE_LEVEL:g}.",
-        _few_units_sentence(analysis["tasks"]),
-    ]
-
-
-def _task_sentence(analysis: Mapping[str, Any]) -> str:
-    tested = [entry for entry in analysis["tasks"] if entry.get("n_pairs")]
-    names = [
-        f"`{entry['configuration']}` on {_cell(entry['task'])} ({entry['mean_difference']:+.4f} "
-        f"{_cell(entry['metric'])})"
-        for entry in tested
-        if entry["significant"]
-    ]
-    return (
-        f"**Of {len(tested)} comparisons with `{analysis['baseline']}` on a task, paired by document, "
-        f"{len(names)} differ significantly{': ' if names else ''}{', '.join(names)}.** A difference that "
-        "was not found is not shown to be absent: see the intervals."
+def null_distances(diagnostics: Mapping[str, Any]) -> str:
+    """How far the p-values of each null are from uniform, by layer."""
+    return "; ".join(
+        f"{name}: {', '.join(f'{distance:.3f}' for distance in null['ks'])}"
+        for name, null in diagnostics.get("nulls", {}).items()
     )
 
 
-LAYER_TABLE = {
-    "configuration": ("configuration", "code"), "fewest experts (layer)": ("fewest", "s"),
-    "most experts (layer)": ("most", "s"), "gate mass that ran": ("gate_mass_frac", ".3f"),
-    "entropy of use, bits": ("use_entropy_bits", ".2f"),
-    "categories diverge, bits": ("category_divergence_bits", ".3f"), "in layers": ("significant", "s"),
-}  # fmt: skip
+def clock_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """Which configurations were faster or slower, where that is significant."""
+    base = analysis["baseline"]
+    clocks = {
+        name: tests["inference_time_sec"]
+        for name, tests in analysis["statistical_tests"].items()
+        if tests.get("inference_time_sec", {}).get("n_pairs")
+    }
+    differing = {name: test for name, test in clocks.items() if test["significant"]}
+    faster = [name for name, test in differing.items() if test["mean_difference"] < 0]
+    slower = [name for name, test in differing.items() if test["mean_difference"] > 0]
+    sentences = []
+    if faster:
+        sentences.append(f"Faster than `{base}` on this machine: {names_of(faster)}.")
+    if slower:
+        sentences.append(f"Slower than `{base}` on this machine: {names_of(slower)}.")
+    if clocks and not differing:
+        sentences.append(
+            f"No configuration was significantly faster or slower than `{base}` on this machine."
+        )
+    return sentences
 
 
-def _layer_parts(analysis: Mapping[str, Any]) -> list[str]:
-    """The report's section on layers, if the run has their tables."""
-    rows = []
-    for name, found in analysis["layers"].items():
-        both = ("fewest", "most")
-        ends = {end: f"{found[f'{end}_experts']:.2f} ({found[f'{end}_in_layer']})" for end in both}
-        if p_values := found["category_p_values"]:
-            ends["significant"] = f"{sum(p < SIGNIFICANCE_LEVEL for p in p_values)} of {len(p_values)}"
-        rows.append({"configuration": name, **found, **ends})
-    if not rows:
-        return []
-    return [
-        "## Layers",
-        _table(rows, LAYER_TABLE),
-        "Means over layers, from `layer_statistics.csv`; every expert is in `expert_usage.csv`. Categories "
-        "diverge: Jensen-Shannon divergence of their use of experts (0: the same experts), and in how many "
-        f"layers it is more than chance (permutation test, adjusted p below {SIGNIFICANCE_LEVEL:g}).",
-    ]
-
-
-def _baseline_sentences(analysis: Mapping[str, Any]) -> list[str]:
-    """What differences are to, where that is not the model's own routing."""
-    base, own = analysis["baseline"], analysis["own_routing"]
-    if own is None:
-        return [f"No row shows which configuration is the model's own Top-K; differences are to `{base}`."]
-    return [] if own == base else [f"Differences are to `{base}`; the model's own routing is `{own}`."]
-
-
-def _findings(analysis: Mapping[str, Any]) -> list[str]:
-    """A sentence per configuration; a difference in time is claimed only where it is significant."""
-    base, own = analysis["baseline"], analysis["own_routing"]
-    lines = _baseline_sentences(analysis)
-    again = analysis["noise_floor"]["inference_time_sec"]["median_ratio"]
-    noise = "" if again is None else f"; `{own}` against itself {again:.2f}"
-    for name, tests in analysis["statistical_tests"].items():
-        experts, clock = tests["avg_experts_per_token"], tests["inference_time_sec"]
-        if not experts["n_pairs"] or is_static(analysis["verdict"][name]):
-            continue
-        saved = 100 * (1 - experts["mean"] / experts["mean_baseline"])
-        line = f"`{name}` ran {experts['mean']:.2f} experts per token and layer, {abs(saved):.0f} % "
-        line += f"{'fewer' if saved >= 0 else 'more'} than `{base}`"
-        if clock["median_ratio"] is not None:
-            ratio = f"{clock['median_ratio']:.2f} times the baseline's"
-            line += f"; its inference time was {ratio} (median{noise}), "
-            word = "slower" if clock["mean_difference"] > 0 else "faster"
-            sure = f"{word} with adjusted p {_show(clock, 'p_value_adjusted', 'p')}"
-            line += sure if clock["significant"] else "which this run cannot tell from noise"
-        lines.append(line + ".")
-    return lines
-
-
-def may_adapt(config: Mapping[str, Any]) -> bool:
+def may_adapt(config: Config) -> bool:
     """Whether a configuration can give tokens different numbers of experts at all."""
-    return config["method"] in METHODS and config["method"] != "topk" and config["min_k"] != config["max_k"]
+    rule = RULES.get(config.get("method"))
+    return rule is not None and not rule.is_static and config["min_k"] != config["max_k"]
 
 
-def _conclusions(analysis: Mapping[str, Any]) -> list[str]:
-    """What follows from the numbers, and what does not."""
-    lines, base, verdict = [], analysis["baseline"], analysis["verdict"]
-    clocks = {name: tests["inference_time_sec"] for name, tests in analysis["statistical_tests"].items()}
-    for word, sign in (("Faster", -1), ("Slower", 1)):
-        if found := [n for n, t in clocks.items() if t["significant"] and sign * t["mean_difference"] > 0]:
-            lines.append(f"{word} than `{base}` on this machine: {_names(found)}.")
-    if not lines and any(test["n_pairs"] for test in clocks.values()):
-        lines.append(f"No configuration was significantly faster or slower than `{base}` on this machine.")
+def constancy_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """Adaptive configurations that gave every prompt the same number of experts."""
+    sentences = []
     for name, summary in analysis["summary_by_config"].items():
-        spread, config = summary["avg_experts_per_token"], analysis["configurations"][name]
+        spread = summary["avg_experts_per_token"]
+        config = analysis["configurations"][name]
         if may_adapt(config) and spread["n"] > 1 and spread["min"] == spread["max"]:
-            advice = f"choose another `{METHODS[config['method']][0]}`"
-            if config["p_values"] == "softmax":
+            advice = f"choose another `{RULES[config['method']].knob.name}`"
+            if config.get("p_values") == "softmax":
                 advice = "with `p_values` = softmax that is certain (see `SoftmaxNull` in the script)"
             mean = f"{spread['mean']:.2f}"
-            lines.append(f"`{name}` ran {mean} experts on every prompt: it does not adapt; {advice}.")
+            sentences.append(f"`{name}` ran {mean} experts on every prompt: it does not adapt; {advice}.")
+    return sentences
+
+
+def hypothesis_sentences(analysis: Mapping[str, Any]) -> list[str]:
     held = [item["held"] for item in analysis["hypotheses"] if item["held"] is not None]
-    if held:
-        lines.append(f"{sum(held)} of {len(held)} measured expectations of the earlier attempt held.")
+    return [f"{sum(held)} of {len(held)} measured expectations of the earlier attempt held."] if held else []
+
+
+def quality_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """Which configurations are better or worse at equal compute, and which are equivalent to the baseline."""
+    verdicts = analysis["verdict"]
+    sentences = []
     for word in ("better", "worse"):
-        if found := [name for name, row in verdict.items() if row["verdict"] == word]:
-            lines.append(f"{word.capitalize()} than static Top-K at equal compute: {_names(found)}.")
-    if found := [n for n, row in verdict.items() if not is_static(row) and row["equivalent_to_baseline"]]:
+        names = [name for name, row in verdicts.items() if row["verdict"] == word]
+        if names:
+            sentences.append(f"{word.capitalize()} than static Top-K at equal compute: {names_of(names)}.")
+    equivalent = [
+        name for name, row in verdicts.items() if not is_static(row) and row["equivalent_to_baseline"]
+    ]
+    if equivalent:
         margin = 100 * math.expm1(analysis["quality_margin"])
-        lines.append(f"Within {margin:.0f} % of `{base}`'s perplexity (equivalence test): {_names(found)}.")
-    if analysis["n_prompts"] < 30:
-        lines.append(f"{analysis['n_prompts']} prompts show large effects only; small ones need more.")
-    return lines
+        within = f"Within {margin:.0f} % of `{analysis['baseline']}`'s perplexity (equivalence test)"
+        sentences.append(f"{within}: {names_of(equivalent)}.")
+    return sentences
 
 
-SUMMARY_TABLE = {
-    "configuration": ("configuration", "code"), "experts, mean ± sd": ("experts", "s"),
-    "range": ("range", ".0f to .0f"),
-    "at floor": ("floor_frac", ".1%"), "at cap": ("cap_frac", ".1%"),
-    "no rejection": ("zero_rejection_frac", ".1%"), "time, s": ("inference_time_sec", ".3f"),
-    "decode, ms/token": ("decode_ms", ".2f"), "load CV": ("expert_utilization_cv", ".2f"),
-    "max/min use": ("expert_utilization_max_min_ratio", ".1f"),
-}  # fmt: skip
-TEST_TABLE = {
-    "configuration": ("configuration", "code"), "quantity": ("title", "s"), "pairs": ("n_pairs", "d"),
-    "difference": ("difference", "s"), "95 % interval": ("interval", "s"),
-    "ratio, median": ("median_ratio", ".2f"), "p": ("p_value", "p"), "p adjusted": ("p_value_adjusted", "p"),
-    "d": ("cohens_d", ".2f"),
-    "significant": ("significant", "s"),
-}  # fmt: skip
-EXPECTED_TABLE = {
-    "configuration": ("configuration", "code"), "quantity": ("title", "s"), "expected": ("expected", "s"),
-    "measured": ("measured", "s"), "held": ("held", "s"),
-}  # fmt: skip
+def amount_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """What so few prompts can show."""
+    prompts = analysis["n_prompts"]
+    if 0 < prompts < 30:
+        return [f"So few prompts ({prompts}) show large effects only; small ones need more."]
+    return []
 
 
-def _summary_row(name: str, summary: Mapping[str, Any], rows: pd.DataFrame) -> dict[str, Any]:
-    experts, decode = summary["avg_experts_per_token"], summary["decode_sec_per_token"]["median"]
-    means = {metric: values["mean"] for metric, values in summary.items()} | dict(rows[list(SHARES)].mean())
-    return means | {
-        "configuration": name,
-        "experts": f"{_show(experts, 'mean', '.2f')} ± {_show(experts, 'std', '.2f')}",
-        "range_low": rows["min_experts"].min(),
-        "range_high": rows["max_experts"].max(),
-        "inference_time_sec": summary["inference_time_sec"]["median"],
-        "decode_ms": None if decode is None else 1000 * decode,
-    }
+def duration(seconds: float) -> str:
+    return f"{seconds:.1f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
 
 
-def _test_row(name: str, metric: str, test: Mapping[str, Any]) -> dict[str, Any]:
-    title, unit, digits = METRICS[metric]
-    form = f".{digits + 1}f"
+def machine(row: Row) -> str:
+    """Precision and device of a measured row."""
+    return f"{show(row, 'dtype')} on {show(row, 'device')}"
+
+
+def scored_words(results: Results, analysis: Mapping[str, Any]) -> str:
+    """How much text was scored, and under what: what was asked for, and the static curve beside it."""
+    documents = amount(results.finished().scores["document"].nunique(), "document")
+    names = distinct(results.scores["config_name"])
+    asked = distinct(results.generation["config_name"])
+    static = [name for name in names if static_k(analysis["configurations"][name]) is not None]
+    added = [name for name in static if name not in asked]
+    under = f"{len(static)} of them static Top-K"
+    if asked and added:
+        under = f"the same {len(names) - len(added)} and {len(added)} of static Top-K beside them"
+    return f"the text of {documents} scored under {amount(len(names), 'configuration')}, {under}"
+
+
+def subject_sentence(results: Results, analysis: Mapping[str, Any]) -> str:
+    """What was run, how much of it, and how much of that failed."""
+    done = results.finished()
+    first = getattr(done, main_kind(done)).iloc[0]
+    amounts = []
+    if len(done.generation):
+        names = amount(results.generation["config_name"].nunique(), "configuration")
+        prompts = amount(done.generation["prompt_id"].nunique(), "prompt")
+        tokens = ""
+        if not pd.isna(first["max_new_tokens"]):
+            tokens = f" with {amount(int(first['max_new_tokens']), 'new token')} each"
+        time = duration(done.generation["inference_time_sec"].sum())
+        amounts.append(f"{names} x {prompts}{tokens}, {time} of inference")
+    if len(done.scores):
+        amounts.append(scored_words(results, analysis))
+    if len(done.tasks):
+        names = amount(results.tasks["config_name"].nunique(), "configuration")
+        documents = amount(done.tasks["document"].nunique(), "document")
+        amounts.append(f"{names} x {documents} of tasks")
+    failed = ""
+    if analysis["n_failed"]:
+        failed = f" {analysis['n_failed']} of {analysis['n_rows']} rows failed and are left out."
+    return f"{show(first, 'model_name')}, {machine(first)}: {'; '.join(amounts)}.{failed}"
+
+
+def suite_time_sentence(results: Results) -> str:
+    """How long the generation took, beside what was expected of it; empty where nothing was generated."""
+    done = results.finished().generation
+    if not len(done):
+        return ""
+    time = duration(done["inference_time_sec"].sum())
+    expected = [
+        f"{low} to {high} minutes on {where}" for where, (low, high) in EXPECTED_SUITE_MINUTES.items()
+    ]
+    return (
+        f"Suite time: {time} of inference here, {machine(done.iloc[0])}; expected for OLMoE-1B-7B: "
+        f"{'; '.join(expected)}."
+    )
+
+
+CONCLUSIONS: tuple[Callable[[Mapping[str, Any]], list[str]], ...] = (
+    quality_sentences,
+    clock_sentences,
+    constancy_sentences,
+    hypothesis_sentences,
+    amount_sentences,
+)
+
+
+# Rows of the report's tables, from the analysis
+
+
+def quality_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for name, verdict in analysis["verdict"].items():
+        left_out = f" ({verdict['n_left_out']} left out)" if verdict["n_left_out"] else ""
+        shown = {"configuration": name, "items": f"{verdict['n_items']}{left_out}"}
+        rows.append(verdict | shown | {"verdict": verdict["verdict"] or "static"})
+    return rows
+
+
+def significance(test: Mapping[str, Any]) -> bool | str | None:
+    """Whether a test is significant; where it has nothing to say the reason, if there is one."""
+    return test.get("reason") if test.get("significant") is None else test["significant"]
+
+
+def task_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for entry in analysis["tasks"]:
+        numbers = []
+        for key, number in entry.get("harness", {}).items():
+            stderr = number["stderr"]
+            spread = f" ± {stderr:.4f}" if isinstance(stderr, (int, float)) else ""
+            numbers.append(f"{key.removesuffix(',none')} {number['value']:.4f}{spread}")
+        shown = {"numbers": ", ".join(numbers), "is_significant": significance(entry)}
+        rows.append({"n_documents": entry.get("n_pairs")} | entry | shown)
+    return rows
+
+
+def null_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    nulls = (analysis["null_diagnostics"] or {}).get("nulls", {})
+    return [{"null": name, **row} for name, null in nulls.items() for row in null["alphas"]]
+
+
+def layer_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for name, layers in analysis["layers"].items():
+        shown = {"configuration": name}
+        for end in ("fewest", "most"):
+            shown[end] = f"{layers[f'{end}_experts']:.2f} ({layers[f'{end}_in_layer']})"
+        p_values = layers["category_p_values"]
+        if p_values:
+            diverging = sum(p < SIGNIFICANCE_LEVEL for p in p_values)
+            shown["diverging"] = f"{diverging} of {len(p_values)}"
+        rows.append(layers | shown)
+    return rows
+
+
+def summary_rows(analysis: Mapping[str, Any], rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """rows: of the table that the summary is about."""
+    summaries = []
+    for name, own in rows.groupby("config_name", sort=False):
+        summary = analysis["summary_by_config"][name]
+        experts = summary["avg_experts_per_token"]
+        spread = f" ± {show(experts, 'std', '.2f')}" if experts["n"] > 1 else ""
+        means = {metric: values["mean"] for metric, values in summary.items()}
+        medians = {metric: values["median"] for metric, values in summary.items()}
+        decode = medians.get("decode_sec_per_token")
+        shares = own[["floor_frac", "cap_frac", "zero_rejection_frac"]].mean()
+        summaries.append(
+            {
+                **means,
+                **shares,
+                "configuration": name,
+                "experts": f"{show(experts, 'mean', '.2f')}{spread}",
+                "range_low": own["min_experts"].min(),
+                "range_high": own["max_experts"].max(),
+                "inference_time_sec": medians.get("inference_time_sec"),
+                "decode_ms": None if decode is None else 1000 * decode,
+            }
+        )
+    return summaries
+
+
+def test_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    metrics = GENERATION.metrics | SCORES.metrics
+    rows = []
+    for name, tests in analysis["statistical_tests"].items():
+        for column, test in tests.items():
+            if test["n_pairs"]:
+                metric = metrics[column]
+                form = f".{metric.digits + 1}f"
+                shown = {
+                    "configuration": name,
+                    "title": f"{metric.title}, {metric.unit}" if metric.unit else metric.title,
+                    "difference": show(test, "mean_difference", form),
+                    "interval": show(test, "ci95", f"{form} to {form}"),
+                    "is_significant": significance(test),
+                }
+                rows.append(test | shown)
+    return rows
+
+
+def expected_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for item in analysis["hypotheses"]:
+        if item["configuration"] not in analysis["summary_by_config"]:
+            continue
+        low = item["low"]
+        high = item["high"]
+        expected = f"{low:g} to {high:g}" if low and high else f"> {low:g}" if low else f"< {high:g}"
+        form = "p" if item["quantity"] == "experts_p_value" else ".2f"
+        shown = {
+            "title": QUANTITIES[item["quantity"]],
+            "expected": expected,
+            "measured": show(item, "measured", form),
+            "verdict": "not measured" if item["held"] is None else item["held"],
+        }
+        rows.append(item | shown)
+    return rows
+
+
+def detail_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for name, config in analysis["configurations"].items():
+        settings = {field: value for field, value in config.items() if field != "method"}
+        shown = ", ".join(f"{field} = {value}" for field, value in settings.items())
+        rows.append({"configuration": name, "method": config.get("method"), "settings": shown})
+    return rows
+
+
+def category_table(analysis: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Mean experts by category and configuration, as a table; the more numerous of the two are its rows."""
+    by_category = analysis["summary_by_category"]
+    means = pd.DataFrame(
+        [
+            [by_name[name]["avg_experts_per_token"]["mean"] if name in by_name else None for name in names]
+            for by_name in by_category.values()
+        ],
+        index=[markdown_text(category) for category in by_category],
+        columns=[f"`{name}`" for name in names],
+    )
+    corner = "category"
+    if len(names) > len(by_category):
+        means = means.T
+        corner = "configuration"
+    columns = [ReportColumn(corner, "label", "s")]
+    columns += [ReportColumn(title, str(place), ".2f") for place, title in enumerate(means.columns)]
+    rows = []
+    for label, values in zip(means.index, means.to_numpy(float), strict=True):
+        rows.append({"label": label} | {str(place): value for place, value in enumerate(values)})
+    return markdown_table(rows, columns)
+
+
+def setting_rows(results: Results) -> list[dict[str, Any]]:
+    """What all rows have in common; a setting that none of them has is left out."""
+    rows = []
+    for name in ("max_new_tokens", "sampling", *(column.name for column in _ORIGIN)):
+        if name not in ("timestamp", "method", "configuration", "input_hash"):
+            values = [value for frame in results if name in frame for value in frame[name].dropna().unique()]
+            shown = distinct(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+            if any(shown):
+                rows.append({"setting": name, "value": ", ".join(shown)})
+    return rows
+
+
+def failure_rows(results: Results) -> list[dict[str, Any]]:
+    rows = []
+    for kind, frame in zip(KINDS, results, strict=True):
+        for row in frame[frame["status"] != "ok"].to_dict("records"):
+            item = row[ITEMS[kind].item] or row[ITEMS[kind].category]
+            rows.append({"configuration": row["config_name"], "item": item, "error": row["error"]})
+    return rows
+
+
+REPORT_TEMPLATE = """\
+# BH routing against Top-K: report
+
+## Executive summary
+
+{{ answer }}
+
+{{ subject }}
+
+{{ bullets(findings) }}
+
+{% if tasks %}
+## Downstream tasks
+
+{{ table("tasks", tasks) }}
+
+The harness's own numbers are as lm-evaluation-harness reports them, also in `task_results.json`. Score: \
+the first of them that is a mean over documents; for a perplexity, bits per byte (or word) of a document, \
+lower is better. Difference: to `{{ baseline }}`, paired by document; interval and p: Student's t, \
+adjusted over all rows of this table; d: mean difference over its standard deviation; significant: \
+adjusted p below {{ level }}.
+
+{{ few_units(tasks) }}
+{% endif %}
+
+{% if quality %}
+## Quality at equal compute
+
+NLL in nats per token of the scored text (reference continuations, or the windows of `--text`), a mean \
+over items. *At equal compute*: minus that of static Top-K mixed to the same mean number of experts on the \
+same items. Intervals and p: Student's t on paired differences of documents, p BH-adjusted over the \
+configurations; verdict: better or worse if and only if the adjusted p is below {{ level }}; static: the \
+same Top-K in every layer, the curve that all others are compared with. Detectable: the smallest effect \
+found with 80 % power. Equivalent: two one-sided t-tests against `{{ baseline }}` \
+within {{ margin }} of perplexity, adjusted likewise. KL: from the predictions of the model's own routing, \
+nats.
+
+{{ table("quality", quality) }}
+
+{{ bullets(untested) }}
+
+{{ few_units(quality) }}
+
+{% if noise %}
+Noise floor, the model's own routing against itself:
+
+{{ bullets(noise) }}
+{% endif %}
+
+{% if shuffles %}
+Does it matter which token gets many experts?
+
+{{ bullets(shuffles) }}
+{% endif %}
+{% endif %}
+
+{% if nulls %}
+## Calibration of the nulls
+
+An expert counts as *irrelevant* for a token when the model's own Top-K leaves it out. On {{ \
+diagnostics.n_tokens }} tokens of the scored text, {{ null_origin }}, the p-values of such pairs should be \
+uniform, and BH at alpha should reject at most a share alpha of them. FDR bounds experts picked though \
+irrelevant in this sense; it promises nothing about quality. Before floor and cap:
+
+{{ table("nulls", nulls) }}
+
+Kolmogorov-Smirnov distance from uniform, by layer: {{ distances }}.
+{% endif %}
+
+## Summary by configuration
+
+{{ table("summary", summary) }}
+
+Experts: mean and standard deviation over {{ item }}s of the mean over tokens and layers; range: fewest and \
+most experts that any token got in any layer. At floor, at cap, no rejection: shares of all (token, layer) \
+decisions of the rules that have them.{% if is_timed %} Times are medians over prompts.{% endif %}
+
+{% if layers %}
+## Layers
+
+{{ table("layers", layers) }}
+
+Means over layers, from `layer_statistics.csv`; every expert is in `expert_usage.csv`.{% if diverging %} \
+Categories diverge: Jensen-Shannon divergence of their use of experts (0: the same experts), and in how many \
+layers it is more than chance (permutation test, adjusted p below {{ level }}).{% endif %}
+
+{% endif %}
+
+## Statistical tests
+
+{% if tests %}
+Each configuration against `{{ baseline }}`, paired by {{ item }}. Interval and p: Student's t on the \
+differences of documents (a prompt is its own). Adjusted: Benjamini-Hochberg over all tests of this table. \
+d: mean difference over its standard deviation. Significant: adjusted p below {{ level }}. A difference in \
+experts says that the rule did something, not that it did good.
+
+{{ table("tests", tests) }}
+
+{{ few_units(tests) }}
+{% elif tasks %}
+Tasks are compared one by one, in the table of downstream tasks.
+{% else %}
+There is nothing to compare: no item was measured under two configurations.
+{% endif %}
+
+## Performance by category
+
+Mean experts per token and layer.
+
+{{ category_table }}
+
+## Plots
+
+{{ bullets(undrawn) }}
+
+{% for name, title in plots %}
+### {{ title }}
+
+![{{ title }}](plots/{{ name }}.png)
+
+{% else %}
+No plot lies beside this report.
+
+{% endfor %}
+
+## What was expected, and what was measured
+
+An earlier attempt wrote these expectations down for OLMoE-1B-7B-0924 without measuring them. Measured \
+here on {{ model }}.
+
+{% if expected %}
+{{ table("expected", expected) }}
+{% else %}
+This run has no configuration of theirs.
+{% endif %}
+
+{{ suite_time }}
+
+## Conclusions and recommendations
+
+{{ bullets(conclusions) or "This run supports no conclusion beyond its tables." }}
+
+## Configuration details
+
+{{ table("details", details) }}
+
+{{ table("settings", settings) if settings }}
+
+{% if failures %}
+## Failed experiments
+
+{{ table("failures", failures) }}
+{% endif %}
+"""
+
+
+def report_context(
+    results: Results, analysis: Mapping[str, Any], folder: Path, failed_plots: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the template is filled with; every number is from the results or the analysis."""
+    done = results.finished()
+    kind = main_kind(done)
+    measured = getattr(done, kind)
+    layers = layer_rows(analysis)
+    shuffled = analysis["shuffle_effects"].values()
+    diagnostics = analysis["null_diagnostics"] or {}
+    is_drawn = {name: (folder / "plots" / f"{name}.png").exists() for name in PLOTS}
     return {
-        **test,
-        "configuration": name,
-        "title": f"{title}, {unit}" if unit else title,
-        "difference": _show(test, "mean_difference", form),
-        "interval": _show(test, "ci95", f"{form} to {form}"),
-        "significant": _significance(test),
+        "answer": task_sentence(analysis) if analysis["tasks"] else verdict_sentence(analysis),
+        "subject": subject_sentence(results, analysis),
+        "item": ITEMS[kind].word,
+        "is_timed": kind == "generation",
+        "findings": [*baseline_sentences(analysis), *finding_sentences(analysis)],
+        "tasks": task_rows(analysis),
+        "quality": quality_rows(analysis),
+        "untested": reason_sentences(analysis),
+        "noise": noise_sentences(analysis),
+        "shuffles": shuffle_sentences(analysis),
+        "nulls": null_rows(analysis),
+        "diagnostics": diagnostics,
+        "null_origin": null_origin(diagnostics),
+        "distances": null_distances(diagnostics),
+        "summary": summary_rows(analysis, measured),
+        "layers": layers,
+        "diverging": any("diverging" in row for row in layers),
+        "tests": test_rows(analysis),
+        "category_table": category_table(analysis, distinct(measured["config_name"])),
+        "undrawn": [
+            f"`{name}` could not be drawn: {markdown_text(why)}" for name, why in failed_plots.items()
+        ],
+        "plots": [(name, plot.title) for name, plot in PLOTS.items() if is_drawn[name]],
+        "expected": expected_rows(analysis),
+        "suite_time": suite_time_sentence(results),
+        "conclusions": [sentence for conclude in CONCLUSIONS for sentence in conclude(analysis)],
+        "details": detail_rows(analysis),
+        "settings": setting_rows(results),
+        "failures": failure_rows(results),
+        "baseline": analysis["baseline"],
+        "model": show(measured.iloc[0], "model_name"),
+        "level": f"{SIGNIFICANCE_LEVEL:g}",
+        "margin": f"{100 * math.expm1(analysis['quality_margin']):.0f} %",
+        "few_units": lambda tests: few_units_sentence([*tests, *shuffled]),
+        "bullets": lambda sentences: "\n".join(f"- {sentence}" for sentence in sentences),
+        "table": lambda name, rows: markdown_table(rows, REPORT_TABLES[name]),
     }
 
 
-def _expected_row(item: Mapping[str, Any]) -> dict[str, Any]:
-    low, high, word = item["low"], item["high"], item["held"]
-    form = "p" if item["quantity"] == "experts_p_value" else ".2f"
-    return {
-        **item,
-        "title": QUANTITIES[item["quantity"]],
-        "expected": f"> {low:g}" if high is None else f"{low:g} to {high:g}" if low else f"< {high:g}",
-        "measured": _show(item, "measured", form),
-        "held": "not measured" if word is None else word,
-    }
+def generate_markdown_report(
+    df: pd.DataFrame,
+    analysis: Mapping[str, Any],
+    output_path: str | Path,
+    failed_plots: Mapping[str, str] | None = None,
+) -> Path:
+    """Write REPORT.md from what `analyze_results` returned for `df`; it links the plots beside it.
 
-
-def generate_markdown_report(df: pd.DataFrame, analysis: Mapping[str, Any], output_path: str | Path) -> Path:
-    """Write REPORT.md; every number in it comes from `df` or `analysis`. It links the plots beside it, and
-    names those that `analysis` has in `failed_plots`."""
-    df = with_todays_columns(df)
-    done, failed, folder = df[df["status"] == "ok"], df[df["status"] != "ok"], Path(output_path).parent
-    first, base, by_config = done.iloc[0], analysis["baseline"], analysis["summary_by_config"]
-    minutes = done["inference_time_sec"].sum() / 60
-    machine = f"{_show(first, 'dtype')} on {_show(first, 'device')}"
-    documents, generated = item_documents(done).nunique(), done["inference_time_sec"].notna().any()
-    amount = f"scored text of {documents} documents, nothing generated"
-    if generated:
-        tokens = _show(first, "max_new_tokens", ".0f")
-        amount = f"{tokens} new tokens each, {minutes:.1f} minutes of inference"
-    elif analysis["tasks"]:
-        amount = f"{documents} documents of tasks"
-    times = (f"{low} to {high} minutes on {where}" for where, (low, high) in EXPECTED_SUITE_MINUTES.items())
-    summary = [_summary_row(n, found, done[done["config_name"] == n]) for n, found in by_config.items()]
-    tests = [
-        _test_row(name, metric, test)
-        for name, by_metric in analysis["statistical_tests"].items()
-        for metric, test in by_metric.items()
-        if test["n_pairs"]
-    ]
-    categories = [
-        {"category": category}
-        | {name: found["avg_experts_per_token"]["mean"] for name, found in by_name.items()}
-        for category, by_name in analysis["summary_by_category"].items()
-    ]
-    expected = [_expected_row(row) for row in analysis["hypotheses"] if row["configuration"] in by_config]
-    failed_plots = analysis.get("failed_plots", {})
-    drawn = [(n, title) for n, (_, title, _) in PLOTS.items() if (folder / "plots" / f"{n}.png").exists()]
-    details = df.drop_duplicates("config_name").to_dict("records")
-    settings = {
-        column: ", ".join(_order(df[column].dropna().astype(str))) for column in (*SETTING_COLUMNS, "command")
-    }
-    undrawn = [f"`{name}` could not be drawn: {_cell(why)}" for name, why in failed_plots.items()]
-    parts = [
-        "# BH routing against Top-K: report",
-        "## Executive summary",
-        _task_sentence(analysis) if analysis["tasks"] else _verdict_sentence(analysis),
-        f"{_cell(first['model_name'])}, {machine}: {df['config_name'].nunique()} configurations x "
-        f"{df['prompt_id'].nunique()} items, {amount}. "
-        f"{f'{len(failed)} experiments failed and are left out.' if len(failed) else ''}",
-        _bullets(_findings(analysis)),
-        *(_task_parts(analysis) or _quality_parts(analysis)),
-        "## Summary by configuration",
-        _table(summary, SUMMARY_TABLE),
-        "Experts: mean and standard deviation over prompts of the mean over tokens and layers; range: "
-        "fewest and most experts that any token got in any layer. At floor, at cap, no rejection: shares "
-        "of all (token, layer) decisions. Times are medians over prompts.",
-        *_layer_parts(analysis),
-        "## Statistical tests",
-        f"Each configuration against `{base}`, paired by prompt. Interval and p: Student's t on the "
-        "differences of documents (a prompt is its own). Adjusted: Benjamini-Hochberg over all tests of this "
-        "table. d: mean difference over its standard deviation. Significant: adjusted p below "
-        f"{SIGNIFICANCE_LEVEL:g}. A difference in experts says that the rule did something, not that it did "
-        "good.",
-        _table(tests, TEST_TABLE)
-        if tests
-        else "Only one configuration was run: there is nothing to compare.",
-        _few_units_sentence(tests),
-        "## Performance by category",
-        "Mean experts per token and layer.",
-        _table(
-            categories, {"category": ("category", "")} | {f"`{name}`": (name, ".2f") for name in by_config}
-        ),
-        "## Plots",
-        _bullets(undrawn),
-        *(f"### {title}\n\n![{title}](plots/{name}.png)" for name, title in drawn),
-        "## What was expected, and what was measured",
-        "An earlier attempt wrote these expectations down for OLMoE-1B-7B-0924 without measuring them. "
-        f"Measured here on {_cell(first['model_name'])}.",
-        _table(expected, EXPECTED_TABLE) if expected else "None of their configurations was in this run.",
-        f"Suite time: {minutes:.1f} minutes of inference here, {machine}; expected for OLMoE-1B-7B: "
-        f"{'; '.join(times)}."
-        if generated
-        else "",
-        "## Conclusions and recommendations",
-        _bullets(_conclusions(analysis)),
-        "## Configuration details",
-        _table(details, {"configuration": ("config_name", "code")} | {f: (f, "") for f in CONFIG_FIELDS}),
-        _table(({"s": s, "v": v} for s, v in settings.items()), {"setting": ("s", ""), "value": ("v", "")}),
-    ]
-    if len(failed):
-        columns = {name: (name, "") for name in ("config_name", "prompt_id", "error")}
-        parts += ["## Failed experiments", _table(failed.to_dict("records"), columns)]
-    write_whole(Path(output_path), "\n\n".join(part.strip() for part in parts if part) + "\n")
-    return Path(output_path)
-
-
-def write_report(df: pd.DataFrame, output_dir: str | Path, baseline: str | None = None) -> dict[str, Any]:
-    """Analysis, plots and report of a results table, into `output_dir`; returns the analysis.
-
-    baseline: see `choose_baseline`. The analysis also has `failed_plots`: plot -> why it could not be drawn.
+    failed_plots: plot -> why it could not be drawn, to be named.
     """
-    analysis = analyze_results(df, output_dir, baseline)
-    analysis["failed_plots"] = draw_plots(df, output_dir, analysis).failed
-    generate_markdown_report(df, analysis, Path(output_dir) / "REPORT.md")
-    return analysis
+    path = Path(output_path)
+    results = results_beside(df, path.parent)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    context = report_context(results, analysis, path.parent, failed_plots or {})
+    text = environment.from_string(REPORT_TEMPLATE).render(context)
+    write_whole(path, re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+    return path
+
+
+def write_report(df: pd.DataFrame, output_dir: str | Path, baseline: str | None = None) -> DrawnPlots:
+    """Analysis, plots and report of a run, into `output_dir`; see `analyze_results` for the arguments."""
+    folder = Path(output_dir)
+    analysis = analyze_results(df, folder, baseline)
+    drawn = draw_plots(df, folder, analysis)
+    generate_markdown_report(df, analysis, folder / "REPORT.md", drawn.failed)
+    return drawn
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -5015,57 +7058,123 @@ def _batch_size(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of the command line, with its words for --help and the manual.
+
+    parse: how its value is read; None for a switch. default: what --help says it is without. needs: another
+    option without which it means nothing. least: of a whole number.
+    """
+
+    name: str
+    words: str
+    parse: Callable[[str], Any] | None = str
+    default: Any = None
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+    several: bool = False
+    needs: str | None = None
+    least: int | None = None
+
+    @property
+    def key(self) -> str:
+        return self.name.replace("-", "_")
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        if self.parse is None:
+            parser.add_argument(f"--{self.name}", action="store_true", help=self.words)
+            return
+        more: dict[str, Any] = {"choices": self.choices} if self.choices else {"metavar": self.metavar}
+        if self.several:
+            more["nargs"] = "+"
+        parser.add_argument(f"--{self.name}", type=self.parse, default=self.default, help=self.words, **more)
+
+
+OPTIONS = (
+    Option("model", "folder or hub name of the model", default=DEFAULT_MODEL),
+    Option("output", "folder for results", Path, Path(DEFAULT_OUTPUT)),
+    Option("max-tokens", "new tokens for each prompt; always exactly so many: clocks compare equal work",
+           int, DEFAULT_MAX_TOKENS, "N", least=1),
+    Option("checkpoint-interval",
+           "every finished row is written at once; so many are forced to the disk together, which bounds "
+           "what a power cut can take", int, DEFAULT_CHECKPOINT_INTERVAL, "N", least=1),
+    Option("no-resume", "set earlier results in --output aside, do not go on from them", None),
+    Option("device", "where the model runs", choices=("auto", "cuda", "cpu"), default="auto"),
+    Option("device-map", "spread a model that is too big for one GPU over all of them, the rest over memory "
+           "and disk", choices=("auto",)),
+    Option("dtype", "precision of weights and arithmetic; auto: bfloat16 where the hardware computes in it, "
+           "else float16 on a GPU and float32 on a CPU", choices=DTYPES, default="auto"),
+    Option("no-fp16", "the same as --dtype float32", None),
+    Option("revision", "branch, tag or commit of a hub model"),
+    Option("trust-remote-code", "execute Python code that comes with the model", None),
+    Option("batch-size", f"texts scored in one forward pass; auto begins with {AUTO_BATCH_TOKENS:,} tokens "
+           "and halves when memory is short. Results do not depend on it, but for rounding", _batch_size,
+           "auto", "N"),
+    Option("suite", "family of configurations: default, frontier, controls or all", default="default"),
+    Option("configs", "comma-separated names: only these configurations", _names, metavar="NAMES"),
+    Option("routing-configs", "JSON file of your own configurations, by name", Path, metavar="FILE"),
+    Option("match-experts", "set every adaptive rule's knob to keep K experts on the calibration text",
+           float, metavar="K"),
+    Option("prompts", "prompts from a file: .txt (one a line), .jsonl, .json, .csv with text and, if you "
+           "like, id, category, description, reference", Path, metavar="FILE"),
+    Option("text", "text files or folders of .txt files to score, cut into windows; without prompts of your "
+           "own nothing is generated", Path, metavar="PATH", several=True),
+    Option("window", "tokens in a window of --text", int, DEFAULT_WINDOW, "N", needs="text", least=1),
+    Option("dataset", "prompts from a data set: a .csv, .json, .jsonl or .parquet file, a folder of such "
+           "files, or a hub NAME or NAME:CONFIG", metavar="NAME[:CONFIG]"),
+    Option("split", "split of --dataset; train if not given, or the only one", needs="dataset"),
+    Option("text-column", "of --dataset; text if not given, or the only one of strings", metavar="COLUMN",
+           needs="dataset"),
+    Option("category-column", "of --dataset; without it the data set is the category", metavar="COLUMN",
+           needs="dataset"),
+    Option("reference-column", "of --dataset: a continuation of the text, to be scored", metavar="COLUMN",
+           needs="dataset"),
+    Option("limit", f"rows of --dataset to take; {DEFAULT_LIMIT} if not given", int, metavar="N",
+           needs="dataset", least=1),
+    Option("random-rows", "draw the rows of --dataset by --seed, not the first ones", None, needs="dataset"),
+    Option("tasks", "comma-separated tasks or groups of lm-evaluation-harness, instead of prompts", _names,
+           metavar="NAMES"),
+    Option("num-fewshot", "examples in the context of --tasks; a task's own if not given", int, metavar="N",
+           needs="tasks", least=0),
+    Option("task-limit", "documents of each of --tasks, or a share below 1", float, metavar="N",
+           needs="tasks"),
+    Option("include-path", "folder with task files of your own for --tasks", Path, metavar="FOLDER",
+           needs="tasks"),
+    Option("baseline", "the configuration that the others are compared with; the model's own routing if not "
+           "given", metavar="NAME"),
+    Option("p-values", "null for every rule that tests, instead of its own", choices=tuple(NULLS)),
+    Option("calibration-text", "text file for the empirical null, instead of text that the model samples",
+           metavar="FILE"),
+    Option("do-sample", "sample the texts instead of greedy decoding", None),
+    Option("sampling-temperature", "with --do-sample; 1 if not given", float, metavar="T", needs="do-sample"),
+    Option("sampling-top-p", "with --do-sample; 1 if not given", float, metavar="P", needs="do-sample"),
+    Option("num-samples", "with --do-sample: texts for each prompt, 1 if not given; in the tests their mean "
+           "counts", int, metavar="N", needs="do-sample", least=1),
+    Option("seed", "for sampling texts and the calibration text", int, DEFAULT_SEED, "N"),
+    Option("retry-failed", "run again what failed in an earlier run", None),
+    Option("fail-fast", "stop at the first failure", None),
+    Option("list-architectures", "print which models can be patched, and end", None),
+    Option("analyze-only", "redo analysis, plots and report from the tables in --output", None),
+)  # fmt: skip
+ALONE = {  # option that runs nothing -> the options that mean something beside it
+    "analyze_only": ("output", "baseline"),
+    "list_architectures": (),
+}
+
+
 def build_parser() -> argparse.ArgumentParser:
+    """The command line, from OPTIONS."""
     parser = argparse.ArgumentParser(
         prog="run_bh_experiments.py",
         description="Compare Benjamini-Hochberg expert routing with Top-K in a mixture-of-experts model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    add("--model", default=DEFAULT_MODEL, help="folder or hub name of the model")
-    add("--output", type=Path, default=Path(DEFAULT_OUTPUT), help="folder for results")
-    add("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, help="new tokens per experiment")
-    saving = "each finished experiment is written at once; so many are forced to the disk together"
-    add("--checkpoint-interval", type=int, default=DEFAULT_CHECKPOINT_INTERVAL, metavar="N", help=saving)
-    add("--no-resume", action="store_true", help="set earlier results aside, do not go on from them")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs")
-    add("--device-map", choices=("auto",), help="spread the model over all GPUs, the rest over memory, disk")
-    add("--dtype", choices=DTYPES, default="auto", help="precision of weights and arithmetic")
-    add("--no-fp16", action="store_true", help="the same as --dtype float32")
-    add("--revision", help="branch, tag or commit of a hub model")
-    add("--trust-remote-code", action="store_true", help="execute Python code that comes with the model")
-    sizes = "texts scored in one forward pass; auto halves it when memory does not suffice"
-    add("--batch-size", type=_batch_size, default="auto", metavar="N", help=sizes)
-    add("--suite", default="default", help=f"family of configurations: {', '.join(suites())}")
-    add("--configs", help="comma-separated names: only these configurations")
-    add("--routing-configs", type=Path, metavar="FILE", help="JSON file of your own configurations, by name")
-    add("--match-experts", type=float, metavar="K", help="move every adaptive rule's knob to keep K experts")
-    add("--prompts", type=Path, metavar="FILE", help="prompts of your own: .txt .jsonl .json .csv")
-    add("--text", type=Path, nargs="+", metavar="PATH", help="score text files or folders; no generation")
-    add("--window", type=int, default=DEFAULT_WINDOW, help="tokens in a window of --text")
-    add("--dataset", metavar="NAME[:CONFIG]", help="prompts from a data set: a file, a folder, a hub name")
-    add("--split", help="split of --dataset; train if not given, or the only one")
-    add("--text-column", metavar="COLUMN", help="of --dataset; text if not given, or the only one of strings")
-    add("--category-column", metavar="COLUMN", help="of --dataset; without it the data set is the category")
-    add("--reference-column", metavar="COLUMN", help="of --dataset: a continuation of the text, to be scored")
-    add("--limit", type=int, metavar="N", help=f"rows of --dataset to take; {DEFAULT_LIMIT} if not given")
-    add("--random-rows", action="store_true", help="draw the rows of --dataset by --seed, not the first ones")
-    add("--tasks", metavar="NAMES", help="comma-separated tasks of lm-evaluation-harness, instead of prompts")
-    add("--num-fewshot", type=int, metavar="N", help="examples in the context of --tasks; else a task's own")
-    add("--task-limit", type=float, metavar="N", help="documents of each of --tasks, or a share below 1")
-    add("--include-path", type=Path, metavar="FOLDER", help="with task files of your own for --tasks")
-    add("--baseline", metavar="NAME", help="the configuration that the others are compared with")
-    add("--p-values", choices=P_VALUES, help="null for every step-up rule, instead of its own")
-    add("--calibration-text", metavar="FILE", help="text for the empirical null, instead of the model's own")
-    add("--do-sample", action="store_true", help="sample the texts instead of greedy decoding")
-    add("--sampling-temperature", type=float, metavar="T", help="with --do-sample; 1 if not given")
-    add("--sampling-top-p", type=float, metavar="P", help="with --do-sample; 1 if not given")
-    add("--num-samples", type=int, metavar="N", help="with --do-sample: texts for each prompt; else 1")
-    add("--seed", type=int, default=DEFAULT_SEED, help="for sampling texts and the calibration text")
-    add("--retry-failed", action="store_true", help="run experiments again that failed in an earlier run")
-    add("--fail-fast", action="store_true", help="stop at the first experiment that fails")
-    add("--list-architectures", action="store_true", help="print which models can be patched, and end")
-    add("--analyze-only", action="store_true", help="redo tables, plots and report from the CSV in --output")
+    for option in OPTIONS:
+        option.add_to(parser)
     return parser
 
 
@@ -5079,6 +7188,72 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """UserError for options that are out of range, mean nothing or contradict each other."""
+    given = {option.key: getattr(args, option.key) for option in OPTIONS if option.key in args.given}
+    for owner, allowed in ALONE.items():
+        others = [name for name in given if name not in (owner, *allowed)]
+        if owner in given and others:
+            other = others[0].replace("_", "-")
+            alone = owner.replace("_", "-")
+            raise UserError(f"--{other} means nothing beside --{alone}: leave one of them out")
+    for option in OPTIONS:
+        if option.key in given:
+            _check_option(option, given)
+    check_seed("--seed", args.seed)
+    _check_exclusions(args, given)
+    _check_ranges(given)
+
+
+def _check_option(option: Option, given: Mapping[str, Any]) -> None:
+    """UserError where an option that was given is empty, too small, or lacks the one it needs."""
+    if given[option.key] in ("", [""]):
+        raise UserError(f"--{option.name} is empty")
+    if option.least is not None:
+        check_least(f"--{option.name}", given[option.key], option.least)
+    if option.needs and option.needs.replace("-", "_") not in given:
+        raise UserError(f"--{option.name} needs --{option.needs}")
+
+
+def _check_exclusions(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """UserError for options that contradict each other."""
+    for sources in (("prompts", "dataset", "tasks"), ("text", "tasks")):
+        both = [f"--{name}" for name in sources if name in given]
+        if len(both) > 1:
+            raise UserError(f"{both[0]} and {both[1]} exclude each other: a run takes its items from one")
+    if args.tasks and args.do_sample:
+        raise UserError("--tasks and --do-sample exclude each other: a task says itself how to generate")
+    if args.device_map and args.device != "auto":
+        raise UserError(f"--device {args.device} and --device-map exclude each other")
+
+
+def _check_ranges(given: Mapping[str, Any]) -> None:
+    """UserError for numbers out of range, of options that are no whole numbers."""
+    temperature = given.get("sampling_temperature", 1)
+    if not 0 < temperature < math.inf:
+        raise UserError(f"--sampling-temperature {temperature}: it must be above 0")
+    top_p = given.get("sampling_top_p", 1)
+    if not 0 < top_p <= 1:
+        raise UserError(f"--sampling-top-p {top_p}: it must be in (0, 1]")
+    limit = given.get("task_limit", 1)
+    if not (0 < limit < 1 or limit % 1 == 0 < limit):
+        raise UserError(f"--task-limit {limit:g}: it must be a whole number, or a share below 1")
+
+
+def read_routing_configs(path: Path) -> dict[str, dict[str, Any]]:
+    """Configurations by name from a JSON file."""
+    option = f"--routing-configs {path}"
+    try:
+        configs = json.loads(_read_text(path, "--routing-configs"))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{option}: not valid JSON: {error}") from error
+    if not isinstance(configs, dict) or not all(isinstance(config, dict) for config in configs.values()):
+        raise UserError(f'{option}: it must hold {{"name": {{"method": ...}}}}')
+    return configs
+
+
 def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The configurations that --suite, --configs, --routing-configs and --p-values ask for.
 
@@ -5086,142 +7261,112 @@ def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """
     families = suites()
     suite = families[_choice("--suite", args.suite, tuple(families))]
-    own, what = {}, f"--routing-configs {args.routing_configs}"
-    if args.routing_configs:
-        text = _read_text(args.routing_configs, "--routing-configs")
-        try:
-            own = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{what}: not valid JSON: {error}") from error
-        if not isinstance(own, dict) or not all(isinstance(config, dict) for config in own.values()):
-            raise UserError(f'{what}: it must hold {{"name": {{"method": ...}}}}')
+    own = read_routing_configs(args.routing_configs) if args.routing_configs else {}
     known = families["all"] | own
-    names = [name.strip() for name in args.configs.split(",")] if args.configs else [*suite, *own]
+    testing = [rule.name for rule in RULES.values() if rule.uses_null]
     configs = {}
-    for name in names:
+    for name in args.configs or [*suite, *own]:
         config = known[_choice("configuration in --configs", name, tuple(known))]
-        null = {"p_values": args.p_values} if args.p_values and config.get("method") in STEP_UP else {}
-        configs[name] = resolve_config(name, config | null)
-    methods = {config["method"] for config in configs.values()}
-    if args.p_values and methods.isdisjoint(STEP_UP):
-        what = f"--p-values {args.p_values}: no chosen configuration takes a null"
-        raise UserError(f"{what}; choose one with method {' or '.join(STEP_UP)}, see --suite and --configs")
-    if args.match_experts is not None and methods <= {"topk"}:
-        what = f"--match-experts {args.match_experts:g}: every chosen configuration is Top-K"
-        raise UserError(f"{what}; choose one that adapts, see --suite and --configs")
+        if args.p_values and config.get("method") in testing:
+            config = config | {"p_values": args.p_values}
+        configs[name] = resolve_config(name, config)
+    rules = [RULES[config["method"]] for config in configs.values()]
+    if args.p_values and not any(rule.uses_null for rule in rules):
+        raise UserError(
+            f"--p-values {args.p_values}: no chosen configuration takes a null; choose one with method "
+            f"{' or '.join(testing)}, see --suite and --configs"
+        )
+    if args.match_experts is not None and all(rule.is_static for rule in rules):
+        raise UserError(
+            f"--match-experts {args.match_experts:g}: every chosen configuration is Top-K; choose one that "
+            "adapts, see --suite and --configs"
+        )
     if args.baseline is not None:
         _choice("--baseline", args.baseline, tuple(configs))
     return configs
 
 
-NEEDS = {  # option -> options that mean nothing without it
-    "dataset": ("split", "text_column", "category_column", "reference_column", "limit", "random_rows"),
-    "tasks": ("num_fewshot", "task_limit", "include_path"),
-    "do_sample": ("sampling_temperature", "sampling_top_p", "num_samples"),
-    "text": ("window",),
-}
-ALONE = {  # option that runs nothing -> the options that mean something beside it
-    "analyze_only": ("output", "baseline"),
-    "list_architectures": (),
-}
-LEAST = dict.fromkeys(("max_tokens", "checkpoint_interval", "window", "num_samples", "limit"), 1)
-LEAST["num_fewshot"] = 0
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """UserError for options that are out of range, mean nothing or contradict each other."""
-    option = {name: name.replace("_", "-") for name in vars(args)}
-    given = {name: value for name, value in vars(args).items() if name in args.given}
-    for owner, allowed in ALONE.items():
-        others = [option[name] for name in given if name not in (owner, *allowed)]
-        if owner in given and others:
-            raise UserError(f"--{others[0]} means nothing beside --{option[owner]}: leave one of them out")
-    for name, value in given.items():
-        if value == "":
-            raise UserError(f"--{option[name]} is empty")
-    for name, least in LEAST.items():
-        if name in given:
-            check_least(f"--{option[name]}", given[name], least)
-    for owner, names in NEEDS.items():
-        for name in names:
-            if name in given and owner not in given:
-                raise UserError(f"--{option[name]} needs --{option[owner]}")
-    sources = [option[name] for name in ("prompts", "text", "dataset", "tasks") if name in given]
-    if len(sources) > 1:
-        raise UserError(
-            f"--{sources[0]} and --{sources[1]} exclude each other: a run takes its items from one"
-        )
-    if args.tasks and args.do_sample:
-        raise UserError("--tasks and --do-sample exclude each other: a task says itself how to generate")
-    check_seed("--seed", args.seed)
-    if args.device_map and args.device != "auto":
-        raise UserError(f"--device {args.device} and --device-map exclude each other")
-    if not 0 < given.get("sampling_temperature", 1) < math.inf:
-        raise UserError(f"--sampling-temperature {args.sampling_temperature}: it must be above 0")
-    if not 0 < given.get("sampling_top_p", 1) <= 1:
-        raise UserError(f"--sampling-top-p {args.sampling_top_p}: it must be in (0, 1]")
-    limit = given.get("task_limit", 1)
-    if not (0 < limit < 1 or limit % 1 == 0 < limit):
-        raise UserError(f"--task-limit {limit:g}: it must be a whole number, or a share below 1")
-
-
-def choose_prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The prompts that the options ask for; those of --text need the tokenizer and come later."""
+def choose_prompts(args: argparse.Namespace) -> Sequence[Prompt]:
+    """The prompts that the options ask for: none where only a text is to be scored."""
     if args.dataset:
         columns = (args.text_column, args.category_column, args.reference_column)
         seed = args.seed if args.random_rows else None
         return load_dataset_prompts(args.dataset, args.split, *columns, args.limit or DEFAULT_LIMIT, seed)
-    return load_prompts(args.prompts) if args.prompts else TEST_PROMPTS
+    if args.prompts:
+        return load_prompts(args.prompts)
+    return () if args.text else TEST_PROMPTS
 
 
-def measure(args: argparse.Namespace) -> pd.DataFrame | None:
-    """Run the experiments that the options ask for; None in a process that leaves the report to the first."""
-    configs, prompts = choose_configs(args), choose_prompts(args)
-    sampling = {"temperature": args.sampling_temperature, "top_p": args.sampling_top_p}
-    sampling = {name: value for name, value in sampling.items() if value is not None}
-    names = "calibration_text seed dtype revision device_map trust_remote_code batch_size command"
-    options = {name: getattr(args, name) for name in names.split()}
-    options |= {"use_fp16": not args.no_fp16, "sampling": sampling if args.do_sample else None}
-    runner = BHExperimentRunner(args.model, args.output, args.checkpoint_interval, args.device, **options)
+def build_runner(args: argparse.Namespace) -> BHExperimentRunner:
+    sampling = None
+    if args.do_sample:
+        sampling = {"temperature": args.sampling_temperature, "top_p": args.sampling_top_p}
+        sampling = {name: value for name, value in sampling.items() if value is not None}
+    return BHExperimentRunner(
+        args.model,
+        args.output,
+        args.checkpoint_interval,
+        args.device,
+        not args.no_fp16,
+        calibration_text=args.calibration_text,
+        seed=args.seed,
+        dtype=args.dtype,
+        revision=args.revision,
+        device_map=args.device_map,
+        trust_remote_code=args.trust_remote_code,
+        sampling=sampling,
+        batch_size=args.batch_size,
+        command=args.command,
+    )
+
+
+def measure(args: argparse.Namespace) -> Results | None:
+    """Run what the options ask for; None in a process that leaves the report to the first."""
+    configs = choose_configs(args)
+    prompts = choose_prompts(args)
+    runner = build_runner(args)
+    texts: Sequence[TextItem] = ()
     if args.text:
         if args.window > runner.context:
             raise UserError(f"--window {args.window}: this model's context is {runner.context}")
-        prompts = text_windows(args.text, runner.tokenizer, args.window)
+        texts = text_windows(args.text, runner.tokenizer, args.window)
     if args.match_experts is not None:
-        with log_to(args.output / "experiment_log.txt"):
+        with log_to(args.output / LOG_FILE):
             for name, config in configs.items():
                 configs[name] = match_experts(name, config, args.match_experts, runner.calibration)
-    how = {"resume": not args.no_resume, "retry_failed": args.retry_failed, "fail_fast": args.fail_fast}
-    how["baseline"] = args.baseline
+    options = {
+        "resume": not args.no_resume,
+        "retry_failed": args.retry_failed,
+        "fail_fast": args.fail_fast,
+        "baseline": args.baseline,
+    }
     if args.tasks:
-        names, limit = [name.strip() for name in args.tasks.split(",")], args.task_limit
-        limit = int(limit) if limit is not None and limit >= 1 else limit
-        frame = runner.run_tasks(names, configs, args.num_fewshot, limit, args.include_path, **how)
+        limit = args.task_limit
+        if limit is not None and limit >= 1:
+            limit = int(limit)
+        runner.run_tasks(args.tasks, configs, args.num_fewshot, limit, args.include_path, **options)
     else:
-        how["num_samples"] = args.num_samples or 1
-        frame = runner.run_full_experiment_suite(configs, prompts, args.max_tokens, **how)
-    return frame if runner.processes.rank == 0 else None
+        samples = args.num_samples or 1
+        runner.run_full_experiment_suite(
+            configs, prompts, args.max_tokens, texts=texts, num_samples=samples, **options
+        )
+    return runner.results if runner.processes.rank == 0 else None
 
 
 def run(args: argparse.Namespace) -> int:
-    """What the command line asks for; returns the exit code: 0, or 1 when an experiment or a plot failed."""
+    """What the command line asks for; returns the exit code: 0, or 1 when something failed."""
     check_options(args)
     if args.list_architectures:
-        titles = ("model type", "class", "status", "why")
-        print(_table(list_architectures(), {title: (title, "s") for title in titles}), end="")
+        columns = [ReportColumn(title, title, "s") for title in ("model type", "class", "status", "why")]
+        print(markdown_table(list_architectures(), columns))
         return 0
-    if args.analyze_only:
-        frame = read_results(args.output / "bh_routing_results.csv")
-        if args.baseline is not None:
-            _choice("--baseline", args.baseline, tuple(frame["config_name"].unique()))
-    else:
-        frame = measure(args)
-    if frame is None:
+    results = Results.read(args.output) if args.analyze_only else measure(args)
+    if results is None:
         return 0
-    with log_to(args.output / "experiment_log.txt"):
-        analysis = write_report(frame, args.output, baseline=args.baseline)
+    with log_to(args.output / LOG_FILE):
+        drawn = write_report(results.generation, args.output, args.baseline)
         logger.info(f"report: {args.output / 'REPORT.md'}")
-    return 1 if (frame["status"] != "ok").any() or analysis["failed_plots"] else 0
+    return 1 if drawn.failed or results.num_failed else 0
 
 
 class _Terminated(KeyboardInterrupt):
@@ -5233,16 +7378,16 @@ def _terminate(number: int, frame: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done, 1 an experiment or a plot failed, 2 a mistake in the call, 130
-    Ctrl-C, 143 SIGTERM."""
+    """Entry point. Exit codes: 0 done, 1 something failed, 2 a wrong call, 130 Ctrl-C, 143 SIGTERM."""
     args = parse_options(argv)
     args.command = shlex.join(["run_bh_experiments.py", *(sys.argv[1:] if argv is None else argv)])
-    first = os.environ.get("RANK", "0") == "0"  # one of several processes speaks, but all may complain
-    console, level = _ConsoleHandler(logging.INFO if first else logging.WARNING), logger.level
+    is_first = os.environ.get("RANK", "0") == "0"  # one of several processes speaks, but all may complain
+    console = _ConsoleHandler(logging.INFO if is_first else logging.WARNING)
     console.setFormatter(_LineFormatter())
-    before = None
+    level = logger.level
+    previous_handler = None
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
-        before = signal.signal(signal.SIGTERM, _terminate)
+        previous_handler = signal.signal(signal.SIGTERM, _terminate)
     logger.addHandler(console)
     logger.setLevel(logging.INFO)
     try:
@@ -5257,8 +7402,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("interrupted; all finished experiments are saved: the same command goes on from there")
         return 143 if isinstance(stop, _Terminated) else 130
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        if previous_handler is not None:
+            signal.signal(signal.SIGTERM, previous_handler)
         logger.removeHandler(console)
         logger.setLevel(level)
 
