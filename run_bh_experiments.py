@@ -887,7 +887,7 @@ class StandIn:
         return StandIn(*(None if part is None else part.to(device, dtype) for part in parts))
 
     def output(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """The sum over candidates of weight x stand-in: hidden [T, H], indices and weights [T, K] -> [T, H]."""
+        """Sum over candidates of weight x stand-in: hidden [T, H], indices and weights [T, K] -> [T, H]."""
         output = nn.functional.embedding_bag(
             indices, self.offset, per_sample_weights=weights.to(self.offset.dtype), mode="sum"
         )
@@ -946,7 +946,7 @@ class Calibration:
         return self._nulls[key]
 
     def relative_norms(self, layer_index: int) -> Tensor:
-        """Mean norm of what each expert puts out, over the mean of all experts: [E]. UserError without norms."""
+        """Mean norm of what each expert puts out, over the mean of all: [E]. UserError without norms."""
         if self.norms is None:
             raise UserError(
                 "method 'contribution' needs calibration=calibrate(model, tokenizer, outputs=True)"
@@ -1056,8 +1056,8 @@ NULLS = {
     ),
     "pooled": NullKind(
         "(1 + number of null scores >= s) / (n0 + 1), per layer",
-        "every pair of a layer counts as irrelevant, the chosen ones too: the earlier attempt's null, which "
-        "was a smoothed distribution of all scores. Then a share alpha of all pairs is all that can stand out",
+        "every pair of a layer counts as irrelevant, the chosen ones too: the earlier attempt's null, "
+        "a smoothed distribution of all scores. A share alpha of all pairs is all that can stand out",
         _pooled_null,
         is_calibrated=True,
     ),
@@ -4841,7 +4841,7 @@ class BHExperimentRunner:
         return self._calibrated(outputs=False)
 
     def calibration_for(self, configs: Iterable[Config]) -> Calibration | None:
-        """What these configurations need, measured in one pass over the calibration text; None for nothing."""
+        """What these configurations need, from one pass over the calibration text; None for nothing."""
         needing = [config for config in configs if needs_calibration(config)]
         if not needing:
             return None
@@ -5958,13 +5958,18 @@ def families(configs: Configs) -> dict[str, list[str]]:
     return groups
 
 
+def in_order(stand_ins: Iterable[str]) -> list[str]:
+    """Distinct stand-ins: nothing, the mean, linear maps."""
+    return sorted(set(stand_ins), key=lambda name: (name != "nothing", name != "mean", name))
+
+
 @dataclass(frozen=True)
 class Ladder:
-    """A rule at several values of its knob: a curve of NLL against compute, on items that all of them have."""
+    """A rule at several values of its knob: a curve of NLL against compute, on items that all have."""
 
     label: str
     stand_in: str
-    is_static: bool
+    rule: Rule
     experts: list[float]  # compute of each member, ascending
     members: list[pd.DataFrame]  # their scores, indexed by item_id
 
@@ -6003,7 +6008,7 @@ def ladders_of(by_config: Mapping[str, pd.DataFrame], configs: Configs, items: p
                 Ladder(
                     label,
                     config.get("stand_in", "nothing"),
-                    RULES[config["method"]].is_static,
+                    RULES[config["method"]],
                     [experts for experts, _ in points],
                     [tables[place] for _, place in points],
                 )
@@ -6050,11 +6055,13 @@ def compare_field(scores: pd.DataFrame, configs: Configs, own_k: int | None) -> 
         return {}
     items = functools.reduce(pd.Index.intersection, (rows.index for rows in by_config.values()))
     ladders = ladders_of(by_config, configs, items)
-    if sum(not ladder.is_static for ladder in ladders) < 2 or not len(items):
+    if sum(not ladder.rule.is_static for ladder in ladders) < 2 or not len(items):
         return {}
     documents = scores.drop_duplicates("item_id").set_index("item_id")["document"]
     own = by_config[own_name].loc[items, "nll"]
-    static = next((ladder for ladder in ladders if ladder.is_static and ladder.stand_in == "nothing"), None)
+    static = next(
+        (ladder for ladder in ladders if ladder.rule.is_static and ladder.stand_in == "nothing"), None
+    )
     whole = range(1, int(max(ladder.experts[-1] for ladder in ladders)) + 1)
     curves = {
         (ladder.label, experts): ladder.at(experts)
@@ -6063,7 +6070,8 @@ def compare_field(scores: pd.DataFrame, configs: Configs, own_k: int | None) -> 
         if ladder.spans(experts)
     }
     pairs = []
-    for first, second in itertools.combinations(ladders, 2):
+    compared = [ladder for ladder in ladders if not ladder.rule.uses_outputs]  # a bound is no rule
+    for first, second in itertools.combinations(compared, 2):
         for experts in whole:
             if (first.label, experts) in curves and (second.label, experts) in curves:
                 difference = curves[first.label, experts] - curves[second.label, experts]
@@ -6079,7 +6087,7 @@ def compare_field(scores: pd.DataFrame, configs: Configs, own_k: int | None) -> 
             beaten_by[worse].add(better)
     rows = []
     for ladder in ladders:
-        alike = [other for other in ladders if other.stand_in == ladder.stand_in]
+        alike = [other for other in compared if other.stand_in == ladder.stand_in]
         at = {}
         for experts in whole:
             if (ladder.label, experts) in curves:
@@ -6097,6 +6105,7 @@ def compare_field(scores: pd.DataFrame, configs: Configs, own_k: int | None) -> 
             {
                 "label": ladder.label,
                 "stand_in": ladder.stand_in,
+                "is_bound": ladder not in compared,
                 "low": ladder.experts[0],
                 "high": ladder.experts[-1],
                 "at": at,
@@ -6491,7 +6500,7 @@ def plot_quality_vs_experts(verdicts: pd.DataFrame, ax: Any = None) -> Any:
             elinewidth=0.8,
         )
     if _owns_figure(ax):
-        ax.figure.set_figwidth(8.5)  # room for the legend
+        ax.figure.set_size_inches(8.5, max(4.2, 0.5 + 0.2 * len(groups)))  # room for the legend
     if len(rows):
         _nats_scale(ax, "y", [*low, *high])
         ax.legend(**LEGEND_BESIDE, fontsize="small")
@@ -6535,46 +6544,71 @@ def plot_delta_at_equal_compute(verdicts: pd.DataFrame, ax: Any = None) -> Any:
     return ax
 
 
+def _spread(places: Sequence[float], gap: float) -> np.ndarray:
+    """`places`, ascending, moved as little as keeps them `gap` apart (least squares)."""
+    steps = gap * np.arange(len(places))
+    return optimize.isotonic_regression(np.asarray(places) - steps).x + steps
+
+
+FIELD_COLORS = {"lowest": "#029e73", "BH, empirical null": "#0173b2", "bound": "0.2", "others": "0.7"}
+
+
 def plot_field(verdicts: pd.DataFrame, axes: Any = None) -> Any:
-    """Each rule's ladder against static Top-K at the same compute, a panel for each stand-in: the best rule,
-    BH and static Top-K in colour, the others in grey."""
+    """Each rule's ladder against static Top-K at the same compute, a panel for each stand-in: the lowest rule
+    and BH in colour, the others in grey, each named at its end."""
     rows = verdicts[verdicts["delta_nll"].notna()]
-    cells = rows.set_index("config_name")["configuration"].map(json.loads)
-    stand_ins = distinct(cells.map(lambda config: config.get("stand_in", "nothing")))
+    configs = {row["config_name"]: json.loads(row["configuration"]) for row in rows.to_dict("records")}
+    stand_ins = in_order(config["stand_in"] for config in configs.values())
     if axes is None:
-        size = (3.4 * len(stand_ins) + 2.2, 4.4)
+        size = (3.6 * len(stand_ins) + 1.0, 4.6)
         axes = plt.subplots(
             1, len(stand_ins), figsize=size, layout="constrained", sharey=True, squeeze=False
         )[1][0]
+    _nats_scale(axes[0], "y", [*rows["delta_nll"], 0.0])
+    names_at: list[list[tuple[float, str, str]]] = []
     for ax, stand_in in zip(axes, stand_ins, strict=True):
-        names = [name for name in cells.index if cells[name].get("stand_in", "nothing") == stand_in]
-        groups = families({name: cells[name] for name in names})
+        alike = {name: config for name, config in configs.items() if config["stand_in"] == stand_in}
         ladders = {
             label: rows[rows["config_name"].isin(members)].sort_values("mean_experts")
-            for label, members in groups.items()
+            for label, members in families(alike).items()
             if len(members) > 1
         }
-        best = min(ladders, key=lambda label: ladders[label]["delta_nll"].mean(), default=None)
+        rules = {label: alike[ladder["config_name"].iloc[0]] for label, ladder in ladders.items()}
+        compared = [label for label in ladders if not RULES[rules[label]["method"]].uses_outputs]
+        lowest = min(compared, key=lambda label: ladders[label]["delta_nll"].iloc[-1], default=None)
+        ends: list[tuple[float, str, str]] = []  # where each ladder ends, its name and colour
         for label, ladder in ladders.items():
-            style = {"color": "0.7", "linewidth": 1.0, "zorder": 1, "label": "_"}
-            if label == best:
-                style = {"color": "#029e73", "linewidth": 2.0, "zorder": 3, "label": f"{label} (lowest)"}
-            elif label.startswith("bh"):
-                style = {"color": "#0173b2", "linewidth": 1.4, "zorder": 2, "label": "_BH"}
-            ax.plot(ladder["mean_experts"], ladder["delta_nll"], "o-", markersize=3.5, **style)
-            if label != best:
-                end = ladder.iloc[-1]
-                text = {"textcoords": "offset points", "fontsize": 5.5, "va": "center", "color": "0.4"}
-                place = (end["mean_experts"], end["delta_nll"])
-                ax.annotate(label.split(" + ")[0], place, (4, 0), **text)
+            kind = "others"
+            if label not in compared:
+                kind = "bound"
+            elif label == lowest:
+                kind = "lowest"
+            elif rules[label]["method"] == "bh" and rules[label]["p_values"] == "empirical":
+                kind = "BH, empirical null"
+            color = FIELD_COLORS[kind]
+            width = 1.0 if kind == "others" else 1.8
+            dots = {"markersize": 3.5, "zorder": 1 if kind == "others" else 2}
+            style = ":" if kind == "bound" else "-"
+            ax.plot(
+                ladder["mean_experts"], ladder["delta_nll"], f"o{style}", color=color, linewidth=width, **dots
+            )
+            ends.append((ladder["delta_nll"].iloc[-1], label, color if kind != "others" else "0.4"))
+        names_at.append(sorted(ends))
         ax.axhline(0, color="0.2", linewidth=1.2)
-        words = "nothing stands in" if stand_in == "nothing" else f"{stand_in} stands in"
-        ax.set(xlabel="effective experts", title=words)
-        ax.margins(x=0.18)
-        if best is not None:
-            ax.legend(frameon=False, fontsize="small", loc="lower right")
-    _nats_scale(axes[0], "y", [*rows["delta_nll"], 0.0])
-    axes[0].set_ylabel("NLL minus static Top-K at equal compute, nats per token")
+        words = "Nothing stands in" if stand_in == "nothing" else f"{stand_in} stands in"
+        ax.set(xlabel="effective experts", title=words[0].upper() + words[1:])
+    # Named when all is drawn: until then the axis, which all panels share, may change.
+    for ax, ends in zip(axes, names_at, strict=True):
+        transform = ax.transData + ax.transAxes.inverted()
+        heights = _spread([transform.transform((0, end))[1] for end, _, _ in ends], 0.033)
+        for height, (_, label, color) in zip(heights, ends, strict=True):
+            ax.text(1.01, height, label, transform=ax.transAxes, fontsize=6.5, color=color, va="center")
+    for kind, color in FIELD_COLORS.items():
+        axes[0].plot([], [], "o-", color=color, markersize=3.5, label=kind)
+    axes[-1].legend(
+        *axes[0].get_legend_handles_labels(), frameon=False, fontsize="x-small", loc="upper right"
+    )
+    axes[0].set_ylabel("NLL minus static Top-K at equal compute")
     return axes
 
 
@@ -6727,11 +6761,13 @@ class PlotData:
 
 @dataclass(frozen=True)
 class Plot:
-    """draw: plot_x(data, ax=None). data: what it is given; nothing is drawn where that is empty."""
+    """draw: plot_x(data, ax=None). data: what it is given; nothing is drawn where that is empty. most: with
+    more configurations it could not be read, and is left out."""
 
     title: str
     draw: Callable[..., Any]
     data: Callable[[PlotData], Any]
+    most: int = 60
 
 
 def _generated(column: str) -> Callable[[PlotData], pd.DataFrame]:
@@ -6741,13 +6777,16 @@ def _generated(column: str) -> Callable[[PlotData], pd.DataFrame]:
 
 PLOTS: dict[str, Plot] = {  # file name, in the order of the report
     "quality_vs_experts": Plot(
-        "Quality against compute", plot_quality_vs_experts, lambda data: data.verdicts
+        "Quality against compute", plot_quality_vs_experts, lambda data: data.verdicts, most=1000
     ),
     "delta_at_equal_compute": Plot(
-        "Quality at equal compute", plot_delta_at_equal_compute, lambda data: data.verdicts
+        "Quality at equal compute", plot_delta_at_equal_compute, lambda data: data.verdicts, most=1000
     ),
     "field": Plot(
-        "Every rule at equal compute", plot_field, lambda data: data.verdicts if data.has_field else ()
+        "Every rule at equal compute",
+        plot_field,
+        lambda data: data.verdicts if data.has_field else (),
+        most=1000,
     ),
     "task_scores": Plot("Downstream tasks", plot_task_scores, lambda data: data.tasks),
     "avg_experts_comparison": Plot(
@@ -6773,9 +6812,11 @@ PLOTS: dict[str, Plot] = {  # file name, in the order of the report
         _generated("expert_utilization_cv"),
     ),
     "layer_profile": Plot("Layer by layer", plot_layer_profile, lambda data: data.layers),
-    "expert_usage_heatmap": Plot("Use of every expert", plot_expert_usage_heatmap, lambda data: data.usage),
+    "expert_usage_heatmap": Plot(
+        "Use of every expert", plot_expert_usage_heatmap, lambda data: data.usage, most=1000
+    ),
     "null_calibration": Plot(
-        "Calibration of the nulls", plot_null_calibration, lambda data: data.diagnostics
+        "Calibration of the nulls", plot_null_calibration, lambda data: data.diagnostics, most=1000
     ),
 }
 
@@ -6843,7 +6884,7 @@ def draw_plots(df: pd.DataFrame, output_dir: Path, analysis: Mapping[str, Any]) 
             path.unlink(missing_ok=True)  # no plot of an earlier run beside the report of this one
             try:
                 content = plot.data(data)
-                if not len(content):
+                if not len(content) or len(analysis["configurations"]) > plot.most:
                     continue
                 plot.draw(content)
                 figure = plt.gcf()
@@ -6955,7 +6996,7 @@ REPORT_TABLES: dict[str, tuple[ReportColumn, ...]] = {
     "league": (
         ReportColumn("rule", "label", "s"),
         ReportColumn("experts", "span", ".2f to .2f"),
-        *(ReportColumn(f"at {k}", f"at_{k}", "+.4f") for k in (3, 4, 5, 6)),
+        *(ReportColumn(f"at {k}", f"at_{k}", "+.4f") for k in (4, 5, 6)),
         ReportColumn("to the best at 5", "to_best", "+.4f"),
         ReportColumn("within 1 % at", "within_1", ".2f"),
         ReportColumn("95 %", "ci95_1", ".2f to .2f"),
@@ -7089,6 +7130,34 @@ def task_sentence(analysis: Mapping[str, Any]) -> str:
     )
 
 
+def field_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """For each stand-in: which rules no other beats, and whether BH is among them."""
+    sentences = []
+    ladders = analysis["field"].get("ladders", ())
+    for stand_in in in_order(ladder["stand_in"] for ladder in ladders):
+        alike = [ladder for ladder in ladders if ladder["stand_in"] == stand_in and not ladder["is_bound"]]
+        if len(alike) < 2:
+            continue
+        unbeaten = [ladder["label"] for ladder in alike if not ladder["beaten_by"]]
+        has_bh = any(label.startswith("bh") for label in unbeaten)
+        words = "With nothing standing in" if stand_in == "nothing" else f"With {stand_in} standing in"
+        among = "BH is among them" if has_bh else "BH is not among them"
+        sentences.append(
+            f"{words}, of {len(alike)} rules these are beaten by no other at any whole number of experts "
+            f"(adjusted p below {SIGNIFICANCE_LEVEL:g}): {', '.join(unbeaten) or 'none'}; {among}."
+        )
+    return sentences
+
+
+def answer_sentence(analysis: Mapping[str, Any]) -> str:
+    """What the run says, in the first lines of the report."""
+    if analysis["tasks"]:
+        return task_sentence(analysis)
+    if analysis["field"]:
+        return "**" + "** **".join(field_sentences(analysis)) + "**"
+    return verdict_sentence(analysis)
+
+
 def baseline_sentences(analysis: Mapping[str, Any]) -> list[str]:
     """What differences are to, where that is not the model's own routing."""
     base = analysis["baseline"]
@@ -7100,12 +7169,17 @@ def baseline_sentences(analysis: Mapping[str, Any]) -> list[str]:
     return [f"Differences are to `{base}`; the model's own routing is Top-{own_k}."]
 
 
+MOST_FINDINGS = 30  # configurations that get a sentence each
+
+
 def finding_sentences(analysis: Mapping[str, Any]) -> list[str]:
     """One for each adaptive configuration; a difference in time is claimed only where it is significant."""
     base = analysis["baseline"]
     sentences = []
     again = analysis["noise_floor"]["inference_time_sec"]["median_ratio"]
     noise = "" if again is None else f"; the model's own routing against itself {again:.2f}"
+    if len(analysis["statistical_tests"]) > MOST_FINDINGS:
+        return [f"{len(analysis['statistical_tests'])} configurations are compared with `{base}` below."]
     for name, tests in analysis["statistical_tests"].items():
         experts = tests["avg_experts_per_token"]
         if not experts["n_pairs"] or static_k(analysis["configurations"][name]) is not None:
@@ -7319,33 +7393,16 @@ def league_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
             row |= {f"within_{key}": within["fewest"]}
             row |= {f"ci95_{key}_low": within["ci95_low"], f"ci95_{key}_high": within["ci95_high"]}
         row["beaten_by"] = f"{len(ladder['beaten_by'])} of these" if ladder["beaten_by"] else "none"
+        if ladder["is_bound"]:
+            row["beaten_by"] = "a bound"
         rows.append(row)
-    stand_ins = distinct(row["stand_in"] for row in rows)
+    stand_ins = in_order(row["stand_in"] for row in rows)
 
     def order(row: Mapping[str, Any]) -> tuple[int, float]:
         to_static = row.get("at_5")
         return stand_ins.index(row["stand_in"]), math.inf if to_static is None else to_static
 
     return sorted(rows, key=order)
-
-
-def field_sentences(analysis: Mapping[str, Any]) -> list[str]:
-    """For each stand-in: which rules no other beats, and whether BH is among them."""
-    sentences = []
-    ladders = analysis["field"].get("ladders", ())
-    for stand_in in distinct(ladder["stand_in"] for ladder in ladders):
-        alike = [ladder for ladder in ladders if ladder["stand_in"] == stand_in]
-        if len(alike) < 2:
-            continue
-        unbeaten = [ladder["label"] for ladder in alike if not ladder["beaten_by"]]
-        has_bh = any(label.startswith("bh") for label in unbeaten)
-        words = "With nothing standing in" if stand_in == "nothing" else f"With {stand_in} standing in"
-        among = "BH is among them" if has_bh else "BH is not among them"
-        sentences.append(
-            f"{words}, of {len(alike)} rules these are beaten by no other at any whole number of experts "
-            f"(adjusted p below {SIGNIFICANCE_LEVEL:g}): {', '.join(unbeaten) or 'none'}; {among}."
-        )
-    return sentences
 
 
 def null_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -7668,7 +7725,7 @@ def report_context(
         category_rows.append(means | {"category": category})
     is_drawn = {name: (folder / "plots" / f"{name}.png").exists() for name in PLOTS}
     return {
-        "answer": task_sentence(analysis) if analysis["tasks"] else verdict_sentence(analysis),
+        "answer": answer_sentence(analysis),
         "subject": subject,
         "findings": [*baseline_sentences(analysis), *finding_sentences(analysis)],
         "tasks": task_rows(analysis),
@@ -7936,10 +7993,10 @@ def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
     Raises UserError where --p-values or --match-experts has none to work on.
     """
-    families = suites()
-    suite = families[_choice("--suite", args.suite, tuple(families))]
+    by_suite = suites()
+    suite = by_suite[_choice("--suite", args.suite, tuple(by_suite))]
     own = read_routing_configs(args.routing_configs) if args.routing_configs else {}
-    known = families["all"] | own
+    known = by_suite["all"] | suite | own
     configs = {}
     for name in args.configs or [*suite, *own]:
         config = known[_choice("configuration in --configs", name, tuple(known))]
