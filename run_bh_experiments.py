@@ -6027,93 +6027,121 @@ def fewest_experts(ladder: Ladder, own: pd.Series, documents: pd.Series, margin:
     reach so far.
     """
     grid = np.linspace(ladder.experts[0], ladder.experts[-1], 10 * len(ladder.experts) + 1)
-    tests = [paired_test(item_units(ladder.at(experts) - own, documents), margin) for experts in grid]
+    units = np.stack([item_units(ladder.at(experts) - own, documents) for experts in grid])  # [G, units]
+    mean = units.mean(1)
+    error = stats.sem(units, axis=1)  # 0 at the model's own routing itself
+    df = units.shape[1] - 1
+    half = stats.t.ppf(0.975, df) * error
+    with np.errstate(divide="ignore", invalid="ignore"):
+        above = stats.t.sf((mean + margin) / error, df)
+        below = stats.t.cdf((mean - margin) / error, df)
+    is_equivalent = np.where(error > 0, np.fmax(above, below) < SIGNIFICANCE_LEVEL, np.abs(mean) < margin)
 
-    def from_where(holds: Callable[[dict[str, Any]], bool]) -> float | None:
-        failing = [place for place, test in enumerate(tests) if test["p_value"] is None or not holds(test)]
-        first = failing[-1] + 1 if failing else 0
+    def from_where(holds: np.ndarray) -> float | None:
+        failing = np.flatnonzero(~holds)
+        first = failing[-1] + 1 if len(failing) else 0
         return float(grid[first]) if first < len(grid) else None
 
     return {
-        "fewest": from_where(lambda test: test["equivalence_p_value"] < SIGNIFICANCE_LEVEL),
-        "ci95_low": from_where(lambda test: test["ci95_low"] < margin),
-        "ci95_high": from_where(lambda test: test["ci95_high"] < margin),
+        "fewest": from_where(is_equivalent),
+        "ci95_low": from_where(mean - half < margin),
+        "ci95_high": from_where(mean + half < margin),
     }
+
+
+Curves = Mapping[tuple[str, int], pd.Series]  # (ladder, whole number of experts) -> NLL of each item
+
+
+def _pair_tests(ladders: Sequence[Ladder], curves: Curves, documents: pd.Series) -> list[dict[str, Any]]:
+    """Every two ladders at every whole number of experts that both reach: a `paired_test`, BH-adjusted."""
+    pairs = []
+    for first, second in itertools.combinations(ladders, 2):
+        for experts in sorted({number for _, number in curves}):
+            if (first.label, experts) in curves and (second.label, experts) in curves:
+                difference = curves[first.label, experts] - curves[second.label, experts]
+                test = paired_test(item_units(difference, documents))
+                pairs.append({"first": first.label, "second": second.label, "experts": experts, **test})
+    adjust_p_values(pairs)
+    return pairs
+
+
+def _beaten_by(label: str, pairs: Sequence[Row]) -> set[str]:
+    """The ladders that are better than one at some number of experts, by the adjusted p."""
+    better = set()
+    for pair in pairs:
+        if pair["significant"] and label in (pair["first"], pair["second"]):
+            is_first = label == pair["first"]
+            loses = pair["mean_difference"] > 0 if is_first else pair["mean_difference"] < 0
+            if loses:
+                better.add(pair["second"] if is_first else pair["first"])
+    return better
+
+
+def _differences(
+    ladder: Ladder, alike: Sequence[Ladder], curves: Curves, static: str, own: pd.Series
+) -> dict[int, dict[str, float | None]]:
+    """Whole number of experts -> a ladder's NLL minus that of static Top-K, of the best of `alike`, and of
+    the model's own routing."""
+    means = {key: nll.mean() for key, nll in curves.items()}
+    differences = {}
+    for label, experts in curves:
+        if label == ladder.label:
+            nll = means[label, experts]
+            at_others = [means[other.label, experts] for other in alike if (other.label, experts) in means]
+            at_static = means.get((static, experts))
+            differences[experts] = {
+                "to_static": None if at_static is None else nll - at_static,
+                "to_best": nll - min(at_others, default=nll),
+                "to_own": nll - own.mean(),
+            }
+    return differences
 
 
 def compare_field(scores: pd.DataFrame, configs: Configs, own_k: int | None) -> dict[str, Any]:
     """Is it this rule, or would any do? Every ladder against every other, at each whole number of experts
     that both reach: paired by item, tested over documents, BH-adjusted over all pairs.
 
-    Returns ladders: label, stand_in, at (experts -> difference to static Top-K and to the best ladder with
-    the same stand-in), within (margin -> `fewest_experts`), is_unbeaten (no ladder with the same stand-in is
-    better, by its adjusted p); pairs; n_items, n_units. Empty where fewer than two rules have a ladder.
+    Returns ladders: label, stand_in, is_bound (no rule: it is compared with none), low and high (experts), at
+    (see `_differences`), within (margin -> `fewest_experts`), beaten_by (ladders with the same stand-in);
+    pairs; n_items, n_units. Empty where fewer than two rules have a ladder.
     """
     by_config = scored_items(scores)
-    own_name = next((name for name in by_config if static_k(configs[name]) == own_k), None)
-    if own_name is None:
+    own_names = [name for name in by_config if own_k is not None and static_k(configs[name]) == own_k]
+    if not own_names:
         return {}
     items = functools.reduce(pd.Index.intersection, (rows.index for rows in by_config.values()))
-    ladders = ladders_of(by_config, configs, items)
-    if sum(not ladder.rule.is_static for ladder in ladders) < 2 or not len(items):
+    ladders = ladders_of(by_config, configs, items) if len(items) else []
+    if sum(not ladder.rule.is_static for ladder in ladders) < 2:
         return {}
     documents = scores.drop_duplicates("item_id").set_index("item_id")["document"]
-    own = by_config[own_name].loc[items, "nll"]
-    static = next(
-        (ladder for ladder in ladders if ladder.rule.is_static and ladder.stand_in == "nothing"), None
-    )
-    whole = range(1, int(max(ladder.experts[-1] for ladder in ladders)) + 1)
+    own = by_config[own_names[0]].loc[items, "nll"]
+    most = int(max(ladder.experts[-1] for ladder in ladders))
     curves = {
         (ladder.label, experts): ladder.at(experts)
         for ladder in ladders
-        for experts in whole
+        for experts in range(1, most + 1)
         if ladder.spans(experts)
     }
-    pairs = []
-    compared = [ladder for ladder in ladders if not ladder.rule.uses_outputs]  # a bound is no rule
-    for first, second in itertools.combinations(compared, 2):
-        for experts in whole:
-            if (first.label, experts) in curves and (second.label, experts) in curves:
-                difference = curves[first.label, experts] - curves[second.label, experts]
-                test = paired_test(item_units(difference, documents))
-                pairs.append({"first": first.label, "second": second.label, "experts": experts, **test})
-    adjust_p_values(pairs)
-    beaten_by: dict[str, set[str]] = collections.defaultdict(set)
-    for pair in pairs:
-        if pair["significant"]:
-            worse, better = pair["first"], pair["second"]
-            if pair["mean_difference"] < 0:
-                worse, better = better, worse
-            beaten_by[worse].add(better)
+    compared = [ladder for ladder in ladders if not ladder.rule.uses_outputs]
+    pairs = _pair_tests(compared, curves, documents)
+    static = next((x.label for x in ladders if x.rule.is_static and x.stand_in == "nothing"), "")
     rows = []
     for ladder in ladders:
         alike = [other for other in compared if other.stand_in == ladder.stand_in]
-        at = {}
-        for experts in whole:
-            if (ladder.label, experts) in curves:
-                nll = curves[ladder.label, experts].mean()
-                means = [
-                    curves[other.label, experts].mean() for other in alike if (other.label, experts) in curves
-                ]
-                is_static_there = static is not None and (static.label, experts) in curves
-                at[experts] = {
-                    "to_static": nll - curves[static.label, experts].mean() if is_static_there else None,
-                    "to_best": nll - min(means),
-                    "to_own": nll - own.mean(),
-                }
+        labels = {other.label for other in alike}
+        within = {
+            name: fewest_experts(ladder, own, documents, margin) for name, margin in FIELD_MARGINS.items()
+        }
         rows.append(
             {
                 "label": ladder.label,
                 "stand_in": ladder.stand_in,
-                "is_bound": ladder not in compared,
+                "is_bound": ladder.rule.uses_outputs,
                 "low": ladder.experts[0],
                 "high": ladder.experts[-1],
-                "at": at,
-                "within": {
-                    name: fewest_experts(ladder, own, documents, margin)
-                    for name, margin in FIELD_MARGINS.items()
-                },
-                "beaten_by": sorted(beaten_by[ladder.label] & {other.label for other in alike}),
+                "at": _differences(ladder, alike, curves, static, own),
+                "within": within,
+                "beaten_by": sorted(_beaten_by(ladder.label, pairs) & labels),
             }
         )
     return {"ladders": rows, "pairs": pairs, "n_items": len(items), "n_units": documents[items].nunique()}
