@@ -12,7 +12,7 @@
 #     "tqdm>=4.66",
 #     "jinja2>=3.1",
 #     "numpy>=1.26",
-#     "safetensors>=0.5",
+#     "safetensors>=0.8",
 #     "filelock>=3.12",
 # ]
 # ///
@@ -98,7 +98,7 @@ import threading
 import time
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -148,8 +148,13 @@ def _first_line(error: BaseException) -> str:
 
 def _visible(text: str) -> str:
     """`text` on one line, with control and direction characters shown as escapes: nothing hides in it."""
-    hidden, category = ("Cc", "Cf", "Cs", "Zl", "Zp"), unicodedata.category
-    return "".join(c.encode("unicode_escape").decode() if category(c) in hidden else c for c in text)
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in hidden
+        else character
+        for character in text
+    )
 
 
 def strict_json(value: Any) -> Any:
@@ -226,10 +231,10 @@ def check_seed(name: str, value: Any) -> int:
     return int(value)
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, kind: str = "configuration") -> None:
     """Names go into tables and plots as they are: raises UserError for one that could break them."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]{1,64}", name, re.ASCII):
-        raise UserError(f"configuration name {name!r}: it must be 1 to 64 letters, digits, or any of _ . + -")
+        raise UserError(f"{kind} name {name!r}: it must be 1 to 64 letters, digits, or any of _ . + -")
 
 
 def _choice(what: str, value: Any, allowed: Sequence[str]) -> Any:
@@ -678,6 +683,19 @@ class TextItem:
     num_bytes: int  # of the predicted text, in UTF-8
     inputs: dict[str, str]  # field -> hash, of everything that its scores depend on
 
+    def __post_init__(self) -> None:
+        """Takes any list of token ids. UserError where there is nothing given, or nothing to predict."""
+        ids = np.array(None)
+        with contextlib.suppress(ValueError):  # lists of different lengths: refused below
+            ids = np.asarray(self.token_ids)
+        is_list = ids.ndim == 1 and len(ids) >= 2 and np.issubdtype(ids.dtype, np.integer)
+        if not is_list or ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
+            raise UserError(f"text {self.id!r}: token_ids must be a list of at least 2 whole numbers")
+        if not 1 <= self.context < len(ids):
+            allowed = f"it must be 1 to {len(ids) - 1}"
+            raise UserError(f"text {self.id!r}: context = {self.context}, but {allowed}")
+        object.__setattr__(self, "token_ids", ids.astype(np.int32))
+
 
 def start_token(tokenizer: Any) -> int:
     """What a text begins with: the beginning-of-text token, else the end-of-text token, else 0."""
@@ -692,6 +710,9 @@ def reference_items(prompts: Sequence[Prompt], tokenizer: Any) -> list[TextItem]
         if reference:
             given = tokenizer(prompt["text"], verbose=False)["input_ids"]
             predicted = tokenizer(reference, add_special_tokens=False, verbose=False)["input_ids"]
+            if not given or not predicted:
+                logger.warning(f"prompt {prompt['id']!r} or its reference has no tokens: it is not scored")
+                continue
             items.append(
                 TextItem(
                     id=prompt["id"],
@@ -1083,6 +1104,11 @@ NULLS = {
 # of the gates. Configurations, JSON files, --match-experts, the report and the manual know it from there.
 
 
+def _plain_number(value: Any) -> Any:
+    """A number of numpy's as Python's own; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 @dataclass(frozen=True)
 class Field:
     """A field of a routing configuration: its type, default, what is valid (test and words), and meaning.
@@ -1103,14 +1129,13 @@ class Field:
 
     def parse(self, value: Any) -> Any:
         """`value` as plain Python, numpy's numbers too. ValueError where it is not valid for one layer."""
-        if isinstance(value, np.generic):
-            value = value.item()
+        if isinstance(value, list):  # of layers
+            value = [_plain_number(item) for item in value]
+        value = _plain_number(value)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if self.kind is int and is_number and value == int(value):
-            value = int(value)
-        elif self.kind is float and is_number:
+        if self.kind is float and is_number:
             value = float(value)
-        elif self.kind in (int, float) or not isinstance(value, self.kind):
+        elif not isinstance(value, self.kind) or (self.varies_by_layer and not is_number):
             raise ValueError
         if not self.is_valid(value):
             raise ValueError
@@ -1185,7 +1210,8 @@ ADAPTIVE_FIELDS = (
 
 def _last_true(mask: Tensor) -> Tensor:
     """Position, from 1, of the last True along the last axis, 0 where there is none: [..., D] -> [...]."""
-    return (mask * torch.arange(1, mask.shape[-1] + 1, device=mask.device)).amax(-1)
+    places = torch.arange(1, mask.shape[-1] + 1, dtype=torch.int32, device=mask.device)
+    return (mask * places).amax(-1).long()
 
 
 def bh_levels(alpha: float, num_experts: int) -> Tensor:
@@ -1240,7 +1266,10 @@ class Gates:
     @functools.cached_property
     def ranked(self) -> Tensor:
         """The scores, best first: [T, E]."""
-        return self.scores.sort(dim=-1, descending=True).values
+        scores = self.scores.detach()
+        if scores.device.type == "cpu":  # torch sorts their places along, which takes 20 times as long
+            return torch.from_numpy(np.sort(scores.numpy(), axis=-1)).flip(-1)
+        return scores.sort(dim=-1, descending=True).values
 
     @functools.cached_property
     def mass(self) -> Tensor:
@@ -1295,6 +1324,18 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
+def _check_search(name: str, knob: Field, search: tuple[float, float]) -> None:
+    """UserError unless `search` is a range of values that the knob can have, all above 0."""
+    try:
+        lowest, highest = map(knob.parse, search)
+        is_range = 0 < lowest < highest < math.inf
+    except (ValueError, TypeError, OverflowError):
+        is_range = False
+    if not is_range:
+        ends = f"two values of {knob.name} above 0, the smaller first ({knob.name} is {knob.allowed})"
+        raise UserError(f"rule {name!r}: search = {search}, but it must be {ends}")
+
+
 def register_rule(
     name: str,
     knob: Field,
@@ -1310,17 +1351,23 @@ def register_rule(
 ) -> Callable[[Count], Count]:
     """Declare a rule; used as a decorator of its counting function, here or in a notebook.
 
-    The rule is then a `method` of configurations everywhere. search: the knob's values between which
-    `--match-experts` looks. uses_*: what it asks of `Gates`. smallest_knob: where a null bounds the knob,
-    (null, E) -> the smallest value at which anything can be rejected. A later rule of the same name takes the
-    place of the earlier.
+    The rule is then a `method` of configurations everywhere. search: the knob's values, above 0, between
+    which `--match-experts` looks. is_static: the knob is how many experts run. uses_*: what it asks of
+    `Gates`. smallest_knob: where a null bounds the knob, (null, E) -> the smallest value at which anything
+    can be rejected. A later rule of the same name takes the place of the earlier. Raises UserError for a name
+    or a range that cannot be.
 
         @register_rule("half", Field("share", float, 0.5, lambda v: 0 < v <= 1, "a number in (0, 1]", "..."),
                        words="as many as have a gate of at least `share` over E")
         def half(gates, config):
             return (gates.scores.exp() >= config["share"] / gates.num_experts).sum(-1)
     """
-    check_name(name)
+    check_name(name, "rule")
+    shared = (*ADAPTIVE_FIELDS, NULL_FIELD, WEIGHTS_FIELD, STAND_IN_FIELD, LAYERS_FIELD)
+    if knob.name in ("method", "description", *(field.name for field in shared)):
+        raise UserError(f"rule {name!r}: knob = {knob.name!r}, but it must be no field that others have")
+    if not is_static:
+        _check_search(name, knob, search)
 
     def register(count: Count) -> Count:
         RULES[name] = Rule(
@@ -1599,13 +1646,15 @@ def layer_config(config: Config, layer_index: int) -> dict[str, Any]:
 
 def count_bounds(config: Config) -> tuple[int, int]:
     """Floor and cap of the number of experts, of a configuration in one layer."""
-    if RULES[config["method"]].is_static:
-        return config["k"], config["k"]
+    rule = RULES[config["method"]]
+    if rule.is_static:
+        return config[rule.knob.name], config[rule.knob.name]
     return config["min_k"], config["max_k"]
 
 
 def _chosen_layers(about: str, chosen: str | list[int], num_layers: int) -> str | list[int]:
-    """ "all", or the numbers of the MoE layers that `layers` chooses. UserError for one the model lacks."""
+    """ "all", or the numbers of the MoE layers that `layers` chooses, if these are fewer. UserError for one
+    that the model lacks."""
     if chosen == "all":
         return chosen
     numbered = chosen
@@ -1617,7 +1666,7 @@ def _chosen_layers(about: str, chosen: str | list[int], num_layers: int) -> str 
         raise UserError(
             f"{about}: layers = {chosen!r}, but the model has {num_layers} MoE layers, 0 to {num_layers - 1}"
         )
-    return sorted(map(int, numbered))
+    return "all" if len(numbered) == num_layers else sorted(numbered)
 
 
 def is_routed(config: Config, layer_index: int) -> bool:
@@ -1709,23 +1758,26 @@ def benjamini_hochberg_routing(
         got = f"{router_logits.dtype} {tuple(router_logits.shape)}"
         raise UserError(f"router_logits must be floating point [..., E]; got {got}")
     settings = {"method": "bh", "alpha": alpha, "temperature": temperature, "min_k": min_k, "max_k": max_k}
+    for name, value in settings.items():
+        if isinstance(value, (list, tuple)):  # which a configuration may have, one value a layer
+            raise UserError(f"{name} = {value!r}, but it must be one number: the logits are of one layer")
     config = resolve_config("benjamini_hochberg_routing", settings)
     scores = gate_scores(router_logits, config["temperature"])  # [..., E]
     if torch.isnan(scores).any():
         _explain_nan_scores(router_logits, temperature)
 
     num_experts = router_logits.shape[-1]
-    ranked = scores.sort(dim=-1, descending=True, stable=True)
     gates = Gates(scores, null or FlatNull(num_experts))
-    gates.ranked = ranked.values
     rejections = gates.rejections(config["alpha"])  # [...]
-    num_allowed = (scores > -math.inf).sum(-1)
-    num_selected = torch.minimum(rejections.clamp(config["min_k"], config["max_k"]), num_allowed)
+    wanted = rejections.clamp(config["min_k"], config["max_k"]).unsqueeze(-1)  # [..., 1]
 
     width = min(config["max_k"], num_experts)
-    is_kept = torch.arange(width, device=scores.device) < num_selected.unsqueeze(-1)  # [..., width], by rank
-    best = ranked.indices[..., :width]
-    kept_weights = torch.softmax(ranked.values[..., :width].masked_fill(~is_kept, -math.inf), dim=-1)
+    best = _best_experts(gates, width)  # [..., width]
+    best_scores = scores.gather(-1, best)
+    rank = torch.arange(width, device=scores.device)
+    is_kept = (rank < wanted) & (best_scores > -math.inf)  # [..., width]
+    num_selected = is_kept.sum(-1)
+    kept_weights = torch.softmax(best_scores.masked_fill(~is_kept, -math.inf), dim=-1)
     weights = torch.zeros_like(scores).scatter(-1, best, kept_weights)  # [..., E]
     padding = (0, config["max_k"] - width)
     experts = nn.functional.pad(best.masked_fill(~is_kept, -1), padding, value=-1)  # [..., max_k]
@@ -1737,6 +1789,16 @@ def benjamini_hochberg_routing(
         "rejections": rejections,
     }
     return weights, experts, num_selected, statistics
+
+
+def _best_experts(gates: Gates, number: int) -> Tensor:
+    """The experts with the `number` highest scores, best first, ties to the lower index: [..., number]."""
+    best = gates.scores.topk(number).indices
+    # Which of equal scores comes first, topk leaves open: tokens that have such are sorted.
+    is_tied = (gates.ranked[..., : number + 1].diff(dim=-1) == 0).any(-1)
+    if is_tied.any():
+        best[is_tied] = gates.scores[is_tied].argsort(dim=-1, descending=True, stable=True)[..., :number]
+    return best
 
 
 def _explain_nan_scores(router_logits: Tensor, temperature: float) -> None:
@@ -1893,7 +1955,8 @@ def _check_experts(experts: Any, call: ModuleCall | None, picked: Candidates) ->
     shapes = [getattr(part, "shape", None) for part in args[1:3]]
     if shapes != [picked.indices.shape, picked.weights.shape]:
         raise _NotPatchable("no `experts` beside it is called with (hidden, indices, weights)")
-    hidden, rest = args[0], args[3:]
+    hidden = args[0]
+    rest = args[3:]
     try:  # one row for each pair of token and expert: how dropped experts are skipped
         experts(hidden, picked.indices[:, :1], picked.weights[:, :1], *rest, **kwargs)
     except Exception as error:
@@ -1981,7 +2044,8 @@ def _inspect(
     found = _find_knob(router, call, candidates.k)
     if found is None and candidates.k == 1:
         raise _NotPatchable("it picks one expert: there is nothing to drop, and it cannot be asked for more")
-    knob, scaled_by = None, None
+    knob = None
+    scaled_by = None
     if found is not None:
         knob, others = found
         few, many = sorted((candidates, others), key=lambda picked: picked.k)
@@ -2121,7 +2185,8 @@ REFUSED_ARCHITECTURES = {
 
 def list_architectures() -> list[dict[str, str]]:
     """The causal language models of the installed transformers that declare a router, and what is known."""
-    auto, types = transformers.models.auto, collections.defaultdict(list)
+    auto = transformers.models.auto
+    types = collections.defaultdict(list)
     for model_type, names in auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         module = auto.configuration_auto.model_type_to_module_name(model_type)
         path = Path(auto.__file__).parents[1] / module / f"modeling_{module}.py"
@@ -2534,7 +2599,8 @@ class RoutingRecorder:
     the model was given, is not counted. In a notebook it shows itself as a table by layer.
     """
 
-    MAX_CALLS, MAX_TOKENS = 256, 8192  # what is kept at most before it is summed
+    MAX_CALLS = 256  # what is kept at most before it is summed
+    MAX_TOKENS = 8192
 
     def __init__(self, layers: Sequence[MoELayer], config: Config):
         self.config = config
@@ -2661,6 +2727,15 @@ def _asked_candidates(layers: Sequence[MoELayer], config: Config) -> list[int]:
     return [widest[layer.knob_id] for layer in layers]
 
 
+def _sharing_layers(model: nn.Module, layers: Sequence[MoELayer]) -> list[MoELayer]:
+    """The other layers of a model whose K hangs on an object that sets the K of some of `layers`."""
+    given = {layer.index for layer in layers}
+    shared = {layer.knob_id for layer in layers if layer.knob and layer.knob[0] is not layer.router}
+    if not shared or len(given) == layers[0].num_layers:
+        return []
+    return [layer for layer in find_moe_layers(model) if layer.index not in given and layer.knob_id in shared]
+
+
 _LEFT_ALONE = {"method": "topk", "renormalize": "model", "stand_in": "nothing"}  # with the model's own K
 
 
@@ -2670,7 +2745,8 @@ def _needs_rule(layer: MoELayer, config: Config, candidates: int) -> bool:
         return candidates > layer.own_k
     is_plain = RULES[config["method"]].is_static and config["renormalize"] == "model"
     is_plain = is_plain and config["stand_in"] == "nothing"
-    return not is_plain or candidates > layer_config(config, layer.index)["k"]
+    _, cap = count_bounds(layer_config(config, layer.index))
+    return not is_plain or candidates > cap
 
 
 @contextlib.contextmanager
@@ -2696,12 +2772,15 @@ def patched_routing(
         raise UserError("layers is empty: give layers of find_moe_layers(model), or None for all of them")
     config = resolve_config("routing", config, layers[0].num_layers)
     recorder = RoutingRecorder(layers, config)
+    # Others must keep their own K, also where it hangs on what is changed for these.
+    patched = [*layers, *_sharing_layers(model, layers)]
+    config = config | {"layers": [layer.index for layer in layers if is_routed(config, layer.index)]}
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as alone:
         alone.enter_context(_alone())
         stack.enter_context(evaluating(model))
         stack.enter_context(model.register_forward_pre_hook(recorder.watch_model, with_kwargs=True))
-        candidates = _asked_candidates(layers, config)
-        for place, layer in enumerate(layers):
+        candidates = _asked_candidates(patched, config)
+        for place, layer in enumerate(patched):
             _refuse_patched(layer.name, layer.router)
             _replace(stack, layer.router, "_bh_patched", True)
             if _needs_rule(layer, config, candidates[place]):
@@ -2716,7 +2795,8 @@ def patched_routing(
             # config.num_experts_per_tok has no effect after loading; the router's own attribute has.
             if layer.knob:
                 _replace(stack, *layer.knob, candidates[place])
-            stack.enter_context(layer.router.register_forward_hook(recorder.hook(place)))
+            if place < len(layers):
+                stack.enter_context(layer.router.register_forward_hook(recorder.hook(place)))
         alone.close()
         yield recorder
 
@@ -2801,9 +2881,9 @@ def read_calibration_text(path: Path, tokenizer: Any, sequences: int | None = No
 SHARED_RUN = 32  # so many equal tokens in a row are the same text, not the same phrase
 
 
-def _runs_of(tokens: Tensor, length: int) -> Tensor:
-    """All runs of `length` tokens in a row: [B, S] -> [runs, length]."""
-    return tokens.unfold(1, min(length, tokens.shape[1]), 1).flatten(0, 1)
+def _runs_of(tokens: Tensor, length: int) -> list[tuple[int, ...]]:
+    """All runs of `length` tokens in a row, of token ids [B, S]."""
+    return list(map(tuple, tokens.unfold(1, length, 1).flatten(0, 1).tolist()))
 
 
 def count_shared_tokens(texts: Sequence[Tensor], calibration_text: Path | None, tokenizer: Any) -> int:
@@ -2816,14 +2896,16 @@ def count_shared_tokens(texts: Sequence[Tensor], calibration_text: Path | None, 
     if calibration_text is None:
         return 0
     windows = read_calibration_text(calibration_text, tokenizer)  # [W, CALIBRATION_LENGTH]
-    lengths = {min(SHARED_RUN, text.numel()) for text in texts}
-    known = {length: set(map(tuple, _runs_of(windows, length).tolist())) for length in lengths}
+    longest = min(SHARED_RUN, windows.shape[1])
+    known: dict[int, set[tuple[int, ...]]] = {}  # by length of the runs
     shared = 0
     for text in texts:
-        length = min(SHARED_RUN, text.numel())
+        length = min(longest, text.numel())
+        if length not in known:
+            known[length] = set(_runs_of(windows, length))
         is_shared = torch.zeros(text.numel(), dtype=torch.bool)
-        for start, run in enumerate(_runs_of(text.cpu(), length).tolist()):
-            if tuple(run) in known[length]:
+        for start, run in enumerate(_runs_of(text, length)):
+            if run in known[length]:
                 is_shared[start : start + length] = True
         shared += int(is_shared[1:].sum())
     if shared:
@@ -3060,6 +3142,38 @@ def calibration_tokens(
 MATCHING_ERROR = 0.05  # experts: a rule that misses its target by more jumps over it
 
 
+def _calibration_gates(config: Config, calibration: Calibration) -> dict[int, Gates]:
+    """Layer -> the gates that the calibration text had in it, for the layers that `config` routes."""
+    num_layers, _, num_experts = calibration.logits.shape
+    uses_norms = RULES[config["method"]].uses_norms
+    gates = {}
+    for layer in range(num_layers):
+        if is_routed(config, layer):
+            settings = layer_config(config, layer)
+            logits = calibration.logits[layer]
+            gates[layer] = Gates(
+                gate_scores(logits, settings["temperature"]),
+                layer_null(settings, layer, num_experts, calibration),
+                logits / settings["temperature"],
+                calibration.own.shape[-1],
+                calibration.relative_norms(layer) if uses_norms else None,
+            )
+    return gates
+
+
+def _mean_experts(config: Config, gates: Mapping[int, Gates], calibration: Calibration) -> float:
+    """How many experts `config` keeps on the calibration text, on average over tokens and all MoE layers."""
+    num_layers, _, num_experts = calibration.logits.shape
+    own_k = calibration.own.shape[-1]
+    total = float(own_k * (num_layers - len(gates)))
+    for layer, of_layer in gates.items():
+        settings = layer_config(config, layer)
+        floor, cap = count_bounds(settings)
+        counts = RULES[config["method"]].count(of_layer, settings).clamp(floor, min(cap, num_experts))
+        total += counts.double().mean().item()
+    return total / num_layers
+
+
 def match_experts(name: str, config: Config, target: float, calibration: Calibration) -> dict[str, Any]:
     """The configuration with its rule's knob set so that it keeps `target` experts; a static one as it is.
 
@@ -3068,55 +3182,41 @@ def match_experts(name: str, config: Config, target: float, calibration: Calibra
     the range the rule can reach.
     """
     num_layers, _, num_experts = calibration.logits.shape
-    own_k = calibration.own.shape[-1]
     config = resolve_config(name, config, num_layers)
     rule = RULES[config["method"]]
     if rule.is_static:
         return config
     if rule.uses_outputs:
         raise UserError(f"--match-experts {target:g}: {name} needs the experts' outputs, which are not kept")
-    knob = rule.knob.name
-    gates = {}
-    for layer in range(num_layers):
-        if is_routed(config, layer):
-            settings = layer_config(config, layer)
-            logits = calibration.logits[layer] / settings["temperature"]
-            gates[layer] = Gates(
-                gate_scores(calibration.logits[layer], settings["temperature"]),
-                layer_null(settings, layer, num_experts, calibration),
-                logits,
-                own_k,
-                calibration.relative_norms(layer) if rule.uses_norms else None,
-            )
+    knob = rule.knob
+    gates = _calibration_gates(config, calibration)
 
-    def mean_experts(log_value: float) -> float:
-        total = float(own_k * (num_layers - len(gates)))
-        for layer, of_layer in gates.items():
-            settings = layer_config(config | {knob: math.exp(log_value)}, layer)
-            floor, cap = count_bounds(settings)
-            counts = rule.count(of_layer, settings).clamp(floor, min(cap, num_experts))
-            total += counts.double().mean().item()
-        return total / num_layers
+    def kept_at(value: float) -> float:
+        return _mean_experts(config | {knob.name: value}, gates, calibration)
+
+    def kept_at_log(log_value: float) -> float:
+        value = math.exp(log_value)
+        return kept_at(round(value) if knob.kind is int else value)
 
     lowest, highest = rule.search
     first_null = next(iter(gates.values())).null
     if first_null is not None and rule.smallest_knob is not None:
         lowest = max(lowest, 1.001 * rule.smallest_knob(first_null, num_experts))
     ends = (math.log(lowest), math.log(highest))
-    least, most = sorted(mean_experts(end) for end in ends)
+    least, most = sorted(map(kept_at_log, ends))
     if not least <= target <= most:
-        reach = f"{least:.2f} to {most:.2f} experts on the calibration text by its {knob}"
+        reach = f"{least:.2f} to {most:.2f} experts on the calibration text by its {knob.name}"
         raise UserError(f"--match-experts {target:g}: {name} can keep {reach}")
-    log_value = optimize.bisect(lambda value: mean_experts(value) - target, *ends, xtol=1e-3)
-    value = math.exp(log_value)
-    achieved = mean_experts(log_value)
+    value = math.exp(optimize.bisect(lambda log_value: kept_at_log(log_value) - target, *ends, xtol=1e-3))
+    if knob.kind is int:  # the better of the whole numbers beside it
+        value = min(math.floor(value), math.ceil(value), key=lambda number: abs(kept_at(number) - target))
+    achieved = kept_at(value)
+    where = f"{knob.name} = {value:.4g}"
     kept = f"{achieved:.2f} experts on the calibration text"
     if abs(achieved - target) > MATCHING_ERROR:
-        raise UserError(
-            f"--match-experts {target:g}: {name} jumps over it at {knob} = {value:.4g}, where it keeps {kept}"
-        )
-    logger.info(f"{name} keeps {kept} at {knob} = {value:.4g}")
-    return config | {knob: float(f"{value:.4g}")}
+        raise UserError(f"--match-experts {target:g}: {name} jumps over it at {where}, where it keeps {kept}")
+    logger.info(f"{name} keeps {kept} at {where}")
+    return config | {knob.name: value if knob.kind is int else float(f"{value:.4g}")}
 
 
 def match_ladder(
@@ -3148,12 +3248,13 @@ def match_ladder(
 DIAGNOSED_ALPHAS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 NULL_DIAGNOSTICS = "null_diagnostics.json"
+CALIBRATION_FILE = "calibration.safetensors"
 
 
 def _realised(p_values: Tensor, outside: Tensor, alpha: float) -> Tensor:
     """Of each token: rejections of BH at alpha, the share of them that are null, and whether there is none.
 
-    p_values, outside: [N, E]; returns float64 [3, N].
+    p_values, outside: [N, E]; returns [3, N].
     """
     order = p_values.argsort(dim=-1, stable=True)
     null_by_rank = outside.gather(1, order).long().cumsum(-1)  # null pairs among the k best
@@ -3428,17 +3529,32 @@ def write_table(table: Table, rows: Iterable[Row], folder: Path) -> Path:
     return path
 
 
+def _csv_header(path: Path) -> list[str]:
+    """The names of a CSV's columns. Raises UserError where the file is no CSV."""
+    try:
+        return list(pd.read_csv(path, nrows=0).columns)
+    except (OSError, ValueError) as error:  # no file, undecodable bytes, no columns
+        raise UserError(f"{path} is not a results CSV: {_first_line(error)}") from error
+
+
+def _refuse_lacking(path: Path, frame: pd.DataFrame, needed: Iterable[str]) -> None:
+    """UserError where a CSV lacks a column that every version of this script wrote."""
+    lacking = sorted(set(needed) - set(frame))
+    if lacking:
+        raise UserError(f"{path} is not a results CSV of this script: it lacks {', '.join(lacking)}")
+
+
 def read_csv(path: Path, columns: Sequence[Column]) -> pd.DataFrame:
     """A CSV of this script as it was written, with the columns it has, each of its declared type.
 
     A missing text is "", a missing number NaN. Raises UserError where the file is none of this script's.
     """
     types = {column.name: column.kind for column in columns}
+    header = _csv_header(path)
+    texts = [name for name in header if types.get(name, str) is str]
+    # A generated text may well be "NA" or "null": only number columns have missing values.
+    missing = dict.fromkeys(set(header) - set(texts), [""])
     try:
-        header = list(pd.read_csv(path, nrows=0).columns)
-        texts = [name for name in header if types.get(name, str) is str]
-        # A generated text may well be "NA" or "null": only number columns have missing values.
-        missing = dict.fromkeys(set(header) - set(texts), [""])
         parts = pd.read_csv(
             path,
             dtype=dict.fromkeys(texts, str),
@@ -3448,7 +3564,7 @@ def read_csv(path: Path, columns: Sequence[Column]) -> pd.DataFrame:
             **_EXACT_FLOATS,
         )
         frames = [part.assign(**{name: part[name].map(_plain_text) for name in texts}) for part in parts]
-    except (OSError, ValueError) as error:  # no file, undecodable bytes, no columns, words in a number column
+    except (OSError, ValueError) as error:  # undecodable bytes, words in a number column
         raise UserError(f"{path} is not a results CSV: {_first_line(error)}") from error
     return pd.concat(frames, ignore_index=True)
 
@@ -3466,7 +3582,11 @@ def fit_table(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
         elif column.kind is str:
             fitted[column.name] = frame[column.name].fillna("").astype(str)
         else:
-            fitted[column.name] = pd.to_numeric(frame[column.name])
+            try:
+                fitted[column.name] = pd.to_numeric(frame[column.name])
+            except (ValueError, TypeError) as error:
+                why = f"column {column.name}: {_first_line(error)}"
+                raise UserError(f"{table.file} is not a results CSV: {why}") from error
     return pd.DataFrame(fitted)
 
 
@@ -3475,7 +3595,9 @@ def read_table(table: Table, folder: Path) -> pd.DataFrame:
     path = folder / table.file
     if not path.is_file():
         return fit_table(pd.DataFrame(), table)
-    return fit_table(read_csv(path, table.columns), table)
+    frame = read_csv(path, table.columns)
+    _refuse_lacking(path, frame, {"config_name", "status"} & set(table.names))
+    return fit_table(frame, table)
 
 
 @dataclass(frozen=True)
@@ -3512,7 +3634,13 @@ class Results:
             )
         if not is_of_older_script(folder):
             return cls(*(read_table(table, folder) for table in tables))
-        return results_of_older_script(folder)
+        try:
+            return results_of_older_script(folder)
+        except UserError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # a cell that no script wrote
+            path = folder / GENERATION.file
+            raise UserError(f"{path} is not a results CSV: {_first_line(error)}") from error
 
 
 def run_ids(frame: pd.DataFrame) -> set[str]:
@@ -3541,7 +3669,7 @@ def read_side_table(table: Table, folder: Path, runs: set[str]) -> pd.DataFrame:
 def is_of_older_script(folder: Path) -> bool:
     """Whether the folder's results are in the one table of older scripts."""
     path = folder / GENERATION.file
-    return path.is_file() and "reference_nll" in pd.read_csv(path, nrows=0).columns
+    return path.is_file() and "reference_nll" in _csv_header(path)
 
 
 _OLDER_NAMES = {  # column of an older script -> column of SCORES or TASKS
@@ -3565,7 +3693,10 @@ _OLDER_WORDS = ("p_values", "renormalize")
 def _older_configuration(row: Row) -> str:
     """The `configuration` of a row whose fields were columns of their own."""
     given: dict[str, Any] = {"method": row["method"]}
-    given |= {name: float(row[name]) for name in _OLDER_NUMBERS if row.get(name)}
+    for name in _OLDER_NUMBERS:
+        if row.get(name):
+            number = float(row[name])
+            given[name] = int(number) if number.is_integer() else number
     given |= {name: row[name] for name in _OLDER_WORDS if row.get(name)}
     if row.get("shuffle"):
         given["shuffle"] = row["shuffle"] == "True"
@@ -3577,9 +3708,7 @@ def results_of_older_script(folder: Path) -> Results:
     path = folder / GENERATION.file
     older = read_csv(path, ())  # all as text
     needed = {"config_name", "prompt_id", "status", "method", "inference_time_sec", "reference_nll"}
-    if not needed <= set(older):
-        lacking = ", ".join(sorted(needed - set(older)))
-        raise UserError(f"{path} is not a results CSV of this script: it lacks {lacking}")
+    _refuse_lacking(path, older, needed)
     rows = older.to_dict("records")
     older["configuration"] = [_older_configuration(row) for row in rows]
     is_own = (older["method"] == "topk") & (
@@ -3594,13 +3723,15 @@ def results_of_older_script(folder: Path) -> Results:
     )
     routing = [column.name for column in ROUTING_COLUMNS]
     scores = older[older["reference_nll"] != ""].drop(columns=routing).rename(columns=_OLDER_NAMES)
+    present = set(older["config_name"])
     ladder = []  # the static scores that the own routing's rows carried as JSON
     for row in scores[scores["static_nll"] != ""].to_dict("records"):
         for k, nll in json.loads(row["static_nll"]).items():
-            config = resolve_config(f"topk_{k}", {"method": "topk", "k": int(k)})
-            point = {"config_name": f"topk_{k}", "configuration": configuration_cell(config), "nll": nll}
-            names = ("perplexity", "bits_per_byte", "kl_to_own", "top1_agreement", "repeat_nll")
-            unknown = dict.fromkeys(names, "")
+            name = _unused_name(f"topk_{k}", present)
+            config = resolve_config(name, {"method": "topk", "k": int(k)})
+            point = {"config_name": name, "configuration": configuration_cell(config), "nll": nll}
+            lacking = ("perplexity", "bits_per_byte", "kl_to_own", "top1_agreement", "repeat_nll")
+            unknown = dict.fromkeys(lacking, "")
             ladder.append(row | unknown | point | {"avg_experts_per_token": k})
     scores = pd.concat([scores, pd.DataFrame(ladder, columns=scores.columns)], ignore_index=True)
     scores["effective_experts"] = scores["avg_experts_per_token"]
@@ -3758,15 +3889,19 @@ class CheckpointFile:
         self.sync_every = sync_every
         self.places: dict[Key, _Place] = {}
         self._unsynced = 0
-        if is_own and not path.exists():
-            self._write(b"")
-        is_whole, damaged = self._read()
         if not is_own:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - stays open
+            # The rows are read from the file they were found in: its owner may mend it meanwhile.
+            self._file = open(path, "rb")  # noqa: SIM115 - stays open
+            self._read(self._file)
             return
+        if not path.exists():
+            self._write(b"")
+        with open(path, "rb") as file:
+            is_whole, damaged = self._read(file)
         if not is_whole or damaged:
             self._salvage(is_whole, damaged)
-            self._read()
+            with open(path, "rb") as file:
+                self._read(file)
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 - stays open for appending
         self._end = self._file.seek(-len(self.END), os.SEEK_END)
 
@@ -3775,23 +3910,22 @@ class CheckpointFile:
         with replacing(self.path) as part:
             part.write_bytes(head.encode() + rows + self.END)
 
-    def _read(self) -> tuple[bool, int]:
+    def _read(self, file: io.BufferedReader) -> tuple[bool, int]:
         """Find the rows. Returns whether the file has its end, and how many lines are no rows."""
         self.places.clear()
         is_whole = False
         damaged = 0
-        with open(self.path, "rb") as file:
-            self._check_head([file.readline() for _ in range(3)])
-            offset = file.tell()
-            for line in file:
-                row = None if line == self.END[1:] else _checked_row(line)
-                if row is not None:
-                    self.places[row_key(row)] = _Place(offset, len(line), row["status"])
-                elif line == self.END[1:]:
-                    is_whole = True
-                else:
-                    damaged += 1
-                offset += len(line)
+        self._check_head([file.readline() for _ in range(3)])
+        offset = file.tell()
+        for line in file:
+            row = None if line == self.END[1:] else _checked_row(line)
+            if row is not None:
+                self.places[row_key(row)] = _Place(offset, len(line), row["status"])
+            elif line == self.END[1:]:
+                is_whole = True
+            else:
+                damaged += 1
+            offset += len(line)
         return is_whole, damaged
 
     def _check_head(self, head: list[bytes]) -> None:
@@ -3903,19 +4037,20 @@ class Checkpoint:
         self.settings = settings
         folder.mkdir(parents=True, exist_ok=True)
         name = CHECKPOINT_FILE if rank == 0 else PROCESS_FILE.format(rank=rank)
-        self.own = CheckpointFile(folder / name, settings, sync_every)
+        self.own_path = folder / name
         self.others: list[CheckpointFile] = []
-        self.read_others()
+        self.read_others()  # first, so that nothing is written beside another run's file
+        self.own = CheckpointFile(self.own_path, settings, sync_every)
 
     def read_others(self) -> None:
         """Look at what the other processes have finished by now."""
         for other in self.others:
             other.close()
-        paths = [self.folder / CHECKPOINT_FILE, *sorted(self.folder.glob(PROCESS_FILE.format(rank="*")))]
+        name = re.compile(f"{CHECKPOINT_FILE}|{PROCESS_FILE.format(rank='[0-9]+')}")  # no damaged copies
         self.others = [
             CheckpointFile(path, self.settings, is_own=False)
-            for path in paths
-            if path.exists() and path != self.own.path
+            for path in sorted(self.folder.iterdir())
+            if name.fullmatch(path.name) and path != self.own_path
         ]
 
     def append(self, row: Row) -> None:
@@ -3927,6 +4062,10 @@ class Checkpoint:
         holding = [file for file in (self.own, *self.others) if key in file.places]
         finished = [file for file in holding if file.places[key].status == "ok"]
         return next(iter(finished or holding), None)
+
+    def keys(self) -> list[Key]:
+        """What is there, finished or failed, in the order of the files."""
+        return list(dict.fromkeys(key for file in (self.own, *self.others) for key in file.places))
 
     def done(self, retry_failed: bool = False) -> set[Key]:
         """What need not be run: what is there, or of that what did not fail."""
@@ -3957,7 +4096,7 @@ class Checkpoint:
 EARLIER = "earlier_{number}"  # the folder that takes what an earlier run left
 
 
-def set_aside(output_dir: Path, names: Sequence[str]) -> None:
+def set_aside(output_dir: Path, names: Iterable[str]) -> None:
     """Move the files and folders of an earlier run, of those `names`, into one folder beside them."""
     present = [output_dir / name for name in names if (output_dir / name).exists()]
     if not present:
@@ -4338,12 +4477,13 @@ class ScoredBatch:
         for place, (item, tokens, routing) in enumerate(
             zip(self.items, self.is_scored.sum(1).tolist(), recorder.statistics(), strict=True)
         ):
+            bits = nll[place] * tokens / math.log(2)
             row = {
                 "nll": nll[place],
                 "num_tokens": tokens,
                 "num_bytes": item.num_bytes,
                 "perplexity": math.exp(nll[place]) if nll[place] < 700 else None,
-                "bits_per_byte": nll[place] * tokens / (math.log(2) * item.num_bytes),
+                "bits_per_byte": bits / item.num_bytes if item.num_bytes else None,
                 "batch_size": len(self.items),
                 "routing": routing,
             }
@@ -4557,11 +4697,33 @@ def run_task(lm: Any, recorder: RoutingRecorder, tasks: Mapping[str, Any], limit
 # ---------------------------------------------------------------------------------------------------------
 
 AUTO_BATCH_TOKENS = 8192  # what --batch-size auto begins with; halved whenever memory does not suffice
-RUN_FILES = (  # what a run leaves in its folder, beside its log and its calibration
-    "checkpoints",
-    *(table.file for table in TABLES),
-    *(TASK_RESULTS, NULL_DIAGNOSTICS, "analysis_summary.json", "REPORT.md", "plots"),
-)
+# What a run leaves in its folder, in the words of the manual. These are set aside together:
+RUN_FILES: dict[str, str] = {
+    **{table.file: f"a row: {table.row}" for table in TABLES},
+    TASK_RESULTS: "with --tasks: what lm-evaluation-harness reports, by configuration and task",
+    NULL_DIAGNOSTICS: "do the nulls hold on the scored text?",
+    "analysis_summary.json": "summaries, tests and verdicts; strict JSON, null with a reason where a test "
+    "says nothing",
+    "REPORT.md": "the report: answer, tables, tests, plots, what an earlier attempt expected beside what was "
+    "measured",
+    "plots": "the plots, PNG at 300 DPI",
+    "checkpoints": f"what is finished: `{CHECKPOINT_FILE}` and a file of each further process; settings, and "
+    "a `results` list of rows, each with a checksum and what its routers did",
+}
+# These stay: the next run writes the log on, and takes the calibration if it was made from the same.
+KEPT_FILES: dict[str, str] = {
+    LOG_FILE: "what happened: a line for each prompt and batch that is done (`tail -f` tells how far it is), "
+    "tracebacks of what failed",
+    CALIBRATION_FILE: "router logits on the calibration text",
+    EARLIER.format(number="N"): "what --no-resume, or a run that found no checkpoint, moved aside",
+}
+
+# Kind of a row -> its columns with the category and the document that the tables by layer count it under.
+COUNTED_BY = {
+    "generation": ("prompt_category", "prompt_id"),
+    "score": ("category", "document"),
+    "task": ("task", "document"),
+}
 
 # What a finished row depends on: it counts only while all of that is as it was. Every argument of a run is
 # classified here, or a test fails; the fields of prompts are in PROMPT_IDENTITY, those of configurations all
@@ -4785,7 +4947,8 @@ class BHExperimentRunner:
         for layer in range(len(self.layers)):
             floor, _ = count_bounds(layer_config(resolved, layer))
             if floor > widest:
-                field = "k" if "k" in resolved else "min_k"
+                rule = RULES[resolved["method"]]
+                field = rule.knob.name if rule.is_static else "min_k"
                 why = f"{field} = {floor}, but a layer can run {widest} experts"
                 raise UserError(f"configuration {name!r}: {why}")
         return resolved
@@ -4803,10 +4966,17 @@ class BHExperimentRunner:
         if not any(static_k(config) == self.own_k for config in configs.values()):
             name = _unused_name(f"topk_{self.own_k}", configs)
             configs = {name: self._static(self.own_k)} | configs
-            logger.info(f"{name}, the model's own routing, is run as well: the others are compared with it")
         if baseline is not None:
             _choice("baseline", baseline, tuple(configs))
         return configs
+
+    @staticmethod
+    def _say_what_was_added(configs: Configs, given: Configs | None) -> None:
+        given = ROUTING_CONFIGS if given is None else given
+        for name in configs:
+            if name not in given:
+                why = "the others are compared with it"
+                logger.info(f"{name}, the model's own routing, is run as well: {why}")
 
     def _with_static_ladder(self, configs: Configs) -> dict[str, dict[str, Any]]:
         """`configs` and every static Top-k up to the model's own that is not among them."""
@@ -4862,7 +5032,7 @@ class BHExperimentRunner:
         """outputs: with what the experts put out."""
         if self._calibration is not None and (self._calibration.means is not None or not outputs):
             return self._calibration
-        path = self.output_dir / "calibration.safetensors"
+        path = self.output_dir / CALIBRATION_FILE
         start = time.perf_counter()
         with waiting_for(self.output_dir / ".calibration.lock"):  # one process makes it, the others read it
             self._calibration = Calibration.load(path, self._calibrated_from)
@@ -5118,26 +5288,37 @@ class BHExperimentRunner:
         return rows
 
     def _score_unit(self, plan: SuitePlan, texts: Sequence[TextItem], repeats: bool, saver: _Saver) -> None:
-        """Score texts under every configuration, together as far as the memory is enough."""
+        """Score texts under every configuration, together as far as the memory is enough.
 
-        def score(batch_size: int) -> None:
-            self._batch_limit = batch_size
-            for first in range(0, len(texts), batch_size):
-                part = texts[first : first + batch_size]
-                batch = ScoredBatch(self.model, part)
-                for name, config in plan.scoring.items():
-                    if any(saver.lacks(("score", name, text.id)) for text in part):
-                        for row in self._rows_or_failures(batch, name, config, repeats):
-                            saver.save(row)
+        As `accelerate.utils.find_executable_batch_size` would, but memory is cleared where it was not enough
+        only: that takes longer than to score a text.
+        """
+        remaining = list(texts)
+        while remaining:
+            part = remaining[: self._batch_limit]
+            if self._score_together(plan, part, repeats, saver):
+                remaining = remaining[len(part) :]
+            else:
+                logger.info(f"memory is not enough for a batch of {len(part)}: trying half of it")
+                self._batch_limit = len(part) // 2
+                accelerate.utils.memory.clear_device_cache(garbage_collection=True)
 
-        def halve() -> int:
-            logger.info(f"memory is not enough for a batch of {self._batch_limit}: trying half of it")
-            return self._batch_limit // 2
-
-        attempt = accelerate.utils.find_executable_batch_size(
-            score, starting_batch_size=min(len(texts), self._batch_limit), reduce_batch_size_fn=halve
-        )
-        attempt()
+    def _score_together(
+        self, plan: SuitePlan, texts: Sequence[TextItem], repeats: bool, saver: _Saver
+    ) -> bool:
+        """Score texts in one batch, under every configuration that is not done; whether the memory was
+        enough."""
+        try:
+            batch = ScoredBatch(self.model, texts)
+            for name, config in plan.scoring.items():
+                if any(saver.lacks(("score", name, text.id)) for text in texts):
+                    for row in self._rows_or_failures(batch, name, config, repeats):
+                        saver.save(row)
+        except RuntimeError as error:
+            if accelerate.utils.memory.should_reduce_batch_size(error):
+                return False
+            raise
+        return True
 
     def _batches(self, texts: Sequence[TextItem]) -> list[list[TextItem]]:
         """Which texts are scored together, by length. This follows from the texts alone, not from what is
@@ -5187,6 +5368,7 @@ class BHExperimentRunner:
         run_id = fingerprint(strict_json([settings, plan.configs, plan.scoring, plan.inputs(), keys]))
         with self._opened(settings, resume) as checkpoint:
             self._check_rows(checkpoint, plan.scoring, plan.inputs())
+            self._say_what_was_added(plan.configs, routing_configs)
             done = checkpoint.done(retry_failed)
             all_keys = [key for of_kind in keys.values() for key in of_kind]
             pending = sum(key not in done for key in all_keys)
@@ -5312,6 +5494,7 @@ class BHExperimentRunner:
         run_id = fingerprint(strict_json([settings, configs, keys]))
         with self._opened(settings, resume) as checkpoint:
             self._check_rows(checkpoint, configs, inputs)
+            self._say_what_was_added(configs, routing_configs)
             done = checkpoint.done(retry_failed)
             pending = [key for key in keys["task"] if key not in done]
             finished = len(keys["task"]) - len(pending)
@@ -5377,7 +5560,7 @@ class BHExperimentRunner:
         self, checkpoint: Checkpoint, configs: Configs, inputs: Mapping[str, Mapping[str, str]]
     ) -> None:
         """Finished rows must be of the same configurations and inputs as what now goes by their names."""
-        for row in checkpoint.rows(checkpoint.done()):
+        for row in checkpoint.rows(checkpoint.keys()):
             kind, name, item = row_key(row)[:3]
             if name not in configs or f"{kind} {item}" not in inputs:
                 continue
@@ -5441,9 +5624,8 @@ class BHExperimentRunner:
                 if part.get("routing"):
                     name = part["config_name"]
                     routing = RoutingStatistics.unpack(part["routing"], configs[name], self.layers)
-                    category = part.get("prompt_category") or part.get("category") or part.get("task")
-                    document = part.get("document") or part.get("prompt_id")
-                    layer_tables.add(name, part["kind"], category, document, routing)
+                    category, document = COUNTED_BY[part["kind"]]
+                    layer_tables.add(name, part["kind"], part[category], part[document], routing)
                 yield part
 
     def _save_checkpoint(self) -> None:
@@ -5452,7 +5634,7 @@ class BHExperimentRunner:
             self.checkpoint.sync()
 
 
-def _unused_name(name: str, taken: Configs) -> str:
+def _unused_name(name: str, taken: Collection[str]) -> str:
     """`name`, or one like it that no configuration has."""
     candidates = itertools.chain([name, f"static_{name}"], (f"static_{name}_{n}" for n in itertools.count(2)))
     return next(candidate for candidate in candidates if candidate not in taken)
@@ -5589,17 +5771,18 @@ def adjust_p_values(
 
 @dataclass(frozen=True)
 class Items:
-    """Which columns of a table name its item, the category and the document of that item."""
+    """Which columns of a table name its item, the item's category and its document; and what it is called."""
 
     item: str
     category: str
     document: str
+    word: str
 
 
 ITEMS = {
-    "generation": Items("prompt_id", "prompt_category", "prompt_id"),
-    "scores": Items("item_id", "category", "document"),
-    "tasks": Items("document", "task", "document"),
+    "generation": Items("prompt_id", "prompt_category", "prompt_id", "prompt"),
+    "scores": Items("item_id", "category", "document", "window"),
+    "tasks": Items("document", "task", "document", "document"),
 }
 KINDS = {"generation": GENERATION, "scores": SCORES, "tasks": TASKS}
 
@@ -5620,8 +5803,8 @@ def configurations(results: Results) -> dict[str, dict[str, Any]]:
 
 def own_k_of(results: Results) -> int | None:
     """How many experts the model itself runs; None where no row says so."""
-    known = pd.concat([frame["own_k"] for frame in results]).dropna()
-    return int(known.iloc[0]) if len(known) else None
+    known = [int(own_k) for frame in results for own_k in frame["own_k"].dropna().unique()]
+    return next(iter(known), None)
 
 
 def choose_baseline(results: Results, name: str | None = None) -> str:
@@ -5656,43 +5839,47 @@ def summarize(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
     return dict(summary)
 
 
+def main_kind(results: Results) -> str:
+    """What a report is about: generation; where nothing was generated the scores of text, else of tasks."""
+    return next((kind for kind in KINDS if len(getattr(results, kind))), "generation")
+
+
 def summarize_categories(results: Results) -> dict[str, dict[str, Any]]:
-    """Category -> what `summarize` gives for it, of the first table that has rows."""
-    for kind, frame in zip(KINDS, results, strict=True):
-        if len(frame):
-            by_category = frame.groupby(ITEMS[kind].category, sort=False)
-            return {
-                category: summarize(Results(**{**vars(EMPTY_RESULTS), kind: rows}))
-                for category, rows in by_category
-            }
-    return {}
+    """Category -> what `summarize` gives for it, of the table that the report is about."""
+    kind = main_kind(results)
+    by_category = getattr(results, kind).groupby(ITEMS[kind].category, sort=False)
+    return {
+        category: summarize(Results(**{**vars(EMPTY_RESULTS), kind: rows})) for category, rows in by_category
+    }
 
 
 def compare_with_baseline(results: Results, baseline: str) -> dict[str, dict[str, dict[str, Any]]]:
     """Configuration -> metric -> `paired_comparison` with the baseline, BH-adjusted over all of them.
 
-    A prompt, or a window of text, is an item; several samples of a prompt are one, their mean. Each metric is
-    from the first table that has it.
+    Of what was generated, or, where nothing was, of the scored text: what is scored beside generation, the
+    static ladder, is not among these tests. A prompt, or a window of text, is an item; several samples of a
+    prompt are one, their mean. Empty for tasks, which `compare_tasks` compares.
     """
-    tests: dict[str, dict[str, dict[str, Any]]] = collections.defaultdict(dict)
-    for kind in ("generation", "scores"):
-        frame = getattr(results, kind)
-        columns = ITEMS[kind]
-        metrics = list(KINDS[kind].metrics)
-        documents = frame.drop_duplicates(columns.item).set_index(columns.item, drop=False)[columns.document]
-        items = {
-            name: rows.groupby(columns.item, sort=False)[metrics].mean()
-            for name, rows in frame.groupby("config_name", sort=False)
-        }
-        base = items.pop(baseline, None)
-        if base is None:
-            continue
-        for name, rows in items.items():
-            for metric in metrics:
-                if metric not in tests[name]:
-                    tests[name][metric] = paired_comparison(base[metric], rows[metric], documents)
+    kind = main_kind(results)
+    if kind == "tasks":
+        return {}
+    frame = getattr(results, kind)
+    columns = ITEMS[kind]
+    metrics = list(KINDS[kind].metrics)
+    documents = frame.drop_duplicates(columns.item).set_index(columns.item, drop=False)[columns.document]
+    items = {
+        name: rows.groupby(columns.item, sort=False)[metrics].mean()
+        for name, rows in frame.groupby("config_name", sort=False)
+    }
+    base = items.pop(baseline, None)
+    if base is None:
+        return {}
+    tests = {
+        name: {metric: paired_comparison(base[metric], rows[metric], documents) for metric in metrics}
+        for name, rows in items.items()
+    }
     adjust_p_values([test for by_metric in tests.values() for test in by_metric.values()])
-    return dict(tests)
+    return tests
 
 
 def noise_floor(results: Results) -> dict[str, dict[str, Any]]:
@@ -5768,7 +5955,8 @@ def static_mixture(curve: Curve, mean_experts: float) -> StaticMixture | NotComp
     below = [point for point in points if point[0] <= mean_experts + 1e-9]
     above = [point for point in points if point[0] >= mean_experts - 1e-9]
     if not below or not above:
-        first, last = points[0][0], points[-1][0]
+        first = points[0][0]
+        last = points[-1][0]
         span = f"{first:.2f} to {last:.2f}" if len(points) > 1 else f"{first:.2f} only"
         return NotComparable(f"{mean_experts:.2f} experts, but static Top-K was measured at {span}")
     x_low, low = below[-1]
@@ -6335,6 +6523,7 @@ MAX_INCHES = 60  # of a figure's height, however many rows it has
 MARKERS = "osD^v<>phdXP*"  # of the members of a family
 VERDICT_COLORS = {"better": "#0173b2", "worse": "#d55e00", "undecided": "0.5"}
 EXPERTS_LABEL = "experts per token and layer"
+NOT_FROM_ZERO = "(axis not from 0)"  # where a plot that began at 0 would be mostly empty
 
 
 def _axes(ax: Any, height: float = 4.2) -> Any:
@@ -6346,7 +6535,7 @@ def _axes(ax: Any, height: float = 4.2) -> Any:
 def _two_axes(axes: Any, height: float = 4.2) -> Any:
     if axes is not None:
         return axes
-    return plt.subplots(1, 2, figsize=(9, height), layout="constrained")[1]
+    return plt.subplots(1, 2, figsize=(10, height), layout="constrained")[1]
 
 
 def _owns_figure(ax: Any) -> bool:
@@ -6463,7 +6652,7 @@ def plot_experts_vs_latency(frame: pd.DataFrame, ax: Any = None) -> Any:
     marks = {"style": "config_name", "style_order": order, "markers": _markers(frame, order)}
     large = {"s": 80, "edgecolor": "0.2", "linewidth": 0.7, "zorder": 4}
     sns.scatterplot(medians.reset_index(), **common, **marks, **large)
-    ax.set(xlabel=EXPERTS_LABEL, ylabel="decode time, ms per token", ylim=(0, None))
+    ax.set(xlabel=EXPERTS_LABEL, ylabel=f"decode time, ms per token {NOT_FROM_ZERO}")
     ax.set_title("Experts against latency (large: medians of a configuration)")
     _legend_beside(ax, len(order))
     return ax
@@ -6640,15 +6829,23 @@ def plot_field(verdicts: pd.DataFrame, axes: Any = None) -> Any:
     return axes
 
 
+def _is_plain(table: pd.DataFrame) -> pd.Series:
+    """Which rows are of plain static Top-K."""
+    return table["configuration"].map(lambda cell: static_k(json.loads(cell)) is not None).astype(bool)
+
+
 def plot_expert_counts(table: pd.DataFrame, ax: Any = None) -> Any:
-    """How many experts how often: shares of the decisions, all layers together, a line a configuration."""
-    order = distinct(table["config_name"])
+    """How many experts how often: shares of the decisions, all layers together, a line a configuration. Plain
+    Top-K, which always runs the same number, is left out."""
+    names = distinct(table["config_name"])
+    drawn = table[~_is_plain(table)]
+    order = distinct(drawn["config_name"])
     ax = _axes(ax, 0.6 + 0.15 * len(order))
-    counts = table.groupby(["config_name", "num_experts"], sort=False)["tokens"].sum()
+    counts = drawn.groupby(["config_name", "num_experts"], sort=False)["tokens"].sum()
     shares = (counts / counts.groupby("config_name").transform("sum")).rename("share").reset_index()
-    every = pd.MultiIndex.from_product(
-        [order, range(int(shares["num_experts"].max()) + 1)], names=["config_name", "num_experts"]
-    )
+    fewest = int(shares["num_experts"].min())
+    most = int(shares["num_experts"].max())
+    every = pd.MultiIndex.from_product([order, range(fewest, most + 1)], names=["config_name", "num_experts"])
     shares = shares.set_index(["config_name", "num_experts"]).reindex(every, fill_value=0.0).reset_index()
     sns.lineplot(
         shares,
@@ -6656,16 +6853,17 @@ def plot_expert_counts(table: pd.DataFrame, ax: Any = None) -> Any:
         y="share",
         hue="config_name",
         hue_order=order,
-        palette=_palette(table, order),
+        palette=_palette(table, names),
         style="config_name",
         style_order=order,
-        markers=_markers(table, order),
+        markers=_markers(table, names),
         dashes=False,
         markersize=6,
         linewidth=1.2,
         ax=ax,
     )
     ax.set(xlabel="experts that ran", ylabel="share of decisions", ylim=(0, None))
+    ax.set_xlim(fewest - 0.3, most + 0.3)
     ax.set_title("How many experts, how often (a decision is a token in a layer)")
     ax.xaxis.get_major_locator().set_params(integer=True)
     _legend_beside(ax, len(order))
@@ -6684,14 +6882,15 @@ def plot_null_calibration(diagnostics: Mapping[str, Any], axes: Any = None) -> A
         curve = pd.DataFrame(null["alphas"])
         for index, shares in enumerate(null["layers"]):
             left.plot(levels, shares, color=color, linewidth=0.9, alpha=0.7, label=None if index else name)
-        right.plot(curve["alpha"], curve["realised_fdp"], "o-", color=color, markersize=4, label=name)
+        above_zero = curve["realised_fdp"].where(curve["realised_fdp"] > 0)  # as far as a logarithm reaches
+        right.plot(curve["alpha"], above_zero, "o-", color=color, markersize=4, label=name)
     for ax, first, last, label in ((left, levels[0], 1, "exact"), (right, 0.001, 0.5, "alpha")):
         ax.plot([first, last], [first, last], color="0.2", linestyle=":", label=label)
         ax.set(xscale="log", yscale="log")
         ax.legend(frameon=False)
     left.set(xlabel="p-value level", ylabel="share of null pairs at or below", ylim=(levels[0] / 2, 1.5))
     left.set_title("Uniformity on held-out text, by layer")
-    right.set(xlabel="alpha", ylabel="realised proportion", ylim=(3e-4, 1))
+    right.set(xlabel="alpha", ylabel="realised proportion, where above 0", ylim=(3e-4, 1))
     right.set_title("False discoveries of BH, before floor and cap")
     return left, right
 
@@ -6707,10 +6906,10 @@ def plot_layer_profile(table: pd.DataFrame, axes: Any = None) -> Any:
         (axes[1], "gate_mass_frac", "share of gate mass that ran", "Gate mass by layer"),
     ):
         sns.lineplot(table, y=column, ax=ax, **common, dashes=False, markersize=5, linewidth=1.2)
-        ax.set(xlabel="MoE layer", ylabel=label, ylim=(0, None), title=title)
+        ax.set(xlabel="MoE layer", ylabel=f"{label} {NOT_FROM_ZERO}", title=title)
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend_.remove()
-    _legend_beside(axes[1], max(len(order), 11))
+    _legend_beside(axes[1], len(order))
     return axes
 
 
@@ -6736,12 +6935,12 @@ def plot_task_scores(frame: pd.DataFrame, axes: Any = None) -> Any:
     for ax, metric in zip(axes, metrics, strict=True):
         sns.barplot(frame[frame["metric"] == metric], **groups, **colors, **style, ax=ax)
         ax.set(xlabel="", ylabel="")
-        label = f"{metric}, mean and 95 % interval"
         if in_rows:
-            ax.set_xlabel(label)
+            ax.set_xlabel(f"{metric},\nmean and 95 % interval")
         else:
-            ax.set_ylabel(label)
-            ax.tick_params(axis="x", rotation=20)
+            ax.set_ylabel(f"{metric}, mean and 95 % interval")
+            if _in_rows(tasks):
+                ax.tick_params(axis="x", rotation=20)
         if ax is not axes[-1]:
             ax.legend_.remove()
     _legend_beside(axes[-1], len(colors["hue_order"]))
@@ -6782,7 +6981,7 @@ class PlotData:
     tasks: pd.DataFrame
     layers: pd.DataFrame  # LAYER_STATISTICS
     usage: pd.DataFrame  # EXPERT_USAGE, the baseline first
-    counts: pd.DataFrame  # EXPERT_COUNTS
+    counts: pd.DataFrame  # EXPERT_COUNTS; empty where every configuration is plain Top-K
     diagnostics: Mapping[str, Any]
     has_field: bool  # whether several rules have ladders
 
@@ -6805,10 +7004,16 @@ def _generated(column: str) -> Callable[[PlotData], pd.DataFrame]:
 
 PLOTS: dict[str, Plot] = {  # file name, in the order of the report
     "quality_vs_experts": Plot(
-        "Quality against compute", plot_quality_vs_experts, lambda data: data.verdicts, most=1000
+        "Quality against compute",
+        plot_quality_vs_experts,
+        lambda data: data.verdicts.dropna(subset="delta_to_baseline"),
+        most=1000,
     ),
     "delta_at_equal_compute": Plot(
-        "Quality at equal compute", plot_delta_at_equal_compute, lambda data: data.verdicts, most=1000
+        "Quality at equal compute",
+        plot_delta_at_equal_compute,
+        lambda data: data.verdicts[~data.verdicts["is_static"]],
+        most=1000,
     ),
     "field": Plot(
         "Every rule at equal compute",
@@ -6856,7 +7061,7 @@ def verdict_frame(analysis: Mapping[str, Any]) -> pd.DataFrame:
         config = json.dumps(analysis["configurations"][name])
         about = {"config_name": name, "configuration": config, "is_static": verdict["verdict"] is None}
         rows.append(about | verdict)
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["is_static", "delta_to_baseline"])
     numbers = [name for name in frame if name.startswith(("mean_", "delta_", "ci95_"))]
     frame = frame.astype(dict.fromkeys(numbers, float))
     frame.attrs["baseline"] = analysis["baseline"]
@@ -6877,17 +7082,18 @@ def plot_data(df: pd.DataFrame, analysis: Mapping[str, Any], output_dir: Path) -
 
     def by_layer(table: Table) -> pd.DataFrame:
         rows = first_kind(read_side_table(table, output_dir, runs))
-        rows = rows.assign(configuration=rows["config_name"].map(cells))
-        is_other = rows["config_name"] != analysis["baseline"]
-        return rows.iloc[is_other.argsort(kind="stable")]
+        return rows.assign(configuration=rows["config_name"].map(cells))
 
+    counts = by_layer(EXPERT_COUNTS)
+    usage = by_layer(EXPERT_USAGE)
+    is_other = usage["config_name"] != analysis["baseline"]
     return PlotData(
         generation=shown(done.generation, "prompt_category"),
         verdicts=verdict_frame(analysis),
         tasks=shown(done.tasks[done.tasks["score"].notna()], "task", "metric"),
         layers=by_layer(LAYER_STATISTICS),
-        usage=by_layer(EXPERT_USAGE),
-        counts=by_layer(EXPERT_COUNTS),
+        usage=usage.iloc[is_other.argsort(kind="stable")],
+        counts=counts if (~_is_plain(counts)).any() else counts[:0],
         diagnostics=analysis["null_diagnostics"] or {},
         has_field=bool(analysis["field"]),
     )
@@ -6996,11 +7202,14 @@ class ReportColumn:
     form: str = ""
 
 
-def markdown_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[ReportColumn]) -> str:
-    """A Markdown table; the first column left, the others right."""
-    lines = [[column.title for column in columns], ["---", *["---:"] * (len(columns) - 1)]]
-    lines += [[show(row, column.key, column.form) for column in columns] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[ReportColumn]) -> str:
+    """A Markdown table: the first column left, the others right, and none that has nothing to show."""
+    shown = []
+    for place, column in enumerate(columns):
+        cells = [show(row, column.key, column.form) for row in rows]
+        if place == 0 or set(cells) != {NOTHING_TO_SHOW}:
+            shown.append([column.title, "---:" if place else "---", *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*shown, strict=True))
 
 
 _CONFIGURATION = ReportColumn("configuration", "configuration", "code")
@@ -7072,7 +7281,7 @@ REPORT_TABLES: dict[str, tuple[ReportColumn, ...]] = {
         ReportColumn("gate mass that ran", "gate_mass_frac", ".3f"),
         ReportColumn("entropy of use, bits", "use_entropy_bits", ".2f"),
         ReportColumn("categories diverge, bits", "category_divergence_bits", ".3f"),
-        ReportColumn("in layers", "diverging", "s"),
+        ReportColumn("diverge in layers", "diverging", "s"),
     ),
     "tests": (
         _CONFIGURATION,
@@ -7093,12 +7302,7 @@ REPORT_TABLES: dict[str, tuple[ReportColumn, ...]] = {
         ReportColumn("measured", "measured", "s"),
         ReportColumn("held", "verdict", "s"),
     ),
-    "details": (
-        _CONFIGURATION,
-        ReportColumn("method", "method", "s"),
-        ReportColumn("settings", "settings"),
-        ReportColumn("description", "description"),
-    ),
+    "details": (_CONFIGURATION, ReportColumn("method", "method", "s"), ReportColumn("settings", "settings")),
     "settings": (ReportColumn("setting", "setting", "s"), ReportColumn("value", "value")),
     "failures": (_CONFIGURATION, ReportColumn("item", "item"), ReportColumn("error", "error")),
 }
@@ -7145,6 +7349,8 @@ def verdict_sentence(analysis: Mapping[str, Any]) -> str:
 def task_sentence(analysis: Mapping[str, Any]) -> str:
     """What the tasks say, in one sentence."""
     tested = [entry for entry in analysis["tasks"] if entry.get("n_pairs")]
+    if not tested:
+        return f"No task could be compared with `{analysis['baseline']}` document by document."
     differing = [
         f"`{entry['configuration']}` on {markdown_text(entry['task'])} ({entry['mean_difference']:+.4f} "
         f"{markdown_text(entry['metric'])})"
@@ -7212,12 +7418,11 @@ def finding_sentences(analysis: Mapping[str, Any]) -> list[str]:
         experts = tests["avg_experts_per_token"]
         if not experts["n_pairs"] or static_k(analysis["configurations"][name]) is not None:
             continue
-        saved = 100 * (1 - experts["mean"] / experts["mean_baseline"])
-        word = "fewer" if saved >= 0 else "more"
-        sentence = (
-            f"`{name}` ran {experts['mean']:.2f} experts per token and layer, {abs(saved):.0f} % {word} than "
-            f"`{base}`"
-        )
+        saved = round(100 * (1 - experts["mean"] / experts["mean_baseline"]))
+        compared = "within 1 % of"
+        if saved:
+            compared = f"{saved} % fewer than" if saved > 0 else f"{-saved} % more than"
+        sentence = f"`{name}` ran {experts['mean']:.2f} experts per token and layer, {compared} `{base}`"
         clock = tests.get("inference_time_sec", {})
         if clock.get("median_ratio") is not None:
             claim = "which this run cannot tell from noise"
@@ -7294,6 +7499,14 @@ def null_origin(diagnostics: Mapping[str, Any]) -> str:
     return f"of which {shared} were used for calibration as well (there the nulls look better than they are)"
 
 
+def null_distances(diagnostics: Mapping[str, Any]) -> str:
+    """How far the p-values of each null are from uniform, by layer."""
+    return "; ".join(
+        f"{name}: {', '.join(f'{distance:.3f}' for distance in null['ks'])}"
+        for name, null in diagnostics.get("nulls", {}).items()
+    )
+
+
 def clock_sentences(analysis: Mapping[str, Any]) -> list[str]:
     """Which configurations were faster or slower, where that is significant."""
     base = analysis["baseline"]
@@ -7362,10 +7575,75 @@ def quality_sentences(analysis: Mapping[str, Any]) -> list[str]:
 
 
 def amount_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """What so few prompts can show."""
     prompts = analysis["n_prompts"]
     if 0 < prompts < 30:
-        return [f"{prompts} prompts show large effects only; small ones need more."]
+        return [f"So few prompts ({prompts}) show large effects only; small ones need more."]
     return []
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.1f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
+
+
+def amount(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def machine(row: Row) -> str:
+    """Precision and device of a measured row."""
+    return f"{show(row, 'dtype')} on {show(row, 'device')}"
+
+
+def scored_words(results: Results, analysis: Mapping[str, Any]) -> str:
+    """How much text was scored, and under what: what was asked for, and the static curve beside it."""
+    documents = amount(results.finished().scores["document"].nunique(), "document")
+    names = distinct(results.scores["config_name"])
+    asked = distinct(results.generation["config_name"])
+    static = [name for name in names if static_k(analysis["configurations"][name]) is not None]
+    added = [name for name in static if name not in asked]
+    under = f"{len(static)} of them static Top-K"
+    if asked and added:
+        under = f"the same {len(names) - len(added)} and {len(added)} of static Top-K beside them"
+    return f"the text of {documents} scored under {amount(len(names), 'configuration')}, {under}"
+
+
+def subject_sentence(results: Results, analysis: Mapping[str, Any]) -> str:
+    """What was run, how much of it, and how much of that failed."""
+    done = results.finished()
+    first = getattr(done, main_kind(done)).iloc[0]
+    amounts = []
+    if len(done.generation):
+        names = amount(results.generation["config_name"].nunique(), "configuration")
+        prompts = amount(done.generation["prompt_id"].nunique(), "prompt")
+        tokens = amount(int(first["max_new_tokens"]), "new token")
+        time = duration(done.generation["inference_time_sec"].sum())
+        amounts.append(f"{names} x {prompts} with {tokens} each, {time} of inference")
+    if len(done.scores):
+        amounts.append(scored_words(results, analysis))
+    if len(done.tasks):
+        names = amount(results.tasks["config_name"].nunique(), "configuration")
+        documents = amount(done.tasks["document"].nunique(), "document")
+        amounts.append(f"{names} x {documents} of tasks")
+    failed = ""
+    if analysis["n_failed"]:
+        failed = f" {analysis['n_failed']} of {analysis['n_rows']} rows failed and are left out."
+    return f"{markdown_text(first['model_name'])}, {machine(first)}: {'; '.join(amounts)}.{failed}"
+
+
+def suite_time_sentence(results: Results) -> str:
+    """How long the generation took, beside what was expected of it; empty where nothing was generated."""
+    done = results.finished().generation
+    if not len(done):
+        return ""
+    time = duration(done["inference_time_sec"].sum())
+    expected = [
+        f"{low} to {high} minutes on {where}" for where, (low, high) in EXPECTED_SUITE_MINUTES.items()
+    ]
+    return (
+        f"Suite time: {time} of inference here, {machine(done.iloc[0])}; expected for OLMoE-1B-7B: "
+        f"{'; '.join(expected)}."
+    )
 
 
 CONCLUSIONS: tuple[Callable[[Mapping[str, Any]], list[str]], ...] = (
@@ -7501,7 +7779,8 @@ def expected_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     for item in analysis["hypotheses"]:
         if item["configuration"] not in analysis["summary_by_config"]:
             continue
-        low, high = item["low"], item["high"]
+        low = item["low"]
+        high = item["high"]
         expected = f"{low:g} to {high:g}" if low and high else f"> {low:g}" if low else f"< {high:g}"
         form = "p" if item["quantity"] == "experts_p_value" else ".2f"
         shown = {
@@ -7523,13 +7802,38 @@ def detail_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def category_table(analysis: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Mean experts by category and configuration, as a table; the more numerous of the two are its rows."""
+    by_category = analysis["summary_by_category"]
+    means = pd.DataFrame(
+        [
+            [by_name[name]["avg_experts_per_token"]["mean"] if name in by_name else None for name in names]
+            for by_name in by_category.values()
+        ],
+        index=[markdown_text(category) for category in by_category],
+        columns=[f"`{name}`" for name in names],
+    )
+    corner = "category"
+    if len(names) > len(by_category):
+        means = means.T
+        corner = "configuration"
+    columns = [ReportColumn(corner, "label", "s")]
+    columns += [ReportColumn(title, str(place), ".2f") for place, title in enumerate(means.columns)]
+    rows = []
+    for label, values in zip(means.index, means.to_numpy(float), strict=True):
+        rows.append({"label": label} | {str(place): value for place, value in enumerate(values)})
+    return markdown_table(rows, columns)
+
+
 def setting_rows(results: Results) -> list[dict[str, Any]]:
+    """What all rows have in common; a setting that none of them has is left out."""
     rows = []
     for name in ("max_new_tokens", "sampling", *(column.name for column in _ORIGIN)):
         if name not in ("timestamp", "method", "configuration", "input_hash"):
-            values = pd.concat([frame[name] for frame in results if name in frame]).dropna()
-            shown = [f"{value:g}" if isinstance(value, float) else str(value) for value in values.unique()]
-            rows.append({"setting": name, "value": ", ".join(shown)})
+            values = [value for frame in results if name in frame for value in frame[name].dropna().unique()]
+            shown = distinct(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+            if any(shown):
+                rows.append({"setting": name, "value": ", ".join(shown)})
     return rows
 
 
@@ -7573,8 +7877,9 @@ adjusted p below {{ level }}.
 NLL in nats per token of the scored text (reference continuations, or the windows of `--text`), a mean \
 over items. *At equal compute*: minus that of static Top-K mixed to the same mean number of experts on the \
 same items. Intervals and p: Student's t on paired differences of documents, p BH-adjusted over the \
-configurations; verdict: better or worse if and only if the adjusted p is below {{ level }}. Detectable: \
-the smallest effect found with 80 % power. Equivalent: two one-sided t-tests against `{{ baseline }}` \
+configurations; verdict: better or worse if and only if the adjusted p is below {{ level }}; static: the \
+same Top-K in every layer, the curve that all others are compared with. Detectable: the smallest effect \
+found with 80 % power. Equivalent: two one-sided t-tests against `{{ baseline }}` \
 within {{ margin }} of perplexity, adjusted likewise. KL: from the predictions of the model's own routing, \
 nats.
 
@@ -7627,24 +7932,25 @@ Kolmogorov-Smirnov distance from uniform, by layer: {{ distances }}.
 
 {{ table("summary", summary) }}
 
-Experts: mean and standard deviation over prompts of the mean over tokens and layers; range: fewest and \
+Experts: mean and standard deviation over {{ item }}s of the mean over tokens and layers; range: fewest and \
 most experts that any token got in any layer. At floor, at cap, no rejection: shares of all (token, layer) \
-decisions. Times are medians over prompts.
+decisions of the rules that have them.{% if is_timed %} Times are medians over prompts.{% endif %}
 
 {% if layers %}
 ## Layers
 
 {{ table("layers", layers) }}
 
-Means over layers, from `layer_statistics.csv`; every expert is in `expert_usage.csv`. Categories diverge: \
-Jensen-Shannon divergence of their use of experts (0: the same experts), and in how many layers it is more \
-than chance (permutation test, adjusted p below {{ level }}).
+Means over layers, from `layer_statistics.csv`; every expert is in `expert_usage.csv`.{% if diverging %} \
+Categories diverge: Jensen-Shannon divergence of their use of experts (0: the same experts), and in how many \
+layers it is more than chance (permutation test, adjusted p below {{ level }}).{% endif %}
+
 {% endif %}
 
 ## Statistical tests
 
 {% if tests %}
-Each configuration against `{{ baseline }}`, paired by prompt. Interval and p: Student's t on the \
+Each configuration against `{{ baseline }}`, paired by {{ item }}. Interval and p: Student's t on the \
 differences of documents (a prompt is its own). Adjusted: Benjamini-Hochberg over all tests of this table. \
 d: mean difference over its standard deviation. Significant: adjusted p below {{ level }}. A difference in \
 experts says that the rule did something, not that it did good.
@@ -7652,8 +7958,10 @@ experts says that the rule did something, not that it did good.
 {{ table("tests", tests) }}
 
 {{ few_units(tests) }}
+{% elif tasks %}
+Tasks are compared one by one, in the table of downstream tasks.
 {% else %}
-There is nothing to compare: only one configuration was run, or only tasks.
+There is nothing to compare: nothing was finished by two configurations.
 {% endif %}
 
 ## Performance by category
@@ -7670,6 +7978,9 @@ Mean experts per token and layer.
 ### {{ title }}
 
 ![{{ title }}](plots/{{ name }}.png)
+
+{% else %}
+No plot lies beside this report.
 
 {% endfor %}
 
@@ -7688,7 +7999,7 @@ None of their configurations was in this run.
 
 ## Conclusions and recommendations
 
-{{ bullets(conclusions) }}
+{{ bullets(conclusions) or "This run supports no conclusion beyond its tables." }}
 
 ## Configuration details
 
@@ -7709,52 +8020,17 @@ def report_context(
 ) -> dict[str, Any]:
     """What the template is filled with; every number is from the results or the analysis."""
     done = results.finished()
-    measured = next(frame for frame in done if len(frame))
-    first = measured.iloc[0]
-    machine = f"{show(first, 'dtype')} on {show(first, 'device')}"
-    minutes = done.generation["inference_time_sec"].sum() / 60
-    amounts = []
-    if len(done.generation):
-        amounts.append(
-            f"{done.generation['prompt_id'].nunique()} prompts with {first['max_new_tokens']:g} new tokens "
-            f"each, {minutes:.1f} minutes of inference"
-        )
-    if len(done.scores):
-        amounts.append(f"scored text of {done.scores['document'].nunique()} documents")
-    if len(done.tasks):
-        amounts.append(f"{done.tasks['document'].nunique()} documents of tasks")
-    failures = failure_rows(results)
-    failed = f" {len(failures)} experiments failed and are left out." if failures else ""
-    subject = (
-        f"{markdown_text(first['model_name'])}, {machine}: {len(analysis['configurations'])} configurations, "
-        f"{'; '.join(amounts)}.{failed}"
-    )
-    expected_times = (
-        f"{low} to {high} minutes on {where}" for where, (low, high) in EXPECTED_SUITE_MINUTES.items()
-    )
-    suite_time = ""
-    if len(done.generation):
-        suite_time = (
-            f"Suite time: {minutes:.1f} minutes of inference here, {machine}; expected for OLMoE-1B-7B: "
-            f"{'; '.join(expected_times)}."
-        )
-    diagnostics = analysis["null_diagnostics"] or {}
-    distances = [
-        f"{name}: {', '.join(f'{distance:.3f}' for distance in null['ks'])}"
-        for name, null in diagnostics.get("nulls", {}).items()
-    ]
+    kind = main_kind(done)
+    measured = getattr(done, kind)
+    layers = layer_rows(analysis)
     shuffled = analysis["shuffle_effects"].values()
-    names = distinct(measured["config_name"])
-    category_columns = [ReportColumn("category", "category")]
-    category_columns += [ReportColumn(f"`{name}`", name, ".2f") for name in names]
-    category_rows = []
-    for category, by_name in analysis["summary_by_category"].items():
-        means = {name: summary["avg_experts_per_token"]["mean"] for name, summary in by_name.items()}
-        category_rows.append(means | {"category": category})
+    diagnostics = analysis["null_diagnostics"] or {}
     is_drawn = {name: (folder / "plots" / f"{name}.png").exists() for name in PLOTS}
     return {
         "answer": answer_sentence(analysis),
-        "subject": subject,
+        "subject": subject_sentence(results, analysis),
+        "item": ITEMS[kind].word,
+        "is_timed": kind == "generation",
         "findings": [*baseline_sentences(analysis), *finding_sentences(analysis)],
         "tasks": task_rows(analysis),
         "quality": quality_rows(analysis),
@@ -7765,23 +8041,24 @@ def report_context(
         "nulls": null_rows(analysis),
         "diagnostics": diagnostics,
         "null_origin": null_origin(diagnostics),
-        "distances": "; ".join(distances),
+        "distances": null_distances(diagnostics),
         "summary": summary_rows(analysis, measured),
-        "layers": layer_rows(analysis),
+        "layers": layers,
+        "diverging": any("diverging" in row for row in layers),
         "tests": test_rows(analysis),
-        "category_table": markdown_table(category_rows, category_columns),
+        "category_table": category_table(analysis, distinct(measured["config_name"])),
         "undrawn": [
             f"`{name}` could not be drawn: {markdown_text(why)}" for name, why in failed_plots.items()
         ],
         "plots": [(name, plot.title) for name, plot in PLOTS.items() if is_drawn[name]],
         "expected": expected_rows(analysis),
-        "suite_time": suite_time,
+        "suite_time": suite_time_sentence(results),
         "conclusions": [sentence for conclude in CONCLUSIONS for sentence in conclude(analysis)],
         "details": detail_rows(analysis),
         "settings": setting_rows(results),
-        "failures": failures,
+        "failures": failure_rows(results),
         "baseline": analysis["baseline"],
-        "model": markdown_text(first["model_name"]),
+        "model": markdown_text(measured["model_name"].iloc[0]),
         "level": f"{SIGNIFICANCE_LEVEL:g}",
         "margin": f"{100 * math.expm1(analysis['quality_margin']):.0f} %",
         "few_units": lambda tests: few_units_sentence([*tests, *shuffled]),
@@ -7891,8 +8168,9 @@ OPTIONS = (
     Option("no-fp16", "the same as --dtype float32", None),
     Option("revision", "branch, tag or commit of a hub model"),
     Option("trust-remote-code", "execute Python code that comes with the model", None),
-    Option("batch-size", "texts scored in one forward pass; auto begins with 8,192 tokens and halves when "
-           "memory is short. Results do not depend on it, but for rounding", _batch_size, "auto", "N"),
+    Option("batch-size", f"texts scored in one forward pass; auto begins with {AUTO_BATCH_TOKENS:,} tokens "
+           "and halves when memory is short. Results do not depend on it, but for rounding", _batch_size,
+           "auto", "N"),
     Option("suite", "family of configurations: default, frontier, controls, field or all", default="default"),
     Option("configs", "comma-separated names: only these configurations", _names, metavar="NAMES"),
     Option("routing-configs", "JSON file of your own configurations, by name", Path, metavar="FILE"),
@@ -7973,18 +8251,29 @@ def check_options(args: argparse.Namespace) -> None:
     for owner, allowed in ALONE.items():
         others = [name for name in given if name not in (owner, *allowed)]
         if owner in given and others:
-            other, alone = others[0].replace("_", "-"), owner.replace("_", "-")
+            other = others[0].replace("_", "-")
+            alone = owner.replace("_", "-")
             raise UserError(f"--{other} means nothing beside --{alone}: leave one of them out")
     for option in OPTIONS:
-        if option.key not in given:
-            continue
-        if given[option.key] in ("", [""]):
-            raise UserError(f"--{option.name} is empty")
-        if option.least is not None:
-            check_least(f"--{option.name}", given[option.key], option.least)
-        if option.needs and option.needs.replace("-", "_") not in given:
-            raise UserError(f"--{option.name} needs --{option.needs}")
+        if option.key in given:
+            _check_option(option, given)
     check_seed("--seed", args.seed)
+    _check_exclusions(args, given)
+    _check_ranges(given)
+
+
+def _check_option(option: Option, given: Mapping[str, Any]) -> None:
+    """UserError where an option that was given is empty, too small, or lacks the one it needs."""
+    if given[option.key] in ("", [""]):
+        raise UserError(f"--{option.name} is empty")
+    if option.least is not None:
+        check_least(f"--{option.name}", given[option.key], option.least)
+    if option.needs and option.needs.replace("-", "_") not in given:
+        raise UserError(f"--{option.name} needs --{option.needs}")
+
+
+def _check_exclusions(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """UserError for options that contradict each other."""
     for sources in (("prompts", "dataset", "tasks"), ("text", "tasks")):
         both = [f"--{name}" for name in sources if name in given]
         if len(both) > 1:
@@ -7993,10 +8282,16 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError("--tasks and --do-sample exclude each other: a task says itself how to generate")
     if args.device_map and args.device != "auto":
         raise UserError(f"--device {args.device} and --device-map exclude each other")
-    if not 0 < given.get("sampling_temperature", 1) < math.inf:
-        raise UserError(f"--sampling-temperature {args.sampling_temperature}: it must be above 0")
-    if not 0 < given.get("sampling_top_p", 1) <= 1:
-        raise UserError(f"--sampling-top-p {args.sampling_top_p}: it must be in (0, 1]")
+
+
+def _check_ranges(given: Mapping[str, Any]) -> None:
+    """UserError for numbers out of range, of options that are no whole numbers."""
+    temperature = given.get("sampling_temperature", 1)
+    if not 0 < temperature < math.inf:
+        raise UserError(f"--sampling-temperature {temperature}: it must be above 0")
+    top_p = given.get("sampling_top_p", 1)
+    if not 0 < top_p <= 1:
+        raise UserError(f"--sampling-top-p {top_p}: it must be in (0, 1]")
     limit = given.get("task_limit", 1)
     if not (0 < limit < 1 or limit % 1 == 0 < limit):
         raise UserError(f"--task-limit {limit:g}: it must be a whole number, or a share below 1")
@@ -8025,19 +8320,18 @@ def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     suite = by_suite[_choice("--suite", args.suite, tuple(by_suite))]
     own = read_routing_configs(args.routing_configs) if args.routing_configs else {}
     known = by_suite["all"] | suite | own
+    testing = [rule.name for rule in RULES.values() if rule.uses_null]
     configs = {}
     for name in args.configs or [*suite, *own]:
         config = known[_choice("configuration in --configs", name, tuple(known))]
-        rule = RULES.get(config.get("method"))
-        if args.p_values and rule is not None and rule.uses_null:
+        if args.p_values and config.get("method") in testing:
             config = config | {"p_values": args.p_values}
         configs[name] = resolve_config(name, config)
     rules = [RULES[config["method"]] for config in configs.values()]
     if args.p_values and not any(rule.uses_null for rule in rules):
-        testing = " or ".join(rule.name for rule in RULES.values() if rule.uses_null)
         raise UserError(
             f"--p-values {args.p_values}: no chosen configuration takes a null; choose one with method "
-            f"{testing}, see --suite and --configs"
+            f"{' or '.join(testing)}, see --suite and --configs"
         )
     if args.match_experts is not None and all(rule.is_static for rule in rules):
         asked = ",".join(f"{number:g}" for number in args.match_experts)
@@ -8097,7 +8391,7 @@ def measure(args: argparse.Namespace) -> Results | None:
         with log_to(args.output / LOG_FILE):
             calibration = runner.calibration_for(configs.values()) or runner.calibration
             configs = match_ladder(configs, targets, calibration)
-    how = {
+    options = {
         "resume": not args.no_resume,
         "retry_failed": args.retry_failed,
         "fail_fast": args.fail_fast,
@@ -8107,11 +8401,11 @@ def measure(args: argparse.Namespace) -> Results | None:
         limit = args.task_limit
         if limit is not None and limit >= 1:
             limit = int(limit)
-        runner.run_tasks(args.tasks, configs, args.num_fewshot, limit, args.include_path, **how)
+        runner.run_tasks(args.tasks, configs, args.num_fewshot, limit, args.include_path, **options)
     else:
         samples = args.num_samples or 1
         runner.run_full_experiment_suite(
-            configs, prompts, args.max_tokens, texts=texts, num_samples=samples, **how
+            configs, prompts, args.max_tokens, texts=texts, num_samples=samples, **options
         )
     return runner.results if runner.processes.rank == 0 else None
 

@@ -35,11 +35,11 @@ from datetime import datetime
 from pathlib import Path
 
 sys.path.insert(0, ".")
-from run_bh_experiments import read_results
+from run_bh_experiments import Results
 
-folder = Path(sys.argv[1])
-frame = read_results(folder / "bh_routing_results.csv")
-print(f"{len(frame)} experiments, {(frame['status'] != 'ok').sum()} failed")
+results = Results.read(Path(sys.argv[1]))
+frame = results.generation
+print(f"{results}, {results.num_failed} failed")
 print(f"generation: {frame['inference_time_sec'].sum():.1f} s in all")
 begun = [datetime.fromisoformat(moment) for moment in frame["timestamp"]]
 print(f"from the first experiment's start to the last one's: {(max(begun) - min(begun)).seconds} s")

@@ -11,9 +11,9 @@ generation  The suite's Top-8 rows without references, so that nothing is scored
 recorder    One decode with and without the recorder's hooks and observer: Top-8 and BH, on the embedded
             model and on two layers of OLMoE's full shape.
 scoring     Text scored under static Top-1 to Top-8, tokens x rows per second, over lm-evaluation-harness's
-            `loglikelihood_rolling` of the same documents, windows and model, at each batch size. All rows
-            together need nine passes: the model's own routing is also the reference of all others.
-memory      Peak memory of a process that scores 1,000 items, and of one that scores 10,000; tiny model.
+            `loglikelihood_rolling` of the same documents, windows and model, at each batch size. A pass for
+            each row, and one more in the first batch, where the model's own routing is scored twice.
+memory      Peak memory of a process that scores 1,000 texts, and of one that scores 10,000; tiny model.
 append      One result appended to a checkpoint of 100 and of 100,000.
 resume      Opening the checkpoint of 100,000.
 processes   The script on a text with one process and two, one thread each, in turns. Start-up and most of
@@ -64,6 +64,22 @@ def done(frame: pd.DataFrame) -> None:
     """A failed experiment is fast: its time means nothing."""
     if (failed := frame[frame["status"] != "ok"]).size:
         raise SystemExit(f"{len(failed)} experiments failed: {failed['error'].iloc[0]}")
+
+
+def random_texts(tokens: torch.Tensor) -> list[bh.TextItem]:
+    """Texts to be scored, each its own document, from token ids [N, S]."""
+    return [
+        bh.TextItem(
+            id=f"text:{number}",
+            document=f"text:{number}",
+            category="text",
+            token_ids=ids.numpy(),
+            context=1,
+            num_bytes=len(ids),
+            inputs={"number": str(number)},
+        )
+        for number, ids in enumerate(tokens)
+    ]
 
 
 def generation(scale: float) -> None:
@@ -163,12 +179,14 @@ def scoring(scale: float) -> None:
         for batch_size in batch_sizes:
             output = Path(folder) / f"out{batch_size}"
             runner = TimedRunner(str(EMBEDDED), output, use_fp16=False, batch_size=batch_size)
-            items = bh.text_windows(files, runner.tokenizer, window)
-            tokens = sum(len(item["token_ids"]) - 1 for item in items)
+            texts = bh.text_windows(files, runner.tokenizer, window)
+            tokens = sum(len(text.token_ids) - 1 for text in texts)
 
-            def ours(runner=runner, items=items, tokens=tokens) -> float:
-                done(runner.run_full_experiment_suite(configs, items, resume=False))
-                return len(configs) * tokens / (time.perf_counter() - runner.warm)
+            def ours(runner=runner, texts=texts, tokens=tokens) -> float:
+                runner.run_full_experiment_suite(configs, [], texts=texts, resume=False)
+                spent = time.perf_counter() - runner.warm
+                done(runner.results.scores)
+                return len(configs) * tokens / spent
 
             reference = HFLM(
                 pretrained=runner.model, tokenizer=runner.tokenizer, batch_size=batch_size, max_length=window
@@ -193,17 +211,17 @@ def scoring(scale: float) -> None:
 
 
 def score_many(items: int) -> None:
-    """For `memory`, in a process of its own: score short items with a tiny model, print the peak in MiB."""
+    """For `memory`, in a process of its own: score short texts with a tiny model, print the peak in MiB."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     shape = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
     config = olmoe_config(num_hidden_layers=2, vocab_size=512, num_experts=8, num_experts_per_tok=2, **shape)
-    tokens = torch.randint(2, 512, (items, 17))
-    prompts = [{"id": f"item:{n}", "text": "x", "token_ids": ids} for n, ids in enumerate(tokens)]
+    texts = random_texts(torch.randint(2, 512, (items, 17)))
     with tempfile.TemporaryDirectory() as folder:
         model = OlmoeForCausalLM(config)
         runner = bh.BHExperimentRunner("tiny", folder, model=model, tokenizer=tokenizer, batch_size=64)
         configs = {"topk_8": {"method": "topk", "k": 2}, "topk_1": {"method": "topk", "k": 1}}
-        done(runner.run_full_experiment_suite(configs, prompts))
+        runner.run_full_experiment_suite(configs, [], texts=texts)
+        done(runner.results.scores)
     # Not `resource.getrusage`: its peak counts what the parent process held when it started this one.
     status = Path("/proc/self/status").read_text().splitlines()
     print(next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM")))
@@ -217,26 +235,25 @@ def memory(scale: float) -> None:
         command = [sys.executable, __file__, "--score-many", str(items)]
         finished = subprocess.run(command, check=True, capture_output=True, text=True)
         peaks[items] = float(finished.stdout.split()[-1])
-    print_header("items x 2 configurations", "peak memory, MiB", "ratio")
+    print_header("texts x 2 configurations", "peak memory, MiB", "ratio")
     for items, peak in peaks.items():
         print_row(f"{items:,}", f"{peak:.0f}", f"{peak / peaks[few]:.3f}")
 
 
 def _row(number: int) -> dict[str, Any]:
     """A result as large as a real one: every column, with the text of a prompt and of 50 tokens."""
-    row = dict.fromkeys(bh.RESULT_COLUMNS, 1.2345678901234567)
+    row = dict.fromkeys(bh.GENERATION.names, 1.2345678901234567)
     words = {"prompt_text": "word " * 40, "generated_text": "word " * 50, "full_text": "word " * 90}
-    key = {"config_name": "bh_strict", "prompt_id": f"item:{number}", "sample": 0, "status": "ok"}
-    return row | words | key | {"routing": "x" * 1000}
+    key = {"kind": "generation", "config_name": "bh_strict", "prompt_id": f"item:{number}", "sample": 0}
+    return row | words | key | {"status": "ok", "routing": "x" * 1000}
 
 
 def _checkpoint(folder: str, rows: int) -> bh.Checkpoint:
-    path = Path(folder) / f"{rows}.json"
-    checkpoint = bh.Checkpoint(path, {"model": "none"}, bh.DEFAULT_CHECKPOINT_INTERVAL)
-    checkpoint.sync = lambda: None  # while it is filled
+    settings = {"model": "none"}
+    checkpoint = bh.Checkpoint(Path(folder) / str(rows), settings, sync_every=rows)  # while it is filled
     for number in range(rows):
         checkpoint.append(_row(number))
-    del checkpoint.sync
+    checkpoint.own.sync_every = bh.DEFAULT_CHECKPOINT_INTERVAL
     return checkpoint
 
 
@@ -265,13 +282,13 @@ def resume(scale: float) -> None:
     many = round(100_000 * scale)
     with tempfile.TemporaryDirectory() as folder:
         _checkpoint(folder, many).close()
-        path = Path(folder) / f"{many}.json"
+        path = Path(folder) / str(many)
         spent = []
         for _ in range(3):
             start = time.perf_counter()
-            bh.Checkpoint(path, {"model": "none"}, bh.DEFAULT_CHECKPOINT_INTERVAL).close()
+            bh.Checkpoint(path, {"model": "none"}).close()
             spent.append(time.perf_counter() - start)
-        size = path.stat().st_size
+        size = (path / bh.CHECKPOINT_FILE).stat().st_size
     print_header("results in the checkpoint", "size, MB", "opened in, s")
     print_row(f"{many:,}", f"{size / 1e6:.0f}", f"{median(spent):.2f}")
 
@@ -281,7 +298,8 @@ def processes(scale: float) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     text = "\n".join(path.read_text(encoding="utf-8") for path in TEXTS)
     long = text[: round(len(text) * max(scale, 0.3))]
-    parts, experiments = {"short": long[: len(long) // 5], "long": long}, {}
+    parts = {"short": long[: len(long) // 5], "long": long}
+    rows = {}
     with tempfile.TemporaryDirectory() as folder:
         for size, part in parts.items():
             Path(folder, f"{size}.txt").write_text(part, encoding="utf-8")
@@ -304,15 +322,13 @@ def processes(scale: float) -> None:
             if finished.returncode:
                 raise SystemExit(f"{count} processes failed:\n{finished.stderr[-2000:]}")
             spent = time.perf_counter() - start
-            experiments[size] = len(bh.read_results(output / "bh_routing_results.csv"))
+            rows[size] = len(bh.Results.read(output).scores)
             return spent
 
         calls = {(count, size): lambda c=count, s=size: run(c, s) for count in (1, 2) for size in parts}
         times = medians(calls, max(1, round(3 * scale)), warm_up=0)
-    print_header(
-        "processes", *(f"{experiments[size]} experiments, s" for size in parts), "experiments/s", "ratio"
-    )
-    extra = experiments["long"] - experiments["short"]
+    print_header("processes", *(f"{rows[size]} rows, s" for size in parts), "rows/s", "ratio")
+    extra = rows["long"] - rows["short"]
     rates = {count: extra / (times[count, "long"] - times[count, "short"]) for count in (1, 2)}
     for count, rate in rates.items():
         taken = (f"{times[count, size]:.1f}" for size in parts)

@@ -3,10 +3,10 @@
     python benchmarks/scaling.py            # ten minutes on two idle cores
     python benchmarks/scaling.py --quick
 
-One quantity varies, the others stay: 32 items of 64 tokens (128 where processes vary), 64 experts, 4
-layers, one process. Each point is a whole suite of Top-4 and BH on scored text, three passes an item with the
-model's own routing, from the end of the warm-up to the results table, in processes of its own with one thread
-each. Points take turns; medians. "to the first": time per experiment, relative to the group's first.
+One quantity varies, the others stay: 32 texts of 64 tokens (128 where processes vary), 64 experts, 4 layers,
+one process. Each point is a whole suite on scored text, BH and the static curve from Top-1 to the model's own
+Top-8, from the end of the warm-up to the results table, in processes of its own with one thread each. Points
+take turns; medians. "to the first": time per row of scores, relative to the group's first.
 """
 
 import argparse
@@ -18,32 +18,35 @@ import time
 
 import torch
 from common import EMBEDDED, machine, medians, olmoe_config, print_header, print_row
-from harness import TimedRunner, done
+from harness import TimedRunner, done, random_texts
 from transformers import AutoTokenizer, OlmoeForCausalLM
 
-BASE = {"items": 32, "experts": 64, "layers": 4, "processes": 1}
-POINTS = {"items": (32, 128, 512), "experts": (16, 64, 128), "layers": (2, 4, 8), "processes": (1, 2)}
-CONFIGS = {"topk_4": {"method": "topk", "k": 4}, "bh": {"method": "bh", "p_values": "flat", "alpha": 0.1}}
+BASE = {"texts": 32, "experts": 64, "layers": 4, "processes": 1}
+POINTS = {"texts": (32, 128, 512), "experts": (16, 64, 128), "layers": (2, 4, 8), "processes": (1, 2)}
+CONFIGS = {"bh": {"method": "bh", "p_values": "flat", "alpha": 0.1}}
+ROWS_OF_A_TEXT = 9  # BH and Top-1 to Top-8
 
 
-def one_suite(items: int, experts: int, layers: int) -> None:
+def one_suite(number: int, experts: int, layers: int) -> None:
     """One suite, in this process."""
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4}
     model = OlmoeForCausalLM(
         olmoe_config(**shape, vocab_size=4096, num_experts=experts, num_hidden_layers=layers)
     )
-    tokens = torch.randint(2, 4096, (items, 65))
-    prompts = [{"id": f"item:{n}", "text": "x", "token_ids": ids} for n, ids in enumerate(tokens)]
+    texts = random_texts(torch.randint(2, 4096, (number, 65)))
     runner = TimedRunner(
         *("random", os.environ["SCALING_OUTPUT"]),
         model=model,
         tokenizer=AutoTokenizer.from_pretrained(EMBEDDED),
         batch_size=8,
     )
-    done(runner.run_full_experiment_suite(CONFIGS, prompts))
+    runner.run_full_experiment_suite(CONFIGS, [], texts=texts)
+    spent = time.perf_counter() - runner.warm
+    done(runner.results.scores)
+    assert len(runner.results.scores) == number * ROWS_OF_A_TEXT
     if runner.processes.rank == 0:
-        print(time.perf_counter() - runner.warm)
+        print(spent)
 
 
 def timed(point: dict[str, int]) -> float:
@@ -51,7 +54,7 @@ def timed(point: dict[str, int]) -> float:
     command, processes = [sys.executable], point["processes"]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [__file__, "--one", *(str(point[name]) for name in ("items", "experts", "layers"))]
+    command += [__file__, "--one", *(str(point[name]) for name in ("texts", "experts", "layers"))]
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "SCALING_OUTPUT": folder}
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -74,18 +77,18 @@ def main() -> None:
             1,
             {key: point for key, point in points.items() if key[1] in POINTS[key[0]][:2]},
         )
-    points["processes", 2] |= {"items": 4 * BASE["items"]}  # both points: enough to share
-    points["processes", 1] |= {"items": 4 * BASE["items"]}
+    for processes in POINTS["processes"]:
+        points["processes", processes] |= {"texts": 4 * BASE["texts"]}  # enough to share
     calls = {key: lambda p=point: timed(p) for key, point in points.items()}
     times = medians(calls, args.repeats, warm_up=0)
     print(f"{machine()}; 1 thread a process; medians of {args.repeats}")
-    print_header("varied", "value", "items", "seconds", "ms an experiment", "to the first")
+    print_header("varied", "value", "texts", "seconds", "ms a row", "to the first")
     first = {}
     for (name, value), spent in times.items():
-        items = points[name, value]["items"]
-        each = spent / items / len(CONFIGS)
+        texts = points[name, value]["texts"]
+        each = spent / texts / ROWS_OF_A_TEXT
         ratio = each / first.setdefault(name, each)
-        print_row(name, value, items, f"{spent:.1f}", f"{1000 * each:.1f}", f"{ratio:.2f}")
+        print_row(name, value, texts, f"{spent:.1f}", f"{1000 * each:.1f}", f"{ratio:.2f}")
 
 
 if __name__ == "__main__":

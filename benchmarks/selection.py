@@ -6,9 +6,9 @@
 
 A stand-in router holds ready logits and does what OLMoE's does after its linear layer: softmax in float32,
 top-k, cast. It is patched by the script itself (`patched_routing`), with the empirical null and its tables.
-"count" is scores and table compare alone; "selection" is all that BH adds in the seam: scores, count, floor
-and cap, zero weights. It is the patched router's time minus the unpatched one's and minus the recorder's,
-which a static Top-k patch has as well. All take turns; ratios are to the unpatched router.
+"count" is scores, sort and table compare alone; "selection" is all that BH adds in the seam: scores, count,
+floor and cap, zero weights. It is the patched router's time minus the unpatched one's and minus the
+recorder's, which a static Top-k patch has as well. All take turns; ratios are to the unpatched router.
 
 How often a rare case comes up depends on the logits. They are those of the embedded model on text that it
 wrote, and of a real OLMoE where `--logits` names a file with some ([layers, tokens, experts], repeated with
@@ -86,8 +86,11 @@ def selection_times(logits: Tensor, tokens: int, own_k: int, args: Any) -> Mappi
     block = StoredBlock(logits.shape[-1], own_k).to(args.device, rows.dtype)
     layers = bh.find_moe_layers(block)
     config = bh.resolve_config("bh", BH | {"max_k": own_k})
-    critical = bh.critical_scores(config, logits.shape[-1], 0, calibration).to(args.device)
-    rule = bh.counting_rule(config, critical)
+    null = calibration.null(0, config["temperature"])
+    rule = bh.RULES[config["method"]]
+
+    def count() -> Tensor:
+        return rule.count(bh.Gates(bh.gate_scores(rows), null), config)
 
     def timed(routing: Mapping[str, Any] | None) -> float:
         if routing is None:
@@ -98,7 +101,7 @@ def selection_times(logits: Tensor, tokens: int, own_k: int, args: Any) -> Mappi
 
     calls = {
         "own": lambda: timed(None),
-        "count": lambda: seconds(lambda: rule(bh.gate_scores(rows)), args.device),
+        "count": lambda: seconds(count, args.device),
         "recorder": lambda: timed({"method": "topk", "k": own_k}),
         "patched": lambda: timed(config),
     }
