@@ -909,19 +909,19 @@ class StandIn:
 
     def output(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Sum over candidates of weight x stand-in: hidden [T, H], indices and weights [T, K] -> [T, H]."""
-        output = nn.functional.embedding_bag(
-            indices, self.offset, per_sample_weights=weights.to(self.offset.dtype), mode="sum"
-        )
+        num_experts = len(self.offset)
+        weights = weights.to(self.offset.dtype)
+        by_expert = weights.new_zeros(len(hidden), num_experts).scatter(1, indices, weights)  # [T, E]
+        output = by_expert @ self.offset
         if self.down is None:
             return output.to(hidden.dtype)
-        num_experts, rank, hidden_size = self.down.shape
         token, slot = weights.nonzero(as_tuple=True)  # [P] pairs
         if len(token) < num_experts:  # few: only the maps that are asked for are read
             expert = indices[token, slot]
             inner = torch.bmm(self.down[expert], hidden[token, :, None])  # [P, r, 1]
             pairs = torch.bmm(self.up[expert], inner)[..., 0] * weights[token, slot, None]  # [P, H]
-            return (output.index_add_(0, token, pairs.to(output.dtype))).to(hidden.dtype)
-        by_expert = weights.new_zeros(len(hidden), num_experts).scatter(1, indices, weights)  # [T, E]
+            return output.index_add(0, token, pairs).to(hidden.dtype)
+        rank = self.down.shape[1]
         inner = (hidden @ self.down.flatten(0, 1).T).view(-1, num_experts, rank) * by_expert[..., None]
         return (output + inner.flatten(1) @ self.up.transpose(1, 2).flatten(0, 1)).to(hidden.dtype)
 

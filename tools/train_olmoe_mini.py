@@ -10,7 +10,7 @@ Debian and PyPI packages under permissive terms. From an empty folder to the fin
     python tools/train_olmoe_mini.py export   --text work/text --run work/run --out models/olmoe-mini
     python tools/train_olmoe_mini.py heldout  --text work/text --out work/heldout
 
-`train --shape qwen3-mini` trains a model of another shape instead (Qwen3-MoE's class, 6 layers of 32 experts, top-4,
+`train --shape qwen3-mini` trains another model instead (Qwen3-MoE's class, 6 layers of 32 experts, top-4,
 weights normalised), to see whether a result holds for more than one model.
 
 `fetch` needs `apt-get`, `dpkg` and `pip`. `train` can be stopped at any time (Ctrl-C or SIGTERM) and started
