@@ -3721,8 +3721,11 @@ def results_of_older_script(folder: Path) -> Results:
     tasks = older[of_task].rename(
         columns={"prompt_category": "task", "task_metric": "metric", "task_score": "score"}
     )
-    routing = [column.name for column in ROUTING_COLUMNS]
-    scores = older[older["reference_nll"] != ""].drop(columns=routing).rename(columns=_OLDER_NAMES)
+    routing = {column.name for column in ROUTING_COLUMNS}
+    renamed = routing & set(_OLDER_NAMES.values())
+    of_generation = sorted(routing - renamed)  # where a text was generated; else of the scored window
+    scores = older[older["reference_nll"] != ""].drop(columns=list(renamed)).rename(columns=_OLDER_NAMES)
+    scores.loc[scores["inference_time_sec"] != "", of_generation] = ""
     present = set(older["config_name"])
     ladder = []  # the static scores that the own routing's rows carried as JSON
     for row in scores[scores["static_nll"] != ""].to_dict("records"):
@@ -3731,7 +3734,7 @@ def results_of_older_script(folder: Path) -> Results:
             config = resolve_config(name, {"method": "topk", "k": int(k)})
             point = {"config_name": name, "configuration": configuration_cell(config), "nll": nll}
             lacking = ("perplexity", "bits_per_byte", "kl_to_own", "top1_agreement", "repeat_nll")
-            unknown = dict.fromkeys(lacking, "")
+            unknown = dict.fromkeys((*lacking, *of_generation), "")
             ladder.append(row | unknown | point | {"avg_experts_per_token": k})
     scores = pd.concat([scores, pd.DataFrame(ladder, columns=scores.columns)], ignore_index=True)
     scores["effective_experts"] = scores["avg_experts_per_token"]
@@ -6432,7 +6435,7 @@ def check_hypotheses(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     for names, quantity, low, high in HYPOTHESES:
         for name in names:
             value = _hypothesis_value(analysis, name, quantity)
-            held = None if value is None else bool(low <= value <= high)
+            held = None if pd.isna(value) else bool(low <= value <= high)
             row = {"configuration": name, "quantity": quantity, "low": low, "high": high}
             rows.append(row | {"measured": value, "held": held})
     return rows
@@ -7315,6 +7318,10 @@ def names_of(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
+def amount(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
 def is_static(verdict: Row) -> bool:
     """Whether a row of `quality_verdicts` is plain Top-K: part of the static curve, not compared with it."""
     return verdict["verdict"] is None
@@ -7335,13 +7342,13 @@ def verdict_sentence(analysis: Mapping[str, Any]) -> str:
     best = min(better or compared, key=lambda name: compared[name]["delta_nll"])
     row = compared[best]
     kind = "largest gain" if better else "lowest estimate, which is no evidence of a gain,"
-    documents = f" of {row['n_units']} documents" if row["n_units"] != row["n_items"] else ""
+    documents = f" of {amount(row['n_units'], 'document')}" if row["n_units"] != row["n_items"] else ""
     return (
         f"**Against static Top-K that spends the same number of experts, {counts['better']} of "
         f"{len(compared)} configurations predict the text better, {counts['worse']} worse, "
         f"{counts['undecided']} undecided; the {kind} is `{best}`'s, {row['delta_nll']:+.4f} nats per "
         f"token (95 % interval {show(row, 'ci95', '+.4f to +.4f')}, adjusted p "
-        f"{show(row, 'p_value_adjusted', 'p')}, {row['n_items']} items{documents}) at "
+        f"{show(row, 'p_value_adjusted', 'p')}, {amount(row['n_items'], 'item')}{documents}) at "
         f"{row['mean_experts']:.2f} experts.**"
     )
 
@@ -7433,6 +7440,14 @@ def finding_sentences(analysis: Mapping[str, Any]) -> list[str]:
             sentence += f"; its inference time was {ratio} (median{noise}), {claim}"
         sentences.append(sentence + ".")
     return sentences
+
+
+def reason_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """Which configurations have no test at equal compute, and why."""
+    untested = {
+        name: row for name, row in analysis["verdict"].items() if row["reason"] and not is_static(row)
+    }
+    return [f"`{name}` has no test at equal compute: {row['reason']}." for name, row in untested.items()]
 
 
 def noise_sentences(analysis: Mapping[str, Any]) -> list[str]:
@@ -7586,10 +7601,6 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
 
 
-def amount(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
-
-
 def machine(row: Row) -> str:
     """Precision and device of a measured row."""
     return f"{show(row, 'dtype')} on {show(row, 'device')}"
@@ -7616,9 +7627,11 @@ def subject_sentence(results: Results, analysis: Mapping[str, Any]) -> str:
     if len(done.generation):
         names = amount(results.generation["config_name"].nunique(), "configuration")
         prompts = amount(done.generation["prompt_id"].nunique(), "prompt")
-        tokens = amount(int(first["max_new_tokens"]), "new token")
+        tokens = ""
+        if not pd.isna(first["max_new_tokens"]):
+            tokens = f" with {amount(int(first['max_new_tokens']), 'new token')} each"
         time = duration(done.generation["inference_time_sec"].sum())
-        amounts.append(f"{names} x {prompts} with {tokens} each, {time} of inference")
+        amounts.append(f"{names} x {prompts}{tokens}, {time} of inference")
     if len(done.scores):
         amounts.append(scored_words(results, analysis))
     if len(done.tasks):
@@ -7628,7 +7641,7 @@ def subject_sentence(results: Results, analysis: Mapping[str, Any]) -> str:
     failed = ""
     if analysis["n_failed"]:
         failed = f" {analysis['n_failed']} of {analysis['n_rows']} rows failed and are left out."
-    return f"{markdown_text(first['model_name'])}, {machine(first)}: {'; '.join(amounts)}.{failed}"
+    return f"{show(first, 'model_name')}, {machine(first)}: {'; '.join(amounts)}.{failed}"
 
 
 def suite_time_sentence(results: Results) -> str:
@@ -7736,6 +7749,7 @@ def summary_rows(analysis: Mapping[str, Any], rows: pd.DataFrame) -> list[dict[s
     for name, own in rows.groupby("config_name", sort=False):
         summary = analysis["summary_by_config"][name]
         experts = summary["avg_experts_per_token"]
+        spread = f" ± {show(experts, 'std', '.2f')}" if experts["n"] > 1 else ""
         means = {metric: values["mean"] for metric, values in summary.items()}
         medians = {metric: values["median"] for metric, values in summary.items()}
         decode = medians.get("decode_sec_per_token")
@@ -7745,7 +7759,7 @@ def summary_rows(analysis: Mapping[str, Any], rows: pd.DataFrame) -> list[dict[s
                 **means,
                 **shares,
                 "configuration": name,
-                "experts": f"{show(experts, 'mean', '.2f')} ± {show(experts, 'std', '.2f')}",
+                "experts": f"{show(experts, 'mean', '.2f')}{spread}",
                 "range_low": own["min_experts"].min(),
                 "range_high": own["max_experts"].max(),
                 "inference_time_sec": medians.get("inference_time_sec"),
@@ -7885,6 +7899,8 @@ nats.
 
 {{ table("quality", quality) }}
 
+{{ bullets(untested) }}
+
 {{ few_units(quality) }}
 
 {% if league %}
@@ -7961,7 +7977,7 @@ experts says that the rule did something, not that it did good.
 {% elif tasks %}
 Tasks are compared one by one, in the table of downstream tasks.
 {% else %}
-There is nothing to compare: nothing was finished by two configurations.
+There is nothing to compare: no item was measured under two configurations.
 {% endif %}
 
 ## Performance by category
@@ -7992,7 +8008,7 @@ here on {{ model }}.
 {% if expected %}
 {{ table("expected", expected) }}
 {% else %}
-None of their configurations was in this run.
+This run has no configuration of theirs.
 {% endif %}
 
 {{ suite_time }}
@@ -8005,7 +8021,7 @@ None of their configurations was in this run.
 
 {{ table("details", details) }}
 
-{{ table("settings", settings) }}
+{{ table("settings", settings) if settings }}
 
 {% if failures %}
 ## Failed experiments
@@ -8036,6 +8052,7 @@ def report_context(
         "quality": quality_rows(analysis),
         "field": field_sentences(analysis),
         "league": league_rows(analysis),
+        "untested": reason_sentences(analysis),
         "noise": noise_sentences(analysis),
         "shuffles": shuffle_sentences(analysis),
         "nulls": null_rows(analysis),
@@ -8058,7 +8075,7 @@ def report_context(
         "settings": setting_rows(results),
         "failures": failure_rows(results),
         "baseline": analysis["baseline"],
-        "model": markdown_text(measured["model_name"].iloc[0]),
+        "model": show(measured.iloc[0], "model_name"),
         "level": f"{SIGNIFICANCE_LEVEL:g}",
         "margin": f"{100 * math.expm1(analysis['quality_margin']):.0f} %",
         "few_units": lambda tests: few_units_sentence([*tests, *shuffled]),
@@ -8314,7 +8331,7 @@ def read_routing_configs(path: Path) -> dict[str, dict[str, Any]]:
 def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The configurations that --suite, --configs, --routing-configs and --p-values ask for.
 
-    Raises UserError where --p-values or --match-experts has none to work on.
+    Raises UserError where --p-values, --match-experts or --baseline has none to work on.
     """
     by_suite = suites()
     suite = by_suite[_choice("--suite", args.suite, tuple(by_suite))]
@@ -8339,6 +8356,9 @@ def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             f"--match-experts {asked}: every chosen configuration is Top-K; choose one that "
             "adapts, see --suite and --configs"
         )
+    keeps_names = len(args.match_experts or ()) < 2 and args.suite != "field"
+    if args.baseline is not None and keeps_names:  # else the run itself will say
+        _choice("--baseline", args.baseline, tuple(configs))
     return configs
 
 
