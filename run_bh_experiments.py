@@ -4480,13 +4480,15 @@ class ScoredBatch:
         for place, (item, tokens, routing) in enumerate(
             zip(self.items, self.is_scored.sum(1).tolist(), recorder.statistics(), strict=True)
         ):
-            bits = nll[place] * tokens / math.log(2)
+            bits_per_byte = None
+            if item.num_bytes:
+                bits_per_byte = nll[place] * tokens / (math.log(2) * item.num_bytes)
             row = {
                 "nll": nll[place],
                 "num_tokens": tokens,
                 "num_bytes": item.num_bytes,
                 "perplexity": math.exp(nll[place]) if nll[place] < 700 else None,
-                "bits_per_byte": bits / item.num_bytes if item.num_bytes else None,
+                "bits_per_byte": bits_per_byte,
                 "batch_size": len(self.items),
                 "routing": routing,
             }
@@ -6541,6 +6543,10 @@ def _two_axes(axes: Any, height: float = 4.2) -> Any:
     return plt.subplots(1, 2, figsize=(10, height), layout="constrained")[1]
 
 
+def amount(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
 def _owns_figure(ax: Any) -> bool:
     """Whether the figure is this plot's own, so that its size may be changed."""
     return len(ax.figure.axes) == 1
@@ -6607,7 +6613,7 @@ def plot_bars(frame: pd.DataFrame, ax: Any = None, *, column: str, label: str, m
     note = "median and quartiles" if median else "mean and 95 % interval"
     title = GENERATION.metrics[column].title
     quantity = title[0].upper() + title[1:]
-    over = f"{note} over {frame['prompt_id'].nunique()} prompts"
+    over = f"{note} over {amount(frame['prompt_id'].nunique(), 'prompt')}"
     ax.set_title(f"{quantity}:\n{over}" if in_rows else f"{quantity}: {over}")
     if in_rows:
         ax.set(xlabel=label, ylabel="", xlim=(0, None))
@@ -7316,10 +7322,6 @@ REPORT_TABLES: dict[str, tuple[ReportColumn, ...]] = {
 
 def names_of(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
-
-
-def amount(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def is_static(verdict: Row) -> bool:
