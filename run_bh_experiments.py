@@ -1378,7 +1378,7 @@ def register_rule(
             words=words,
             source=source,
             is_static=is_static,
-            uses_null=uses_null,
+            uses_null=uses_null or smallest_knob is not None,
             uses_norms=uses_norms,
             uses_outputs=uses_outputs,
             smallest_knob=smallest_knob,
@@ -1412,7 +1412,6 @@ _ALPHA = share_field("alpha", 0.05, "false-discovery-rate level of the step-up")
     _ALPHA,
     words="as many as the Benjamini-Hochberg step-up rejects",
     source="Benjamini and Hochberg 1995, eq. 1",
-    uses_null=True,
     smallest_knob=lambda null, num_experts: null.smallest_alpha(num_experts),
 )
 def _count_bh(gates: Gates, config: Config) -> Tensor:
@@ -1424,7 +1423,6 @@ def _count_bh(gates: Gates, config: Config) -> Tensor:
     _ALPHA,
     words="BH at alpha / (1 + 1/2 + ... + 1/E), valid under any dependence",
     source="Benjamini and Yekutieli 2001, theorem 1.3",
-    uses_null=True,
     smallest_knob=lambda null, num_experts: null.smallest_alpha(num_experts) * by_correction(num_experts),
 )
 def _count_by(gates: Gates, config: Config) -> Tensor:
@@ -1767,7 +1765,8 @@ def benjamini_hochberg_routing(
         _explain_nan_scores(router_logits, temperature)
 
     num_experts = router_logits.shape[-1]
-    gates = Gates(scores, null or FlatNull(num_experts))
+    logits = router_logits.to(scores.dtype) / config["temperature"]
+    gates = Gates(scores, null or FlatNull(num_experts), logits)
     rejections = gates.rejections(config["alpha"])  # [...]
     wanted = rejections.clamp(config["min_k"], config["max_k"]).unsqueeze(-1)  # [..., 1]
 
@@ -1784,7 +1783,7 @@ def benjamini_hochberg_routing(
     if not return_stats:
         return weights, experts, num_selected
     statistics = {
-        "p_values": gates.null.p_values(scores),
+        "p_values": gates.null.p_values(logits if gates.null.on_logits else scores),
         "thresholds": bh_levels(alpha, num_experts),
         "rejections": rejections,
     }
@@ -5015,6 +5014,10 @@ class BHExperimentRunner:
         """The calibration of this model: from the output folder if it was made from the same, or made now."""
         return self._calibrated(outputs=False)
 
+    @calibration.setter
+    def calibration(self, calibration: Calibration) -> None:
+        self._calibration = calibration
+
     def calibration_for(self, configs: Iterable[Config]) -> Calibration | None:
         """What these configurations need, from one pass over the calibration text; None for nothing."""
         needing = [config for config in configs if needs_calibration(config)]
@@ -5798,12 +5801,18 @@ def distinct(values: Iterable[str]) -> list[str]:
 
 
 def configurations(results: Results) -> dict[str, dict[str, Any]]:
-    """Name -> configuration as it was run; empty for one that no row describes."""
+    """Name -> configuration as it was run; empty for one that no row describes.
+
+    A field that an older script did not know has its default.
+    """
     rows = pd.concat([frame[["config_name", "configuration"]] for frame in results])
-    return {
-        row["config_name"]: json.loads(row["configuration"] or "{}")
-        for row in rows.drop_duplicates("config_name").to_dict("records")
-    }
+    configs = {}
+    for row in rows.drop_duplicates("config_name").to_dict("records"):
+        config = json.loads(row["configuration"] or "{}")
+        rule = RULES.get(config.get("method"))
+        defaults = {field.name: field.default for field in rule.fields} if rule else {}
+        configs[row["config_name"]] = {"method": config["method"], **defaults, **config} if rule else config
+    return configs
 
 
 def own_k_of(results: Results) -> int | None:
@@ -5938,6 +5947,9 @@ def scored_items(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Configuration -> its finished rows with a finite score, indexed by item_id. Raises UserError where an
     item occurs twice."""
     done = scores[scores["status"] == "ok"]
+    # Scripts that knew no stand-ins wrote no compute: it was what ran.
+    spent = done.get(COMPUTE, pd.Series(math.nan, index=done.index)).fillna(done["avg_experts_per_token"])
+    done = done.assign(**{COMPUTE: spent})
     done = done[np.isfinite(done[_NEEDED_SCORES].to_numpy(float)).all(axis=1)]
     tables = {}
     for name, rows in done.groupby("config_name", sort=False):
@@ -6118,8 +6130,10 @@ def _family_words(config: Config, fields: Sequence[str]) -> str:
     words = [config.get("method", "")]
     for field in fields:
         value = config.get(field)
-        if field in ("shuffle", "random"):
-            words += [field] if value else []
+        if field == "shuffle":
+            words += ["shuffled"] if value else []
+        elif field == "random":
+            words += ["random experts"] if value else []
         elif field == "stand_in":
             words += [f"+ {value}"] if value not in (None, "nothing") else []
         elif isinstance(value, (int, float)):
@@ -7905,7 +7919,7 @@ nats.
 
 {{ few_units(quality) }}
 
-{% if league %}
+{% if field or league %}
 ### Every rule
 
 {{ bullets(field) }}
