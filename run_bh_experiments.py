@@ -13,7 +13,7 @@
 #     "jinja2>=3.1",
 #     "numpy>=1.26",
 #     "safetensors>=0.8",
-#     "filelock>=3.12",
+#     "filelock>=3.24",
 # ]
 # ///
 """Can a token use fewer experts? Benjamini-Hochberg (BH) against Top-K routing, measured.
@@ -3568,6 +3568,14 @@ def read_csv(path: Path, columns: Sequence[Column]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
+def _number_cells(cells: pd.Series, kind: type) -> pd.Series:
+    """Cells as numbers of a kind, NaN for an empty one. ValueError or TypeError where one is none."""
+    if kind is float and not pd.api.types.is_numeric_dtype(cells):
+        # pandas 2 loses the last digit of a number in a text, Python does not.
+        cells = cells.map(lambda cell: float(cell) if isinstance(cell, str) and cell else cell)
+    return pd.to_numeric(cells)
+
+
 def fit_table(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
     """`frame` with exactly the columns of `table`, in order: what it lacks is empty, what is foreign goes.
 
@@ -3582,7 +3590,7 @@ def fit_table(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
             fitted[column.name] = frame[column.name].fillna("").astype(str)
         else:
             try:
-                fitted[column.name] = pd.to_numeric(frame[column.name])
+                fitted[column.name] = _number_cells(frame[column.name], column.kind)
             except (ValueError, TypeError) as error:
                 why = f"column {column.name}: {_first_line(error)}"
                 raise UserError(f"{table.file} is not a results CSV: {why}") from error
