@@ -13,7 +13,7 @@
 #     "jinja2>=3.1",
 #     "numpy>=1.26",
 #     "safetensors>=0.8",
-#     "filelock>=3.12",
+#     "filelock>=3.24",
 # ]
 # ///
 """Can a token use fewer experts? Benjamini-Hochberg (BH) against Top-K routing, measured.
@@ -102,7 +102,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import filelock
 import numpy as np
@@ -314,6 +314,47 @@ _CONTROLS = {
 }
 
 
+# Every published rule, to be moved to the same mean numbers of experts by --match-experts.
+FIELD_EXPERTS = (3.0, 4.0, 5.0, 6.0)
+_FIELD: dict[str, dict[str, Any]] = {
+    "bh": _BH | {"alpha": 0.05},
+    "bh_flat": _BH | {"alpha": 0.5, "p_values": "flat"},
+    "bh_pooled": _BH | {"alpha": 0.5, "p_values": "pooled"},
+    "bh_pooled_logits": _BH | {"alpha": 0.5, "p_values": "pooled_logits"},
+    "by": _BH | {"method": "by", "alpha": 0.05},
+    "hc_empirical": {"method": "hc", "p_values": "empirical"},
+    "hc_pooled": {"method": "hc", "p_values": "pooled"},
+    "hc_pooled_logits": {"method": "hc", "p_values": "pooled_logits"},
+    **{
+        method: {"method": method}
+        for method in (
+            *("threshold", "relative_threshold", "contribution", "top_p", "topk_p", "min_p"),
+            *("entropy", "elbow", "gap"),
+        )
+    },
+}
+LINEAR = "linear:16"
+
+
+def field_suite() -> dict[str, dict[str, Any]]:
+    """Every rule with nothing and with the expert's mean standing in; BH, threshold and static Top-K also
+    with a linear map; the oracle at four thresholds, as a bound."""
+    suite: dict[str, dict[str, Any]] = {}
+    for k in range(1, 8):
+        for stand_in in ("nothing", "mean", LINEAR):
+            name = f"topk_{k}" if stand_in == "nothing" else f"topk_{k}_{stand_in.replace(':', '')}"
+            suite[name] = {"method": "topk", "k": k, "stand_in": stand_in}
+    suite["topk_8"] = ROUTING_CONFIGS.get("topk_8", {"method": "topk", "k": 8})
+    for name, config in _FIELD.items():
+        suite[name] = config
+        suite[f"{name}_mean"] = config | {"stand_in": "mean"}
+    for name in ("bh", "threshold"):
+        suite[f"{name}_{LINEAR.replace(':', '')}"] = _FIELD[name] | {"stand_in": LINEAR}
+    for threshold in (0.4, 0.6, 0.8, 1.0):
+        suite[f"oracle_{threshold:g}"] = {"method": "oracle", "threshold": threshold}
+    return suite
+
+
 def suites() -> dict[str, dict[str, dict[str, Any]]]:
     """The families of configurations, by name, with what ROUTING_CONFIGS holds when this is called.
 
@@ -324,6 +365,7 @@ def suites() -> dict[str, dict[str, dict[str, Any]]]:
         "default": {**ROUTING_CONFIGS},
         "frontier": _STATIC | baseline | _LADDER,
         "controls": _STATIC | ROUTING_CONFIGS | _CONTROLS | ROUTING_CONFIGS,
+        "field": field_suite(),
         "all": _STATIC | ROUTING_CONFIGS | _LADDER | _CONTROLS | ROUTING_CONFIGS,
     }
 
@@ -759,6 +801,7 @@ class FlatNull:
     """
 
     num_experts: int
+    on_logits: ClassVar[bool] = False
 
     def smallest_alpha(self, num_experts: int) -> float:
         return 0.0
@@ -785,6 +828,7 @@ class SoftmaxNull:
     """
 
     num_experts: int
+    on_logits: ClassVar[bool] = False
 
     def smallest_alpha(self, num_experts: int) -> float:
         return 0.0
@@ -806,8 +850,10 @@ class EmpiricalNull:
     experts needs n0 + 1 >= E / alpha.
     """
 
-    def __init__(self, null_scores: Tensor):
-        """`null_scores`: [n0] scores of (token, expert) pairs outside the model's own Top-K, any order."""
+    def __init__(self, null_scores: Tensor, on_logits: bool = False):
+        """null_scores: [n0] scores of irrelevant (token, expert) pairs, any order. on_logits: they, and what
+        is tested, are router logits / temperature instead of their log-softmax."""
+        self.on_logits = on_logits
         self.null_scores = null_scores.detach().float().flatten().sort().values
         self.n0 = self.null_scores.numel()
         if self.n0 == 0 or not torch.isfinite(self.null_scores).all():
@@ -838,17 +884,64 @@ class EmpiricalNull:
 Null = FlatNull | SoftmaxNull | EmpiricalNull
 
 
+@dataclass(frozen=True)
+class StandIn:
+    """What is put out in place of an expert that was dropped, for the E experts of a layer: offset + up down
+    x.
+
+    offset [E, H]; down [E, r, H] and up [E, H, r], an affine map of rank r of the layer's input x [H], or
+    None: the offset alone.
+    """
+
+    offset: Tensor
+    down: Tensor | None = None
+    up: Tensor | None = None
+
+    @property
+    def multiplications(self) -> int:
+        """For one token and expert."""
+        hidden_size = self.offset.shape[1]
+        return hidden_size if self.down is None else hidden_size + 2 * hidden_size * self.down.shape[1]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> StandIn:
+        parts = (self.offset, self.down, self.up)
+        return StandIn(*(None if part is None else part.to(device, dtype) for part in parts))
+
+    def output(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """Sum over candidates of weight x stand-in: hidden [T, H], indices and weights [T, K] -> [T, H]."""
+        num_experts = len(self.offset)
+        weights = weights.to(self.offset.dtype)
+        by_expert = weights.new_zeros(len(hidden), num_experts).scatter(1, indices, weights)  # [T, E]
+        output = by_expert @ self.offset
+        if self.down is None:
+            return output.to(hidden.dtype)
+        token, slot = weights.nonzero(as_tuple=True)  # [P] pairs
+        if len(token) < num_experts:  # few: only the maps that are asked for are read
+            expert = indices[token, slot]
+            inner = torch.bmm(self.down[expert], hidden[token, :, None])  # [P, r, 1]
+            pairs = torch.bmm(self.up[expert], inner)[..., 0] * weights[token, slot, None]  # [P, H]
+            return output.index_add(0, token, pairs).to(hidden.dtype)
+        rank = self.down.shape[1]
+        inner = (hidden @ self.down.flatten(0, 1).T).view(-1, num_experts, rank) * by_expert[..., None]
+        return (output + inner.flatten(1) @ self.up.transpose(1, 2).flatten(0, 1)).to(hidden.dtype)
+
+
 class Calibration:
     """What the unpatched routers did on calibration text: the source of the empirical nulls.
 
-    logits [L, N, E] float32 and own [L, N, K] int16, the experts that the model chose, for N tokens. Both
-    are kept, and not the scores, so that one forward pass serves every temperature.
+    logits [L, N, E] float32 and own [L, N, K] int16, the experts that the model chose, for N tokens. Both are
+    kept, and not the scores, so that one forward pass serves every temperature. means [L, E, H] and norms [L,
+    E], if they were asked for: what an expert puts out on average for tokens that rank it in the lower half
+    of their Top-K, and the mean norm of what it puts out for all tokens that chose it.
     """
 
-    def __init__(self, logits: Tensor, own: Tensor):
+    def __init__(self, logits: Tensor, own: Tensor, means: Tensor | None = None, norms: Tensor | None = None):
         self.logits = logits
         self.own = own
-        self._nulls: dict[tuple[int, float], EmpiricalNull] = {}
+        self.means = means
+        self.norms = norms
+        self.linear_maps: dict[int, list[StandIn]] = {}  # rank -> one a layer
+        self._nulls: dict[Any, EmpiricalNull] = {}
 
     def scores(self, layer_index: int, temperature: float) -> tuple[Tensor, Tensor]:
         """Scores [N, E] of one layer, and bool [N, E]: which pairs lie outside the model's own Top-K."""
@@ -864,27 +957,71 @@ class Calibration:
             self._nulls[key] = EmpiricalNull(scores[outside])
         return self._nulls[key]
 
+    def pooled_null(self, layer_index: int, temperature: float, on_logits: bool) -> EmpiricalNull:
+        """The scores, or the logits / temperature, of all pairs of a layer."""
+        key = (layer_index, temperature, on_logits)
+        if key not in self._nulls:
+            logits = self.logits[layer_index]
+            scores = logits / temperature if on_logits else gate_scores(logits, temperature)
+            self._nulls[key] = EmpiricalNull(scores.flatten(), on_logits)
+        return self._nulls[key]
+
+    def relative_norms(self, layer_index: int) -> Tensor:
+        """Mean norm of what each expert puts out, over the mean of all: [E]. UserError without norms."""
+        if self.norms is None:
+            raise UserError(
+                "method 'contribution' needs calibration=calibrate(model, tokenizer, outputs=True)"
+            )
+        return self.norms[layer_index] / self.norms[layer_index].mean()
+
+    def stand_in(self, layer_index: int, kind: str) -> StandIn:
+        """What stands in for the experts of a layer. UserError where it was not calibrated."""
+        if kind == "mean" and self.means is not None:
+            return StandIn(self.means[layer_index])
+        rank = linear_rank(kind)
+        if rank in self.linear_maps:
+            return self.linear_maps[rank][layer_index]
+        how = "outputs=True" if kind == "mean" else f"linear_ranks=({rank},)"
+        raise UserError(f"stand_in {kind!r} needs calibration=calibrate(model, tokenizer, {how})")
+
     def save(self, path: Path, about: Mapping[str, Any]) -> None:
         """Write as safetensors, whole or not at all, together with what it was made from."""
-        about = {"about": json.dumps(about)}
-        with replacing(path) as part:
-            try:
-                safetensors.torch.save_file({"logits": self.logits, "own": self.own}, part, metadata=about)
-            except safetensors.SafetensorError as error:  # such as a full disk
-                raise OSError(errno.EIO, str(error)) from error
+        tensors = {"logits": self.logits, "own": self.own, "means": self.means, "norms": self.norms}
+        save_tensors(path, {name: part for name, part in tensors.items() if part is not None}, about)
 
     @classmethod
     def load(cls, path: Path, about: Mapping[str, Any]) -> Calibration | None:
         """The calibration saved at `path` if it was made from exactly `about`, else None."""
-        if not path.exists():
-            return None
+        tensors = load_tensors(path, about)
+        return cls(**tensors) if tensors else None
+
+
+def linear_rank(stand_in: str) -> int | None:
+    """The rank r of the stand-in "linear:r"; None for the others."""
+    name, _, rank = stand_in.partition(":")
+    return int(rank) if name == "linear" else None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write as safetensors, whole or not at all, together with what they were made from."""
+    with replacing(path) as part:
         try:
-            with safetensors.safe_open(path, "pt") as file:
-                if json.loads((file.metadata() or {}).get("about", "null")) == about:
-                    return cls(file.get_tensor("logits"), file.get_tensor("own"))
-        except (OSError, safetensors.SafetensorError, ValueError) as error:
-            logger.warning(f"{path} is not readable ({error}); calibrating again")
-        return None
+            safetensors.torch.save_file(dict(tensors), part, metadata={"about": json.dumps(about)})
+        except safetensors.SafetensorError as error:  # such as a full disk
+            raise OSError(errno.EIO, str(error)) from error
+
+
+def load_tensors(path: Path, about: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors saved at `path` if they were made from exactly `about`, else none."""
+    if not path.exists():
+        return {}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            if json.loads((file.metadata() or {}).get("about", "null")) == about:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, safetensors.SafetensorError, ValueError) as error:
+        logger.warning(f"{path} is not readable ({error}); calibrating again")
+    return {}
 
 
 @dataclass(frozen=True)
@@ -897,14 +1034,31 @@ class NullKind:
     p_value: str
     assumption: str
     make: Callable[[Calibration | None, int, float, int], Null]
+    is_calibrated: bool = False
+
+
+def _calibrated(calibration: Calibration | None, null: str) -> Calibration:
+    if calibration is None:
+        raise UserError(f'p_values "{null}" needs calibration=calibrate(model, tokenizer); "flat" does not')
+    return calibration
 
 
 def _empirical_null(
     calibration: Calibration | None, layer_index: int, temperature: float, num_experts: int
 ) -> Null:
-    if calibration is None:
-        raise UserError('p_values "empirical" needs calibration=calibrate(model, tokenizer); "flat" does not')
-    return calibration.null(layer_index, temperature)
+    return _calibrated(calibration, "empirical").null(layer_index, temperature)
+
+
+def _pooled_null(
+    calibration: Calibration | None, layer_index: int, temperature: float, num_experts: int
+) -> Null:
+    return _calibrated(calibration, "pooled").pooled_null(layer_index, temperature, on_logits=False)
+
+
+def _pooled_logits_null(
+    calibration: Calibration | None, layer_index: int, temperature: float, num_experts: int
+) -> Null:
+    return _calibrated(calibration, "pooled_logits").pooled_null(layer_index, temperature, on_logits=True)
 
 
 NULLS = {
@@ -913,12 +1067,26 @@ NULLS = {
         "the null scores are those of all (token, expert) pairs *outside the model's own Top-K* on "
         "calibration text; a tested irrelevant score is exchangeable with them. Needs n0 + 1 >= E / alpha",
         _empirical_null,
+        is_calibrated=True,
     ),
     "flat": NullKind(
         "(1 - q)^(E - 1)",
         "the gates are uniform on the simplex (flat Dirichlet, so each is Beta(1, E - 1)). Closed form, no "
         "data; strict",
         lambda calibration, layer_index, temperature, num_experts: FlatNull(num_experts),
+    ),
+    "pooled": NullKind(
+        "(1 + number of null scores >= s) / (n0 + 1), per layer",
+        "every pair of a layer counts as irrelevant, the chosen ones too: the earlier attempt's null, "
+        "a smoothed distribution of all scores. A share alpha of all pairs is all that can stand out",
+        _pooled_null,
+        is_calibrated=True,
+    ),
+    "pooled_logits": NullKind(
+        "the same of router logits / temperature",
+        "as `pooled`, and a logit means the same for every token",
+        _pooled_logits_null,
+        is_calibrated=True,
     ),
     "softmax": NullKind(
         "1 - q",
@@ -984,6 +1152,13 @@ def count_field(name: str, default: int, words: str) -> Field:
     return Field(name, int, default, lambda value: value >= 1, "a whole number of at least 1", words)
 
 
+def rate_field(name: str, default: float, low: float, high: float, words: str) -> Field:
+    """A field that is a number between two others, both left out."""
+    return Field(
+        name, float, default, lambda value: low < value < high, f"a number in ({low}, {high})", words
+    )
+
+
 def _choice_field(name: str, allowed: tuple[str, ...], words: str) -> Field:
     return Field(name, str, allowed[0], allowed.__contains__, f"one of {', '.join(allowed)}", words)
 
@@ -999,9 +1174,18 @@ def _is_layer_selection(value: Any) -> bool:
 # What every rule takes, and what every rule takes that decides by token. A rule's knob is declared with it.
 WEIGHTS_FIELD = _choice_field(
     "renormalize",
-    ("model", "none", "sum", "topk_mass"),
+    ("model", "none", "sum", "topk_mass", "own_k"),
     "what kept weights sum to: `model` its own convention, `none` left as they are, `sum` 1, `topk_mass` the "
-    "sum of the model's own Top-K",
+    "sum of the model's own Top-K; `own_k`: divided by the sum of the model's own Top-K, however few run",
+)
+STAND_IN_FIELD = Field(
+    "stand_in",
+    str,
+    "nothing",
+    lambda value: value in ("nothing", "mean") or re.fullmatch(r"linear:[1-9]\d{0,3}", value, re.ASCII),
+    'nothing, mean or "linear:R" with a rank R of at least 1',
+    "what is put out, times the router's weight, for experts of the model's own Top-K that are dropped: "
+    "`nothing`, the expert's `mean` output, or `linear:R`, an affine map of rank R of the layer's input",
 )
 LAYERS_FIELD = Field(
     "layers",
@@ -1019,6 +1203,8 @@ ADAPTIVE_FIELDS = (
     count_field("max_k", 8, "most experts"),
     Field("shuffle", bool, False, lambda value: True, "true or false",
           "permute the counts over the tokens of a forward pass: a control for *which* token gets many"),
+    Field("random", bool, False, lambda value: True, "true or false",
+          "run as many experts of the model's own Top-K, but any: a control for *which* experts run"),
 )  # fmt: skip
 
 
@@ -1068,6 +1254,10 @@ class Gates:
 
     scores: Tensor  # s = log q at the configuration's temperature, float32 or better [T, E]
     null: Null | None = None  # of this layer, for the rules that test
+    logits: Tensor | None = None  # router logits / temperature [T, E], for nulls of logits
+    own_k: int = 0  # the model's own K
+    relative_norms: Tensor | None = None  # of what the experts put out on calibration text [E]
+    output_norms: Tensor | None = None  # of weight x what each candidate puts out for this token [T, K]
 
     @property
     def num_experts(self) -> int:
@@ -1086,10 +1276,22 @@ class Gates:
         """S_j = q_1 + ... + q_j, the gate mass of the j best: [T, E]."""
         return self.ranked.exp().cumsum(-1)
 
+    @functools.cached_property
+    def tested(self) -> Tensor:
+        """What the null is about, best first: the scores or the logits [T, E]."""
+        if self.null.on_logits:
+            return self.logits.to(self.scores.dtype).sort(dim=-1, descending=True).values
+        return self.ranked
+
     def rejections(self, alpha: float) -> Tensor:
         """How many experts BH at `alpha` picks: the largest k with s_(k) >= c_k, over all E ranks: [T]."""
         table = critical_scores(self.null, alpha, self.num_experts, self.scores.device, self.scores.dtype)
-        return _last_true(self.ranked >= table)
+        return _last_true(self.tested >= table)
+
+    @functools.cached_property
+    def p_values(self) -> Tensor:
+        """p-values of the experts, the smallest first, float64: [T, E]."""
+        return self.null.p_values(self.tested)
 
 
 Count = Callable[[Gates, Config], Tensor]  # (gates of T tokens, configuration of the layer) -> int64 [T]
@@ -1106,19 +1308,17 @@ class Rule:
     words: str
     source: str
     is_static: bool  # the same number for every token
+    uses_null: bool  # asks for `Gates.rejections` or `Gates.p_values`
+    uses_norms: bool  # asks for `Gates.relative_norms`
+    uses_outputs: bool  # asks for `Gates.output_norms`: it runs every candidate
     smallest_knob: Callable[[Null, int], float] | None  # see `register_rule`
-
-    @property
-    def uses_null(self) -> bool:
-        """Whether it asks for rejections, `Gates.rejections`."""
-        return self.smallest_knob is not None
 
     @property
     def fields(self) -> tuple[Field, ...]:
         """The fields that a configuration by this rule takes."""
         null = (NULL_FIELD,) if self.uses_null else ()
         adaptive = () if self.is_static else ADAPTIVE_FIELDS
-        return (self.knob, *null, *adaptive, WEIGHTS_FIELD, LAYERS_FIELD)
+        return (self.knob, *null, *adaptive, WEIGHTS_FIELD, STAND_IN_FIELD, LAYERS_FIELD)
 
 
 RULES: dict[str, Rule] = {}
@@ -1144,15 +1344,18 @@ def register_rule(
     source: str = "",
     search: tuple[float, float] = (1e-6, 1.0),
     is_static: bool = False,
+    uses_null: bool = False,
+    uses_norms: bool = False,
+    uses_outputs: bool = False,
     smallest_knob: Callable[[Null, int], float] | None = None,
 ) -> Callable[[Count], Count]:
     """Declare a rule; used as a decorator of its counting function, here or in a notebook.
 
     The rule is then a `method` of configurations everywhere. search: the knob's values, above 0, between
-    which `--match-experts` looks. is_static: the knob is how many experts run. smallest_knob: given by rules
-    that test, that is, ask `Gates.rejections`: (null, E) -> the smallest value at which the null can reject
-    anything. A later rule of the same name takes the place of the earlier. Raises UserError for a name or a
-    range that cannot be.
+    which `--match-experts` looks. is_static: the knob is how many experts run. uses_*: what it asks of
+    `Gates`. smallest_knob: where a null bounds the knob, (null, E) -> the smallest value at which anything
+    can be rejected. A later rule of the same name takes the place of the earlier. Raises UserError for a name
+    or a range that cannot be.
 
         @register_rule("half", Field("share", float, 0.5, lambda v: 0 < v <= 1, "a number in (0, 1]", "..."),
                        words="as many as have a gate of at least `share` over E")
@@ -1160,14 +1363,26 @@ def register_rule(
             return (gates.scores.exp() >= config["share"] / gates.num_experts).sum(-1)
     """
     check_name(name, "rule")
-    shared = (*ADAPTIVE_FIELDS, NULL_FIELD, WEIGHTS_FIELD, LAYERS_FIELD)
+    shared = (*ADAPTIVE_FIELDS, NULL_FIELD, WEIGHTS_FIELD, STAND_IN_FIELD, LAYERS_FIELD)
     if knob.name in ("method", "description", *(field.name for field in shared)):
         raise UserError(f"rule {name!r}: knob = {knob.name!r}, but it must be no field that others have")
     if not is_static:
         _check_search(name, knob, search)
 
     def register(count: Count) -> Count:
-        RULES[name] = Rule(name, count, knob, search, words, source, is_static, smallest_knob)
+        RULES[name] = Rule(
+            name=name,
+            count=count,
+            knob=knob,
+            search=search,
+            words=words,
+            source=source,
+            is_static=is_static,
+            uses_null=uses_null or smallest_knob is not None,
+            uses_norms=uses_norms,
+            uses_outputs=uses_outputs,
+            smallest_knob=smallest_knob,
+        )
         return count
 
     return register
@@ -1246,6 +1461,114 @@ def _count_threshold(gates: Gates, config: Config) -> Tensor:
     return (gates.scores >= math.log(config["threshold"])).sum(-1)
 
 
+@register_rule(
+    "hc",
+    share_field("ranks", 0.5, "share of the ranks, from the best, among which the maximum is sought"),
+    words="Higher Criticism: the rank i where sqrt(E) (i/E - p_(i)) / sqrt(p_(i) (1 - p_(i))) is largest",
+    source="Donoho and Jin 2004",
+    search=(0.02, 1.0),
+    uses_null=True,
+)
+def _count_hc(gates: Gates, config: Config) -> Tensor:
+    num_experts = gates.num_experts
+    rank = torch.arange(1, num_experts + 1, device=gates.scores.device)
+    p = gates.p_values
+    spread = (p * (1 - p)).sqrt()
+    # Where a p-value is 0 or 1 the criterion is not defined: such a rank is none.
+    criterion = ((rank / num_experts - p) / spread).masked_fill(spread == 0, -math.inf)
+    last = max(1, math.ceil(config["ranks"] * num_experts))
+    return criterion[:, :last].argmax(-1) + 1
+
+
+@register_rule(
+    "topk_p",
+    share_field("p", 0.7, "share of the gate mass of the model's own Top-K to be reached"),
+    words="as few as reach the share p of the gate mass of the model's own Top-K",
+    source="top-p within the top-k: a patch to llama.cpp (AMG)",
+)
+def _count_topk_p(gates: Gates, config: Config) -> Tensor:
+    own_mass = gates.mass[:, gates.own_k - 1, None]
+    return (gates.mass[:, : gates.own_k] < config["p"] * own_mass).sum(-1).clamp(max=gates.own_k - 1) + 1
+
+
+@register_rule(
+    "relative_threshold",
+    share_field("threshold", 0.08, "least share of the gate mass of the model's own Top-K"),
+    words="those of the model's own Top-K whose share of its gate mass is at least `threshold`",
+    source="DualSparse-MoE 2025, arXiv 2508.18376, 1T-Drop",
+)
+def _count_relative_threshold(gates: Gates, config: Config) -> Tensor:
+    own = gates.ranked[:, : gates.own_k].exp()
+    return (own >= config["threshold"] * own.sum(-1, keepdim=True)).sum(-1)
+
+
+@register_rule(
+    "contribution",
+    share_field("threshold", 0.03, "least gate probability x relative norm of the expert's output"),
+    words="as many as have gate x mean norm of the expert's output, over the layer's mean, of at least "
+    "`threshold`",
+    source="contribution scores of CocoRoF/moe_optimizer",
+    uses_norms=True,
+)
+def _count_contribution(gates: Gates, config: Config) -> Tensor:
+    return (gates.scores.exp() * gates.relative_norms >= config["threshold"]).sum(-1)
+
+
+@register_rule(
+    "entropy",
+    rate_field("scale", 0.8, 0, 4, "how fast the number grows with the entropy"),
+    words="min_k + (max_k - min_k) x scale x H(q) / log E, rounded",
+    source="adaptive-k on PyPI, without its bins",
+    search=(0.01, 3.99),
+)
+def _count_entropy(gates: Gates, config: Config) -> Tensor:
+    entropy = torch.special.entr(gates.scores.exp()).sum(-1) / math.log(gates.num_experts)
+    span = config["max_k"] - config["min_k"]
+    return (config["min_k"] + span * config["scale"] * entropy).round().long()
+
+
+@register_rule(
+    "elbow",
+    rate_field("slope", 1.0, 0, 10, "weight of the straight line from the best to the worst gate"),
+    words="the rank i where (q_1 - q_i) / (q_1 - q_E) - slope x (i - 1) / (E - 1) is largest",
+    source="moe-profiler, arXiv 2608.04401; slope 1 as published",
+    search=(0.01, 9.99),
+)
+def _count_elbow(gates: Gates, config: Config) -> Tensor:
+    gate = gates.ranked.exp()
+    fall = (gate[:, :1] - gate) / (gate[:, :1] - gate[:, -1:]).clamp(min=torch.finfo(gate.dtype).tiny)
+    line = torch.linspace(0, 1, gates.num_experts, device=gate.device, dtype=gate.dtype)
+    return (fall - config["slope"] * line).argmax(-1) + 1
+
+
+@register_rule(
+    "gap",
+    rate_field("ratio", 1.5, 1, 20, "ratio of two gates that follow each other"),
+    words="those before the first gap: the first i with q_i / q_(i+1) of at least `ratio`",
+    source="moe-profiler",
+    search=(1.001, 19.99),
+)
+def _count_gap(gates: Gates, config: Config) -> Tensor:
+    is_gap = gates.ranked[:, :-1] - gates.ranked[:, 1:] >= math.log(config["ratio"])  # [T, E - 1]
+    first = is_gap.long().argmax(-1) + 1
+    return first.masked_fill(~is_gap.any(-1), gates.num_experts)
+
+
+@register_rule(
+    "oracle",
+    Field("threshold", float, 0.1, lambda value: 0 < value < 100, "a number in (0, 100)",
+          "least norm of weight x output, over the mean of the token's own Top-K"),
+    words="a bound, not a rule: runs every candidate, and keeps those of the model's own Top-K whose weight "
+    "x output has a norm of at least `threshold` times the mean",
+    source="control",
+    search=(0.01, 10.0),
+    uses_outputs=True,
+)  # fmt: skip
+def _count_oracle(gates: Gates, config: Config) -> Tensor:
+    norms = gates.output_norms[:, : gates.own_k]
+    return (norms >= config["threshold"] * norms.mean(-1, keepdim=True)).sum(-1)
+
+
 # What a configuration says
 
 
@@ -1273,6 +1596,8 @@ def resolve_config(name: str, config: Config, num_layers: int | None = None) -> 
         floor, cap = count_bounds(layer_config(resolved, layer))
         if floor > cap:
             raise UserError(f"{about}: min_k = {floor} is above max_k = {cap}")
+    if resolved["stand_in"] != "nothing" and resolved["renormalize"] != "model":
+        raise UserError(f"{about}: stand_in goes with renormalize = 'model', not {resolved['renormalize']!r}")
     if num_layers is not None:
         resolved["layers"] = _chosen_layers(about, resolved["layers"], num_layers)
     return resolved | {"description": str(description)}
@@ -1355,6 +1680,7 @@ def static_k(config: Config) -> int | None:
     is_plain = (
         config.get("method") == "topk"
         and config.get("renormalize", "model") == "model"
+        and config.get("stand_in", "nothing") == "nothing"
         and config.get("layers", "all") == "all"
     )
     if not is_plain:
@@ -1374,8 +1700,18 @@ def layer_null(
     return NULLS[config["p_values"]].make(calibration, layer_index, config["temperature"], num_experts)
 
 
+def uses_calibrated_null(config: Config) -> bool:
+    return "p_values" in config and NULLS[config["p_values"]].is_calibrated
+
+
+def uses_calibrated_outputs(config: Config) -> bool:
+    return RULES[config["method"]].uses_norms or config["stand_in"] == "mean"
+
+
 def needs_calibration(config: Config) -> bool:
-    return config.get("p_values") == "empirical"
+    """Whether a resolved configuration rests on anything that was measured on calibration text."""
+    is_linear = linear_rank(config["stand_in"]) is not None
+    return uses_calibrated_null(config) or uses_calibrated_outputs(config) or is_linear
 
 
 def configuration_cell(config: Config) -> str:
@@ -1429,7 +1765,8 @@ def benjamini_hochberg_routing(
         _explain_nan_scores(router_logits, temperature)
 
     num_experts = router_logits.shape[-1]
-    gates = Gates(scores, null or FlatNull(num_experts))
+    logits = router_logits.to(scores.dtype) / config["temperature"]
+    gates = Gates(scores, null or FlatNull(num_experts), logits)
     rejections = gates.rejections(config["alpha"])  # [...]
     wanted = rejections.clamp(config["min_k"], config["max_k"]).unsqueeze(-1)  # [..., 1]
 
@@ -1446,7 +1783,7 @@ def benjamini_hochberg_routing(
     if not return_stats:
         return weights, experts, num_selected
     statistics = {
-        "p_values": gates.null.p_values(scores),
+        "p_values": gates.null.p_values(logits if gates.null.on_logits else scores),
         "thresholds": bh_levels(alpha, num_experts),
         "rejections": rejections,
     }
@@ -1494,6 +1831,8 @@ class MoELayer:
     scaled_by: str | None  # whose sum scales the kept: "weights", "scores" of that topk, or nothing
     returns_probabilities: bool  # whether the first output is not logits but their softmax
     device: torch.device  # where it computes
+    hidden_size: int  # H
+    expert_size: int  # weights of one expert: its multiplications for a token
 
     @property
     def max_k(self) -> int:
@@ -1729,6 +2068,8 @@ def _inspect(
         scaled_by=scaled_by,
         returns_probabilities=are_probabilities,
         device=logits.device,
+        hidden_size=calls[experts][0][0].shape[-1],
+        expert_size=sum(weight.numel() for weight in experts.parameters()) // num_experts,
     )
 
 
@@ -1866,29 +2207,29 @@ def list_architectures() -> list[dict[str, str]]:
 # ---------------------------------------------------------------------------------------------------------
 #
 # A transformers MoE block calls a router, which returns (logits [T, E], weights [T, K], indices [T, K]), and
-# hands weights and indices to an experts module. The seam wraps both on the instance. The router is asked
-# for its K best candidates, so that scoring, bias, grouping and scaling stay the model's own; the rule says
-# how many stay; the weights of the others become zero. The experts see only the pairs with a weight. So a
-# zero weight *is* a dropped expert: nothing else passes between the two, and any other reader of the
-# router's output sees a valid routing.
+# hands weights and indices to an experts module. The seam wraps both on the instance. The router is asked for
+# its K best candidates, so that scoring, bias, grouping and scaling stay the model's own; the rule says how
+# many stay; the weights of the others become zero. The experts see only the pairs with a weight. So a zero
+# weight *is* a dropped expert, and any reader of the router's output sees a valid routing. What stands in for
+# dropped experts, if anything, is added beside.
 
 
 class _LayerRouting:
-    """The routing of one layer by a configuration: what the `forward` of its router does instead."""
+    """The routing of one layer by a configuration: what the `forward` of its router, and that of its experts,
+    do instead."""
 
     def __init__(
         self,
         layer: MoELayer,
         config: Config,
         width: int,
-        null: Null | None,
+        calibration: Calibration | None,
         observe: Callable[[Tensor], None],
     ):
-        """config: of this layer, resolved. width: K, how many candidates the router returns. null: of this
-        layer. observe: called with the counts [T] before floor and cap."""
+        """config: of this layer, resolved. width: K, how many candidates the router returns. observe: called
+        with the counts [T] before floor and cap."""
         self.layer = layer
         self.config = config
-        self.null = null
         self.observe = observe
         self.rule = RULES[config["method"]]
         floor, cap = count_bounds(config)
@@ -1896,46 +2237,91 @@ class _LayerRouting:
         self.cap = min(cap, layer.max_k)
         self.temperature = config.get("temperature", 1.0)
         self.shuffles = config.get("shuffle", False)
-        self.weight_sum = config["renormalize"]
-        if self.weight_sum == "model":
-            # As if the model had been asked for fewer: the kept take over the sum of all candidates.
-            self.weight_sum = "candidates" if layer.scaled_by else "none"
-        self.sums_scores = self.weight_sum == "candidates" and layer.scaled_by == "scores"
+        self.is_random = config.get("random", False)
+        self.weight_sum = self._weight_sum()
+        self.sums_scores = self.weight_sum in ("candidates", "own_share") and layer.scaled_by == "scores"
         # The scores that chose are looked at only where they are needed: watching costs time for each token.
         self.watches_topk = self.sums_scores or not layer.is_ranked
         self.ranks = torch.arange(width, device=layer.device)
+        self.null = layer_null(config, layer.index, layer.num_experts, calibration)
+        self.relative_norms = None
+        if self.rule.uses_norms:
+            norms = (calibration or Calibration(torch.empty(0), torch.empty(0))).relative_norms(layer.index)
+            self.relative_norms = norms.to(layer.device)
+        self.stand_in: StandIn | None = None
+        if config["stand_in"] != "nothing":
+            calibration = calibration or Calibration(torch.empty(0), torch.empty(0))
+            weight = next(layer.experts.parameters())
+            self.stand_in = calibration.stand_in(layer.index, config["stand_in"]).to(
+                layer.device, weight.dtype
+            )
+        self.replaced: Tensor | None = None  # weights [T, K] of what was dropped in the call that is at work
         # Asked once beforehand, so that what cannot work is refused before anything runs.
         even = torch.zeros(1, layer.num_experts, device=layer.device)
-        self.count(even)
+        self.count(even, torch.ones(1, width, device=layer.device))
 
-    def count(self, logits: Tensor) -> Tensor:
+    def _weight_sum(self) -> str:
+        """What kept weights are scaled to: `renormalize`, and what "model" is for this layer."""
+        if self.config["renormalize"] != "model":
+            return self.config["renormalize"]
+        if not self.layer.scaled_by:
+            return "none"
+        # As if the model had been asked for fewer: the kept take over the sum of all candidates. Where
+        # something stands in for the dropped, each has the weight that the model's own Top-K gives it.
+        return "candidates" if self.config["stand_in"] == "nothing" else "own_share"
+
+    def count(self, logits: Tensor, output_norms: Tensor | None) -> Tensor:
         """How many experts the rule wants, before floor and cap: logits [T, E] -> [T]."""
-        gates = Gates(gate_scores(logits, self.temperature), self.null)
+        gates = Gates(
+            gate_scores(logits, self.temperature),
+            self.null,
+            logits if self.temperature == 1 else logits / self.temperature,
+            self.layer.own_k,
+            self.relative_norms,
+            output_norms,
+        )
         return self.rule.count(gates, self.config)
 
-    def rank(self, candidates: Candidates) -> Tensor:
+    def output_norms(self, experts_forward: Callable, hidden: Tensor, candidates: Candidates) -> Tensor:
+        """The norm of weight x output of each candidate, each expert run by itself: [T, K]."""
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        norms = [
+            experts_forward(hidden, indices[:, None], weights[:, None]).float().norm(dim=-1)
+            for indices, weights in zip(candidates.indices.T, candidates.weights.T, strict=True)
+        ]
+        return torch.stack(norms, dim=1)
+
+    def rank(self, candidates: Candidates, output_norms: Tensor | None) -> Tensor:
         """Each candidate's rank from 0: [K], or [T, K] where they come in any order."""
+        if self.is_random:
+            generator = torch.Generator().manual_seed(self.layer.index)
+            order = torch.rand(candidates.indices.shape, generator=generator).to(self.layer.device)
+            order[:, self.layer.own_k :] = math.inf
+            return order.argsort(dim=-1).argsort()
+        if output_norms is not None:
+            return output_norms.argsort(dim=-1, descending=True, stable=True).argsort()
         if self.layer.is_ranked:
             return self.ranks
         return candidates.scores.argsort(dim=-1, descending=True, stable=True).argsort()
 
-    def kept_weights(self, candidates: Candidates, rank: Tensor, dropped: Tensor) -> Tensor:
-        """The weights with those of the dropped zero, and the others scaled as `renormalize` says: [T, K]."""
-        kept = candidates.weights.masked_fill(dropped, 0)
+    def scaled_weights(self, candidates: Candidates, rank: Tensor, dropped: Tensor) -> Tensor:
+        """The weights of all candidates, scaled as `renormalize` says for those that are kept: [T, K]."""
         if self.weight_sum == "none":
-            return kept
+            return candidates.weights
         shares = candidates.scores if self.sums_scores else candidates.weights
-        if self.weight_sum == "candidates":
+        kept_total = shares.masked_fill(dropped, 0).sum(-1, keepdim=True)
+        own_total = shares.masked_fill(rank >= self.layer.own_k, 0).sum(-1, keepdim=True)
+        total = 1.0
+        if self.weight_sum in ("candidates", "own_share"):
             total = shares.sum(-1, keepdim=True)
         elif self.weight_sum == "topk_mass":
-            total = shares.masked_fill(rank >= self.layer.own_k, 0).sum(-1, keepdim=True)
-        else:
-            total = 1.0
-        # Where nothing is dropped the factor of "candidates" is exactly 1.
-        kept_total = shares.masked_fill(dropped, 0).sum(-1, keepdim=True)
-        return (kept * (total / kept_total)).to(candidates.weights.dtype)
+            total = own_total
+        # With nothing dropped the factor of "candidates" is exactly 1, and with the model's own K asked for
+        # that of "own_share".
+        factor = total / (own_total if self.weight_sum in ("own_share", "own_k") else kept_total)
+        return (candidates.weights * factor).to(candidates.weights.dtype)
 
-    def wrap(self, forward: Callable) -> Callable:
+    def wrap_router(self, forward: Callable, experts_forward: Callable) -> Callable:
         """A `forward` for the router: its own candidates, those beyond the rule's count with weight zero."""
 
         @functools.wraps(forward)
@@ -1944,52 +2330,66 @@ class _LayerRouting:
                 first, weights, indices = forward(*args, **kwargs)  # [T, E], [T, K], [T, K]
             scores = topk.scores(self.layer.topk_call) if self.watches_topk else None
             candidates = Candidates(weights, indices, scores)
-            wanted = self.count(self.layer.logits(first))  # [T]
+            output_norms = None
+            if self.rule.uses_outputs:
+                output_norms = self.output_norms(experts_forward, args[0], candidates)  # [T, K]
+            wanted = self.count(self.layer.logits(first), output_norms)  # [T]
             self.observe(wanted)
             count = wanted.clamp(self.floor, self.cap).unsqueeze(-1)  # [T, 1]
             if self.shuffles:
                 generator = torch.Generator().manual_seed(self.layer.index)
                 count = count[torch.randperm(len(count), generator=generator).to(count.device)]
-            rank = self.rank(candidates)
+            rank = self.rank(candidates, output_norms)
             dropped = rank >= count  # [T, K]
-            return first, self.kept_weights(candidates, rank, dropped), indices
+            scaled = self.scaled_weights(candidates, rank, dropped)
+            if self.stand_in is not None:
+                self.replaced = scaled.masked_fill(~dropped | (rank >= self.layer.own_k), 0)
+            return first, scaled.masked_fill(dropped, 0), indices
 
         return adaptive_forward
 
+    def wrap_experts(self, forward: Callable) -> Callable:
+        """A `forward` for the experts that computes only the (token, expert) pairs whose weight is not zero,
+        and adds what stands in for the others.
 
-def _skipping_experts(experts: nn.Module) -> Callable:
-    """A `forward` for the experts that computes only the (token, expert) pairs whose weight is not zero.
+        Each kept pair becomes one row with K = 1, so the model's own experts do the work on every back end.
+        With nothing dropped the original runs as it is and the result is bit-identical.
+        """
 
-    Each kept pair becomes one row with K = 1, so the model's own experts do the work on every back end. With
-    nothing dropped the original runs as it is and the result is bit-identical.
-    """
-    forward = experts.forward
+        @functools.wraps(forward)
+        def skipping_forward(
+            hidden: Tensor, indices: Tensor, weights: Tensor, *args: Any, **kwargs: Any
+        ) -> Tensor:
+            replaced = self.replaced
+            self.replaced = None
+            kept = weights != 0  # [T, K]
+            token, slot = kept.nonzero(as_tuple=True)  # [P] pairs; the only wait for a GPU
+            if len(slot) == kept.numel():
+                return forward(hidden, indices, weights, *args, **kwargs)
+            if len(kept) == 1:  # one token, as in decoding: the same as a smaller K
+                output = forward(hidden, indices[:, slot], weights[:, slot], *args, **kwargs)
+            else:
+                pair_indices = indices[token, slot, None]  # [P, 1]
+                pair_weights = weights[token, slot, None]  # [P, 1]
+                pair_output = forward(hidden[token], pair_indices, pair_weights, *args, **kwargs)
+                # A sum over slots, not index_add_, whose order on a GPU changes from run to run.
+                by_slot = hidden.new_zeros(*weights.shape, hidden.shape[-1])  # [T, K, H]
+                by_slot[token, slot] = pair_output.to(by_slot.dtype)
+                output = by_slot.sum(dim=1)
+            if replaced is not None:
+                output = output + self.stand_in.output(hidden, indices, replaced)
+            return output
 
-    @functools.wraps(forward)
-    def skipping_forward(
-        hidden: Tensor, indices: Tensor, weights: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        kept = weights != 0  # [T, K]
-        token, slot = kept.nonzero(as_tuple=True)  # [P] pairs; the only wait for a GPU
-        if len(slot) == kept.numel():
-            return forward(hidden, indices, weights, *args, **kwargs)
-        if len(kept) == 1:  # one token, as in decoding: the same as a smaller K
-            return forward(hidden, indices[:, slot], weights[:, slot], *args, **kwargs)
-        pair_indices = indices[token, slot, None]  # [P, 1]
-        pair_weights = weights[token, slot, None]  # [P, 1]
-        # A sum over slots, not index_add_, whose order on a GPU changes from run to run.
-        output = hidden.new_zeros(*weights.shape, hidden.shape[-1])  # [T, K, H]
-        pair_output = forward(hidden[token], pair_indices, pair_weights, *args, **kwargs)
-        output[token, slot] = pair_output.to(output.dtype)
-        return output.sum(dim=1)
-
-    return skipping_forward
+        return skipping_forward
 
 
 # A decision is one token in one layer; c is the number of experts that ran in it.
 ROUTING_COLUMNS = (
     Column("avg_experts_per_token", float, "mean of c over all decisions",
            metric=Metric("experts per token and layer", "", 2)),
+    Column("effective_experts", float,
+           "`avg_experts_per_token`, and for each expert of the model's own Top-K that something stands in "
+           "for its share of an expert's multiplications: the compute that is compared"),
     Column("std_experts_per_token", float, "standard deviation of c over all decisions (population)"),
     Column("min_experts", int, "least c"),
     Column("max_experts", int, "most c"),
@@ -2013,6 +2413,17 @@ LAYER_COLUMNS = (
     Column("use_entropy_bits", float, "entropy of the use of the E experts; log2(E) when even"),
     Column("num_tokens", int, "decisions counted"),
 )
+
+
+def stand_in_cost(stand_in: str, layer: MoELayer) -> float:
+    """What stands in for one dropped expert costs, as a share of that expert's multiplications."""
+    if stand_in == "nothing":
+        return 0.0
+    hidden_size = layer.hidden_size
+    rank = linear_rank(stand_in) or 0
+    return (hidden_size + 2 * hidden_size * rank) / layer.expert_size
+
+
 MASS_UNIT = 2**32  # gate mass is summed in whole numbers: exact, and the same in any order
 
 
@@ -2030,7 +2441,7 @@ class RoutingStatistics:
     unchosen: np.ndarray
     mass: np.ndarray
     config: Config  # resolved
-    layers: tuple[int, ...]  # the MoE layers that the rows are of
+    layers: tuple[MoELayer, ...]  # the MoE layers that the rows are of
 
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
         return RoutingStatistics(
@@ -2045,7 +2456,8 @@ class RoutingStatistics:
     def by_layer(self) -> pd.DataFrame:
         """LAYER_COLUMNS, one row a layer that saw a token."""
         measures = self._decision_measures(self._sums()) | self._use_measures()
-        frame = pd.DataFrame(measures, index=pd.Index(self.layers, name="layer"))
+        index = pd.Index([layer.index for layer in self.layers], name="layer")
+        frame = pd.DataFrame(measures, index=index)
         frame = frame.loc[frame["num_tokens"] > 0, [column.name for column in LAYER_COLUMNS]]
         return frame.astype({column.name: column.kind for column in LAYER_COLUMNS})
 
@@ -2061,10 +2473,16 @@ class RoutingStatistics:
     def _sums(self) -> dict[str, np.ndarray]:
         """What may be added over layers, one entry a layer."""
         decisions, at_floor, at_cap, unchosen = np.zeros((4, len(self.layers)), dtype=np.int64)
+        stand_ins = np.zeros(len(self.layers))  # what stood in for dropped experts, in experts
+        number = np.arange(self.counts.shape[1])
+        for row, layer in enumerate(self.layers):
+            if is_routed(self.config, layer.index):
+                dropped = (layer.own_k - number).clip(min=0)
+                stand_ins[row] = self.counts[row] @ dropped * stand_in_cost(self.config["stand_in"], layer)
         if not RULES[self.config["method"]].is_static:
             for row, layer in enumerate(self.layers):
-                if is_routed(self.config, layer):
-                    floor, cap = count_bounds(layer_config(self.config, layer))
+                if is_routed(self.config, layer.index):
+                    floor, cap = count_bounds(layer_config(self.config, layer.index))
                     widest = self.use.shape[1]
                     decisions[row] = self.counts[row].sum()
                     at_floor[row] = self.counts[row, min(floor, widest)]
@@ -2073,6 +2491,7 @@ class RoutingStatistics:
         return {
             "counts": self.counts,
             "mass": self.mass,
+            "stand_ins": stand_ins,
             "decisions": decisions,
             "at_floor": at_floor,
             "at_cap": at_cap,
@@ -2091,6 +2510,7 @@ class RoutingStatistics:
             variance = counts @ number**2 / tokens - mean**2
             return {
                 "avg_experts_per_token": mean,
+                "effective_experts": mean + sums["stand_ins"] / tokens,
                 "std_experts_per_token": np.sqrt(variance.clip(min=0)),
                 "min_experts": occurs.argmax(1),
                 "max_experts": number[-1] - occurs[:, ::-1].argmax(1),
@@ -2118,7 +2538,7 @@ class RoutingStatistics:
         return base64.b85encode(zlib.compress(sums.tobytes())).decode()
 
     @classmethod
-    def unpack(cls, text: str, config: Config, layers: Sequence[int]) -> RoutingStatistics:
+    def unpack(cls, text: str, config: Config, layers: Sequence[MoELayer]) -> RoutingStatistics:
         """What `pack` wrote."""
         sums = np.frombuffer(zlib.decompress(base64.b85decode(text)), "<i8").reshape(len(layers), -1)
         num_experts = (sums.shape[1] - 3) // 2
@@ -2263,15 +2683,14 @@ class RoutingRecorder:
     def statistics(self) -> list[RoutingStatistics]:
         """What was seen since the start: one for each row of the batch, or one."""
         self._flush()
-        places = tuple(layer.index for layer in self.layers)
-        found = []
+        statistics = []
         for row in range(self._rows or 1):
             parts = (
                 np.stack([getattr(sums, name)[row].cpu().numpy() for sums in self._sums])
                 for name in ("counts", "use", "unchosen", "mass")
             )
-            found.append(RoutingStatistics(*parts, self.config, places))
-        return found
+            statistics.append(RoutingStatistics(*parts, self.config, tuple(self.layers)))
+        return statistics
 
     def total(self) -> RoutingStatistics:
         """What was seen since the start."""
@@ -2296,7 +2715,9 @@ def _asked_candidates(layers: Sequence[MoELayer], config: Config) -> list[int]:
         number = layer.own_k
         if layer.knob and is_routed(config, layer.index):
             number = min(count_bounds(layer_config(config, layer.index))[1], layer.max_k)
-            if config["renormalize"] == "topk_mass":
+            if config["renormalize"] in ("topk_mass", "own_k") or config["stand_in"] != "nothing":
+                number = max(number, layer.own_k)
+            if config.get("random") or RULES[config["method"]].uses_outputs:
                 number = max(number, layer.own_k)
         wanted.append(number)
     widest: dict[Any, int] = {}
@@ -2314,7 +2735,7 @@ def _sharing_layers(model: nn.Module, layers: Sequence[MoELayer]) -> list[MoELay
     return [layer for layer in find_moe_layers(model) if layer.index not in given and layer.knob_id in shared]
 
 
-_LEFT_ALONE = {"method": "topk", "renormalize": "model"}  # with the model's own K
+_LEFT_ALONE = {"method": "topk", "renormalize": "model", "stand_in": "nothing"}  # with the model's own K
 
 
 def _needs_rule(layer: MoELayer, config: Config, candidates: int) -> bool:
@@ -2322,6 +2743,7 @@ def _needs_rule(layer: MoELayer, config: Config, candidates: int) -> bool:
     if not is_routed(config, layer.index):
         return candidates > layer.own_k
     is_plain = RULES[config["method"]].is_static and config["renormalize"] == "model"
+    is_plain = is_plain and config["stand_in"] == "nothing"
     _, cap = count_bounds(layer_config(config, layer.index))
     return not is_plain or candidates > cap
 
@@ -2363,10 +2785,12 @@ def patched_routing(
             if _needs_rule(layer, config, candidates[place]):
                 own = _LEFT_ALONE | {"k": layer.own_k}
                 settings = layer_config(config, layer.index) if is_routed(config, layer.index) else own
-                null = layer_null(settings, layer.index, layer.num_experts, calibration)
-                routing = _LayerRouting(layer, settings, candidates[place], null, recorder.observer(place))
-                _replace(stack, layer.router, "forward", routing.wrap(layer.router.forward))
-                _replace(stack, layer.experts, "forward", _skipping_experts(layer.experts))
+                observe = recorder.observer(place)
+                routing = _LayerRouting(layer, settings, candidates[place], calibration, observe)
+                router_forward = routing.wrap_router(layer.router.forward, layer.experts.forward)
+                experts_forward = routing.wrap_experts(layer.experts.forward)
+                _replace(stack, layer.router, "forward", router_forward)
+                _replace(stack, layer.experts, "forward", experts_forward)
             # config.num_experts_per_tok has no effect after loading; the router's own attribute has.
             if layer.knob:
                 _replace(stack, *layer.knob, candidates[place])
@@ -2418,26 +2842,38 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def sample_calibration_text(model: nn.Module, tokenizer: Any, seed: int) -> Tensor:
-    """Text that the model itself writes: int64 [CALIBRATION_SEQUENCES, CALIBRATION_LENGTH].
+def sample_calibration_text(
+    model: nn.Module, tokenizer: Any, seed: int, sequences: int | None = None
+) -> Tensor:
+    """Text that the model itself writes: int64 [sequences, CALIBRATION_LENGTH], CALIBRATION_SEQUENCES of them
+    unless told.
 
     Plain sampling at temperature 1 over the whole vocabulary, from the first token on, so that the text
     follows the model's own distribution. The global random generators are left as they were.
     """
     device = input_device(model)
-    start = torch.full((CALIBRATION_SEQUENCES, 1), start_token(tokenizer), device=device)
+    remaining = sequences or CALIBRATION_SEQUENCES
     settings = generation_settings(tokenizer, CALIBRATION_LENGTH - 1, do_sample=True, top_k=0)
+    texts = []
     with writing_plainly(model), seeded(seed, device), torch.inference_mode():
-        return model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings)
+        while remaining > 0:
+            rows = min(remaining, CALIBRATION_SEQUENCES)
+            start = torch.full((rows, 1), start_token(tokenizer), device=device)
+            mask = torch.ones_like(start)
+            texts.append(model.generate(start, attention_mask=mask, generation_config=settings))
+            remaining -= rows
+    return torch.cat(texts)
 
 
-def read_calibration_text(path: Path, tokenizer: Any) -> Tensor:
-    """At most CALIBRATION_SEQUENCES windows spread evenly over a text file: int64 [S, CALIBRATION_LENGTH]."""
+def read_calibration_text(path: Path, tokenizer: Any, sequences: int | None = None) -> Tensor:
+    """Windows spread evenly over a text file, at most `sequences` (CALIBRATION_SEQUENCES unless told): int64
+    [S, CALIBRATION_LENGTH]."""
     tokens = torch.tensor(tokenizer(_read_text(path, "--calibration-text"), verbose=False)["input_ids"])
     windows = len(tokens) // CALIBRATION_LENGTH
     if not windows:
         raise UserError(f"--calibration-text {path}: {len(tokens)} tokens, {CALIBRATION_LENGTH} are needed")
-    take = torch.linspace(0, windows - 1, min(windows, CALIBRATION_SEQUENCES)).round().long()
+    most = sequences or CALIBRATION_SEQUENCES
+    take = torch.linspace(0, windows - 1, min(windows, most)).round().long()
     return tokens[: windows * CALIBRATION_LENGTH].view(windows, CALIBRATION_LENGTH)[take]
 
 
@@ -2480,43 +2916,226 @@ def count_shared_tokens(texts: Sequence[Tensor], calibration_text: Path | None, 
     return shared
 
 
-def record_routers(model: nn.Module, batches: Sequence[Tensor]) -> Calibration:
+class _OutputSums:
+    """What the experts of a layer put out, summed over the tokens that chose them."""
+
+    def __init__(self, layer: MoELayer):
+        size = (layer.num_experts, layer.hidden_size)
+        exact = {"dtype": torch.float64, "device": layer.device}
+        self.layer = layer
+        self.lower = torch.zeros(size, **exact)  # for tokens that rank them in the lower half of their Top-K
+        self.all = torch.zeros(size, **exact)
+        self.lower_count = torch.zeros(size[0], 1, **exact)
+        self.all_count = torch.zeros(size[0], 1, **exact)
+        self.norms = torch.zeros(size[0], **exact)
+
+    def add(self, experts_forward: Callable, hidden: Tensor, indices: Tensor, weights: Tensor) -> None:
+        """hidden [N, H]; indices, weights [N, K]. Each expert is run by itself, with weight 1."""
+        rank = weights.argsort(dim=-1, descending=True, stable=True).argsort()
+        for slot in range(indices.shape[1]):
+            expert = indices[:, slot]  # [N]
+            output = experts_forward(hidden, expert[:, None], torch.ones_like(weights[:, :1])).double()
+            is_lower = (rank[:, slot, None] >= self.layer.own_k // 2).double()  # [N, 1]
+            self.all.index_add_(0, expert, output)
+            self.lower.index_add_(0, expert, output * is_lower)
+            self.all_count.index_add_(0, expert, torch.ones_like(is_lower))
+            self.lower_count.index_add_(0, expert, is_lower)
+            self.norms.index_add_(0, expert, output.norm(dim=-1))
+
+    def means(self) -> Tensor:
+        """[E, H] float32. An expert that nobody ranks so low: over all tokens that chose it; else 0."""
+        over_all = self.all / self.all_count.clamp(min=1)
+        over_lower = self.lower / self.lower_count.clamp(min=1)
+        return torch.where(self.lower_count > 0, over_lower, over_all).float().cpu()
+
+    def mean_norms(self) -> Tensor:
+        """[E] float32; that of the layer for an expert that nobody chose."""
+        count = self.all_count[:, 0]
+        return (
+            torch.where(count > 0, self.norms / count.clamp(min=1), self.norms.sum() / count.sum())
+            .float()
+            .cpu()
+        )
+
+
+@contextlib.contextmanager
+def _watched_experts(
+    layers: Sequence[MoELayer], take: Callable[[MoELayer, Callable, Tensor, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Inside the block each call of a layer's experts is shown to `take`: layer, the experts' `forward`,
+    hidden [T, H], indices and weights [T, K]."""
+
+    def watcher(layer: MoELayer) -> Callable:
+        def watch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            def forward(hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+                return module.forward(hidden, indices, weights, *args[3:], **kwargs)
+
+            take(layer, forward, *args[:3])
+
+        return watch
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.experts.register_forward_pre_hook(watcher(layer), with_kwargs=True))
+        yield
+
+
+def _but_first_positions(tokens: Tensor, length: int) -> Tensor:
+    """[B S, ...] -> [B (S - 1), ...]: the routing of a first position is an outlier in every layer."""
+    return tokens.unflatten(0, (-1, length))[:, 1:].flatten(0, 1)
+
+
+def record_routers(model: nn.Module, batches: Sequence[Tensor], outputs: bool = False) -> Calibration:
     """Run the unpatched model on token ids [B, S] and keep what its routers did, first positions left out.
 
-    The routing of a first position is an outlier in every layer.
+    outputs: in the same pass, also what the experts put out.
     """
     layers = find_moe_layers(model)
     logits: list[list[Tensor]] = [[] for _ in layers]  # by layer and batch: [N, E]
     own: list[list[Tensor]] = [[] for _ in layers]  # by layer and batch: [N, K]
+    sums = [_OutputSums(layer) for layer in layers] if outputs else []
     length = 0
 
     def recorder(layer: MoELayer) -> Callable:
         def record(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            first, _, indices = (part.unflatten(0, (-1, length))[:, 1:].flatten(0, 1) for part in output)
+            first, _, indices = (_but_first_positions(part, length) for part in output)
             logits[layer.index].append(layer.logits(first).float().cpu())
             own[layer.index].append(indices.to("cpu", torch.int16))
 
         return record
 
+    def add_outputs(layer: MoELayer, forward: Callable, *seen: Tensor) -> None:
+        sums[layer.index].add(forward, *(_but_first_positions(part, length) for part in seen))
+
     with contextlib.ExitStack() as stack, evaluating(model), torch.inference_mode():
         for layer in layers:
             stack.enter_context(layer.router.register_forward_hook(recorder(layer)))
+        if outputs:
+            stack.enter_context(_watched_experts(layers, add_outputs))
         for batch in batches:
             length = batch.shape[1]
             batch = batch.to(input_device(model))
             model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
-    return Calibration(torch.stack(list(map(torch.cat, logits))), torch.stack(list(map(torch.cat, own))))
+    calibration = Calibration(
+        torch.stack(list(map(torch.cat, logits))), torch.stack(list(map(torch.cat, own)))
+    )
+    if outputs:
+        calibration.means = torch.stack([layer_sums.means() for layer_sums in sums])
+        calibration.norms = torch.stack([layer_sums.mean_norms() for layer_sums in sums])
+    return calibration
+
+
+LINEAR_SEQUENCES = 256  # sequences of calibration text for the linear stand-ins: 32,768 tokens
+RIDGE = 10.0  # times the mean variance of the inputs: as if so many tokens said that the map is zero
+
+
+def _fit_linear_map(inputs: Tensor, outputs: Tensor, ranks: Sequence[int]) -> dict[int, tuple[Tensor, ...]]:
+    """Ridge regression of outputs [n, H] on inputs [n, H], cut to each rank: offset [H], down [r, H], up [H,
+    r].
+
+    The map is W' with W = (X'X + ridge I)^-1 X'Y of the centred X and Y, and is cut by its singular values.
+    """
+    mean_input = inputs.mean(0)
+    mean_output = outputs.mean(0)
+    centred = inputs - mean_input
+    ridge = RIDGE * centred.square().mean() + torch.finfo(inputs.dtype).tiny
+    gram = centred.T @ centred
+    gram.diagonal().add_(ridge)
+    weights = torch.linalg.solve(gram, centred.T @ (outputs - mean_output))  # [H, H]
+    most = max(ranks)
+    if len(weights) <= 512:
+        left, values, right = torch.linalg.svd(weights, full_matrices=False)
+        right = right.T
+    else:  # a few singular values of a large matrix, by random projections
+        left, values, right = torch.svd_lowrank(weights, q=min(most + 8, len(weights)), niter=4)
+    maps = {}
+    for rank in ranks:
+        down = (left[:, :rank] * values[:rank]).T
+        up = right[:, :rank]
+        maps[rank] = (mean_output - up @ (down @ mean_input), down, up)
+    return maps
+
+
+def fit_linear_maps(
+    model: nn.Module, batches: Sequence[Tensor], ranks: Sequence[int]
+) -> dict[int, list[StandIn]]:
+    """Rank -> what stands in for the experts of each layer: affine maps from the layer's input to an expert's
+    output, fitted on the tokens that chose it.
+
+    Layer by layer and expert by expert: what is held is the layers' inputs [L, N, H], in the model's
+    precision, and the work of one expert. An expert that nobody chose puts out zero.
+    """
+    layers = find_moe_layers(model)
+    inputs: list[list[Tensor]] = [[] for _ in layers]  # by layer and batch: [N, H]
+    chosen: list[list[Tensor]] = [[] for _ in layers]  # by layer and batch: [N, K]
+    forwards: dict[int, Callable] = {}
+    length = 0
+
+    def keep(layer: MoELayer, forward: Callable, hidden: Tensor, indices: Tensor, weights: Tensor) -> None:
+        inputs[layer.index].append(_but_first_positions(hidden, length).cpu())
+        chosen[layer.index].append(_but_first_positions(indices, length).to("cpu", torch.int16))
+        forwards[layer.index] = forward
+
+    with evaluating(model), torch.inference_mode():
+        with _watched_experts(layers, keep):
+            for batch in batches:
+                length = batch.shape[1]
+                batch = batch.to(input_device(model))
+                model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
+        maps: dict[int, list[StandIn]] = {rank: [] for rank in ranks}
+        for layer in layers:
+            hidden = torch.cat(inputs[layer.index])
+            own = torch.cat(chosen[layer.index])
+            inputs[layer.index].clear()
+            size = (layer.num_experts, layer.hidden_size)
+            parts = {
+                rank: (torch.zeros(size), torch.zeros(size[0], rank, size[1]), torch.zeros(*size, rank))
+                for rank in ranks
+            }
+            for expert in range(layer.num_experts):
+                own_inputs = hidden[(own == expert).any(1)].to(layer.device)  # [n, H]
+                if not len(own_inputs):
+                    continue
+                index = torch.full((len(own_inputs), 1), expert, device=layer.device)
+                weight = torch.ones(len(own_inputs), 1, dtype=own_inputs.dtype, device=layer.device)
+                outputs = forwards[layer.index](own_inputs, index, weight)
+                for rank, fitted in _fit_linear_map(own_inputs.float(), outputs.float(), ranks).items():
+                    for part, value in zip(parts[rank], fitted, strict=True):
+                        part[expert] = value.cpu()
+            for rank in ranks:
+                maps[rank].append(StandIn(*parts[rank]))
+    return maps
 
 
 def calibrate(
-    model: nn.Module, tokenizer: Any, seed: int = DEFAULT_SEED, text_path: Path | None = None
+    model: nn.Module,
+    tokenizer: Any,
+    seed: int = DEFAULT_SEED,
+    text_path: Path | None = None,
+    *,
+    outputs: bool = False,
+    linear_ranks: Sequence[int] = (),
 ) -> Calibration:
-    """Record the unpatched routers on text sampled from the model with `seed`, or on a text file."""
+    """Record the unpatched routers on text sampled from the model with `seed`, or on a text file.
+
+    outputs: also what the experts put out, for the stand-in "mean" and the rule "contribution". linear_ranks:
+    also fit the stand-in "linear:R" for these R, on LINEAR_SEQUENCES sequences.
+    """
+    tokens = calibration_tokens(model, tokenizer, seed, text_path, CALIBRATION_SEQUENCES)
+    calibration = record_routers(model, tokens.split(4), outputs)
+    if linear_ranks:
+        tokens = calibration_tokens(model, tokenizer, seed, text_path, LINEAR_SEQUENCES)
+        calibration.linear_maps = fit_linear_maps(model, tokens.split(4), linear_ranks)
+    return calibration
+
+
+def calibration_tokens(
+    model: nn.Module, tokenizer: Any, seed: int, text_path: Path | None, sequences: int
+) -> Tensor:
+    """Token ids of calibration text, at most `sequences` of them: int64 [S, CALIBRATION_LENGTH]."""
     if text_path is None:
-        tokens = sample_calibration_text(model, tokenizer, seed)
-    else:
-        tokens = read_calibration_text(text_path, tokenizer)
-    return record_routers(model, tokens.split(4))
+        return sample_calibration_text(model, tokenizer, seed, sequences)
+    return read_calibration_text(text_path, tokenizer, sequences)
 
 
 MATCHING_ERROR = 0.05  # experts: a rule that misses its target by more jumps over it
@@ -2525,12 +3144,19 @@ MATCHING_ERROR = 0.05  # experts: a rule that misses its target by more jumps ov
 def _calibration_gates(config: Config, calibration: Calibration) -> dict[int, Gates]:
     """Layer -> the gates that the calibration text had in it, for the layers that `config` routes."""
     num_layers, _, num_experts = calibration.logits.shape
+    uses_norms = RULES[config["method"]].uses_norms
     gates = {}
     for layer in range(num_layers):
         if is_routed(config, layer):
             settings = layer_config(config, layer)
-            null = layer_null(settings, layer, num_experts, calibration)
-            gates[layer] = Gates(gate_scores(calibration.logits[layer], settings["temperature"]), null)
+            logits = calibration.logits[layer]
+            gates[layer] = Gates(
+                gate_scores(logits, settings["temperature"]),
+                layer_null(settings, layer, num_experts, calibration),
+                logits / settings["temperature"],
+                calibration.own.shape[-1],
+                calibration.relative_norms(layer) if uses_norms else None,
+            )
     return gates
 
 
@@ -2559,6 +3185,8 @@ def match_experts(name: str, config: Config, target: float, calibration: Calibra
     rule = RULES[config["method"]]
     if rule.is_static:
         return config
+    if rule.uses_outputs:
+        raise UserError(f"--match-experts {target:g}: {name} needs the experts' outputs, which are not kept")
     knob = rule.knob
     gates = _calibration_gates(config, calibration)
 
@@ -2571,7 +3199,7 @@ def match_experts(name: str, config: Config, target: float, calibration: Calibra
 
     lowest, highest = rule.search
     first_null = next(iter(gates.values())).null
-    if first_null is not None:
+    if first_null is not None and rule.smallest_knob is not None:
         lowest = max(lowest, 1.001 * rule.smallest_knob(first_null, num_experts))
     ends = (math.log(lowest), math.log(highest))
     least, most = sorted(map(kept_at_log, ends))
@@ -2588,6 +3216,32 @@ def match_experts(name: str, config: Config, target: float, calibration: Calibra
         raise UserError(f"--match-experts {target:g}: {name} jumps over it at {where}, where it keeps {kept}")
     logger.info(f"{name} keeps {kept} at {where}")
     return config | {knob.name: value if knob.kind is int else float(f"{value:.4g}")}
+
+
+def match_ladder(
+    configs: Configs, targets: Sequence[float], calibration: Calibration
+) -> dict[str, dict[str, Any]]:
+    """`configs` with every rule that has a knob to be matched at each of `targets`, as NAME_TARGET.
+
+    With one target the names stay. A target that a rule cannot reach is left out, and the log names it; with
+    one target that is a UserError.
+    """
+    matched: dict[str, dict[str, Any]] = {}
+    for name, config in configs.items():
+        rule = RULES[config["method"]]
+        if rule.is_static or rule.uses_outputs:
+            matched[name] = dict(config)
+            continue
+        for target in targets:
+            try:
+                found = match_experts(name, config, target, calibration)
+            except UserError as error:
+                if len(targets) == 1:
+                    raise
+                logger.warning(f"{error}; left out")
+                continue
+            matched[name if len(targets) == 1 else f"{name}_{target:g}"] = found
+    return matched
 
 
 DIAGNOSED_ALPHAS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -2914,6 +3568,14 @@ def read_csv(path: Path, columns: Sequence[Column]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
+def _number_cells(cells: pd.Series, kind: type) -> pd.Series:
+    """Cells as numbers of a kind, NaN for an empty one. ValueError or TypeError where one is none."""
+    if kind is float and not pd.api.types.is_numeric_dtype(cells):
+        # pandas 2 loses the last digit of a number in a text, Python does not.
+        cells = cells.map(lambda cell: float(cell) if isinstance(cell, str) and cell else cell)
+    return pd.to_numeric(cells)
+
+
 def fit_table(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
     """`frame` with exactly the columns of `table`, in order: what it lacks is empty, what is foreign goes.
 
@@ -2928,7 +3590,7 @@ def fit_table(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
             fitted[column.name] = frame[column.name].fillna("").astype(str)
         else:
             try:
-                fitted[column.name] = pd.to_numeric(frame[column.name])
+                fitted[column.name] = _number_cells(frame[column.name], column.kind)
             except (ValueError, TypeError) as error:
                 why = f"column {column.name}: {_first_line(error)}"
                 raise UserError(f"{table.file} is not a results CSV: {why}") from error
@@ -3062,6 +3724,7 @@ def results_of_older_script(folder: Path) -> Results:
     older["own_k"] = older.loc[is_own, "k"].max() if is_own.any() else ""
 
     of_task = older["task_metric"] != "" if "task_metric" in older else older["config_name"] == ""
+    older["effective_experts"] = older["avg_experts_per_token"]  # nothing stood in for a dropped expert
     tasks = older[of_task].rename(
         columns={"prompt_category": "task", "task_metric": "metric", "task_score": "score"}
     )
@@ -3081,6 +3744,7 @@ def results_of_older_script(folder: Path) -> Results:
             unknown = dict.fromkeys((*lacking, *of_generation), "")
             ladder.append(row | unknown | point | {"avg_experts_per_token": k})
     scores = pd.concat([scores, pd.DataFrame(ladder, columns=scores.columns)], ignore_index=True)
+    scores["effective_experts"] = scores["avg_experts_per_token"]
     generation = older[~of_task & (older["reference_nll"] == "") | (older["inference_time_sec"] != "")]
     return Results(fit_table(generation, GENERATION), fit_table(scores, SCORES), fit_table(tasks, TASKS))
 
@@ -3152,7 +3816,7 @@ class LayerTables:
                 for place, layer in enumerate(routing.layers):
                     for expert, count in enumerate(routing.use[place].tolist()):
                         more = {"expert": expert, "count": count, "share": float(share[place, expert])}
-                        yield about | {"layer": layer} | more
+                        yield about | {"layer": layer.index} | more
 
     def _count_rows(self) -> Iterator[Row]:
         for (name, kind), by_category in self.sums.items():
@@ -3161,7 +3825,7 @@ class LayerTables:
             for place, layer in enumerate(total.layers):
                 for number, tokens in enumerate(total.counts[place].tolist()):
                     if tokens:
-                        yield about | {"layer": layer, "num_experts": number, "tokens": tokens}
+                        yield about | {"layer": layer.index, "num_experts": number, "tokens": tokens}
 
     def write(self, folder: Path) -> None:
         """Write the three tables, if anything was counted."""
@@ -4236,6 +4900,7 @@ class BHExperimentRunner:
         self.results: Results | None = None
         self.checkpoint: Checkpoint | None = None
         self._routing = contextlib.ExitStack()
+        self._calibration: Calibration | None = None
         self._batch_limit = sys.maxsize  # how many texts the memory was enough for
 
     def __repr__(self) -> str:
@@ -4275,8 +4940,7 @@ class BHExperimentRunner:
         self._routing.close()
 
     def _routed(self, config: Config) -> contextlib.AbstractContextManager[RoutingRecorder]:
-        calibration = self.calibration if needs_calibration(config) else None
-        return patched_routing(self.model, config, calibration, self.layers)
+        return patched_routing(self.model, config, self.calibration_for([config]), self.layers)
 
     # Configurations, as they are on this model
 
@@ -4353,28 +5017,78 @@ class BHExperimentRunner:
             "sampling": self.sampling,
         }
 
-    @functools.cached_property
+    @property
     def calibration(self) -> Calibration:
         """The calibration of this model: from the output folder if it was made from the same, or made now."""
+        return self._calibrated(outputs=False)
+
+    @calibration.setter
+    def calibration(self, calibration: Calibration) -> None:
+        self._calibration = calibration
+
+    def calibration_for(self, configs: Iterable[Config]) -> Calibration | None:
+        """What these configurations need, from one pass over the calibration text; None for nothing."""
+        needing = [config for config in configs if needs_calibration(config)]
+        if not needing:
+            return None
+        calibration = self._calibrated(any(uses_calibrated_outputs(config) for config in needing))
+        for rank in sorted({linear_rank(config["stand_in"]) for config in needing} - {None}):
+            if rank not in calibration.linear_maps:
+                calibration.linear_maps[rank] = self._linear_maps(rank)
+        return calibration
+
+    @property
+    def _calibrated_from(self) -> dict[str, Any]:
+        """What a calibration depends on: it is used again only if all of it is the same."""
         about = {**self.settings, "sequences": CALIBRATION_SEQUENCES, "length": CALIBRATION_LENGTH}
         del about["sampling"]
+        return about
+
+    def _calibrated(self, outputs: bool) -> Calibration:
+        """outputs: with what the experts put out."""
+        if self._calibration is not None and (self._calibration.means is not None or not outputs):
+            return self._calibration
         path = self.output_dir / CALIBRATION_FILE
         start = time.perf_counter()
         with waiting_for(self.output_dir / ".calibration.lock"):  # one process makes it, the others read it
-            stored = Calibration.load(path, about)
-            if stored is not None:
-                return stored
-            calibration = calibrate(self.model, self.tokenizer, self.seed, self.calibration_text)
-            calibration.save(path, about)
-        null = calibration.null(0, 1.0)
+            self._calibration = Calibration.load(path, self._calibrated_from)
+            if self._calibration is not None and (self._calibration.means is not None or not outputs):
+                return self._calibration
+            self._calibration = calibrate(
+                self.model, self.tokenizer, self.seed, self.calibration_text, outputs=outputs
+            )
+            self._calibration.save(path, self._calibrated_from)
+        null = self._calibration.null(0, 1.0)
         source = self.calibration_text or "text sampled from the model"
         smallest = null.smallest_alpha(self.layers[0].num_experts)
         logger.info(
-            f"calibrated on {calibration.logits.shape[1]} tokens of {source} in "
+            f"calibrated on {self._calibration.logits.shape[1]} tokens of {source} in "
             f"{time.perf_counter() - start:.1f} s: n0 = {null.n0:,} null scores a layer, enough for alpha >= "
             f"{smallest:.2g}"
         )
-        return calibration
+        return self._calibration
+
+    def _linear_maps(self, rank: int) -> list[StandIn]:
+        """The stand-ins "linear:rank", one a layer: from the output folder, or fitted now."""
+        about = {**self._calibrated_from, "sequences": LINEAR_SEQUENCES, "rank": rank}
+        path = self.output_dir / f"stand_in_linear_{rank}.safetensors"
+        start = time.perf_counter()
+        with waiting_for(self.output_dir / ".calibration.lock"):
+            stored = load_tensors(path, about)
+            if not stored:
+                source = (self.model, self.tokenizer, self.seed, self.calibration_text, LINEAR_SEQUENCES)
+                tokens = calibration_tokens(*source)
+                maps = fit_linear_maps(self.model, tokens.split(4), [rank])[rank]
+                stored = {
+                    name: torch.stack([getattr(layer_maps, name) for layer_maps in maps])
+                    for name in ("offset", "down", "up")
+                }
+                save_tensors(path, {name: part.contiguous() for name, part in stored.items()}, about)
+                seconds = time.perf_counter() - start
+                logger.info(
+                    f"linear stand-ins of rank {rank} fitted on {tokens.numel()} tokens in {seconds:.1f} s"
+                )
+        return [StandIn(*parts) for parts in zip(stored["offset"], stored["down"], stored["up"], strict=True)]
 
     def diagnose(self, texts: Sequence[TextItem], run_id: str = "", max_tokens: int = 8192) -> dict[str, Any]:
         """`diagnose_nulls` on scored texts, up to `max_tokens`; also written to null_diagnostics.json."""
@@ -4680,7 +5394,7 @@ class BHExperimentRunner:
             )
             self._calibrate_for(plan.configs)
             diagnosed = read_json_object(self.output_dir / NULL_DIAGNOSTICS).get("run_id")
-            is_needed = any(needs_calibration(config) for config in plan.configs.values())
+            is_needed = any(uses_calibrated_null(config) for config in plan.configs.values())
             if is_needed and self.processes.rank == 0 and diagnosed != run_id:
                 self.diagnose(plan.texts, run_id)
             if pending:
@@ -4714,6 +5428,7 @@ class BHExperimentRunner:
 
     def _calibrate_for(self, configs: Configs) -> None:
         """Calibrate if a configuration needs it; a mistake in what was asked for ends the run here."""
+        self.calibration_for(configs.values())
         for config in configs.values():
             with self._routed(config):
                 pass
@@ -4918,14 +5633,13 @@ class BHExperimentRunner:
         self, rows: Iterable[Row], configs: Configs, layer_tables: LayerTables, run_id: str
     ) -> Iterator[Row]:
         """The rows as their table holds them; what their routers did goes into the layer tables."""
-        every_layer = [layer.index for layer in self.layers]
         for row in rows:
             shared = {name: value for name, value in row.items() if name not in ("documents", "report")}
             for part in row.get("documents") or [{}]:
                 part = shared | part | {"run_id": run_id}
                 if part.get("routing"):
                     name = part["config_name"]
-                    routing = RoutingStatistics.unpack(part["routing"], configs[name], every_layer)
+                    routing = RoutingStatistics.unpack(part["routing"], configs[name], self.layers)
                     category, document = COUNTED_BY[part["kind"]]
                     layer_tables.add(name, part["kind"], part[category], part[document], routing)
                 yield part
@@ -5095,12 +5809,18 @@ def distinct(values: Iterable[str]) -> list[str]:
 
 
 def configurations(results: Results) -> dict[str, dict[str, Any]]:
-    """Name -> configuration as it was run; empty for one that no row describes."""
+    """Name -> configuration as it was run; empty for one that no row describes.
+
+    A field that an older script did not know has its default.
+    """
     rows = pd.concat([frame[["config_name", "configuration"]] for frame in results])
-    return {
-        row["config_name"]: json.loads(row["configuration"] or "{}")
-        for row in rows.drop_duplicates("config_name").to_dict("records")
-    }
+    configs = {}
+    for row in rows.drop_duplicates("config_name").to_dict("records"):
+        config = json.loads(row["configuration"] or "{}")
+        rule = RULES.get(config.get("method"))
+        defaults = {field.name: field.default for field in rule.fields} if rule else {}
+        configs[row["config_name"]] = {"method": config["method"], **defaults, **config} if rule else config
+    return configs
 
 
 def own_k_of(results: Results) -> int | None:
@@ -5199,7 +5919,8 @@ def noise_floor(results: Results) -> dict[str, dict[str, Any]]:
 # Quality at equal compute
 
 QUALITY_MARGIN = math.log(1.01)  # nats per token: 1 % of perplexity, what counts as "no loss" in the TOST
-_NEEDED_SCORES = ["nll", "num_tokens", "avg_experts_per_token"]  # an item that lacks one is left out
+COMPUTE = "effective_experts"  # what "equal compute" is about
+_NEEDED_SCORES = ["nll", "num_tokens", COMPUTE]  # an item that lacks one is left out
 
 
 @dataclass(frozen=True)
@@ -5234,6 +5955,9 @@ def scored_items(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Configuration -> its finished rows with a finite score, indexed by item_id. Raises UserError where an
     item occurs twice."""
     done = scores[scores["status"] == "ok"]
+    # Scripts that knew no stand-ins wrote no compute: it was what ran.
+    spent = done.get(COMPUTE, pd.Series(math.nan, index=done.index)).fillna(done["avg_experts_per_token"])
+    done = done.assign(**{COMPUTE: spent})
     done = done[np.isfinite(done[_NEEDED_SCORES].to_numpy(float)).all(axis=1)]
     tables = {}
     for name, rows in done.groupby("config_name", sort=False):
@@ -5250,7 +5974,7 @@ def static_mixture(curve: Curve, mean_experts: float) -> StaticMixture | NotComp
     NLL and compute of a mixture are both linear in the share. Never extrapolates, nor across a gap: the curve
     is convex, so a mixture across a gap would flatter what it is compared with.
     """
-    points = sorted((token_mean(rows, "avg_experts_per_token"), k) for k, rows in curve.items() if len(rows))
+    points = sorted((token_mean(rows, COMPUTE), k) for k, rows in curve.items() if len(rows))
     if not points:
         return NotComparable("no static Top-K configuration was run")
     below = [point for point in points if point[0] <= mean_experts + 1e-9]
@@ -5283,7 +6007,7 @@ def equal_compute(rows: pd.DataFrame, items: pd.Index, curve: Curve) -> EqualCom
     Leaving out an item moves the mean, which may move the neighbours; the set of items only shrinks.
     """
     while len(items):
-        mixture = static_mixture(curve, token_mean(rows.loc[items], "avg_experts_per_token"))
+        mixture = static_mixture(curve, token_mean(rows.loc[items], COMPUTE))
         if isinstance(mixture, NotComparable):
             return mixture
         in_both = items.isin(curve[mixture.k_low].index) & items.isin(curve[mixture.k_high].index)
@@ -5303,9 +6027,9 @@ def difference_to_static(rows: pd.DataFrame, mixture: StaticMixture, curve: Curv
     low = curve[mixture.k_low].loc[rows.index]
     high = curve[mixture.k_high].loc[rows.index]
     static_nll = (1 - mixture.share) * low["nll"] + mixture.share * high["nll"]
-    step = token_mean(high, "avg_experts_per_token") - token_mean(low, "avg_experts_per_token")
+    step = token_mean(high, COMPUTE) - token_mean(low, COMPUTE)
     slope = (high["nll"] - low["nll"]).mean() / step if step else 0.0
-    surplus = rows["avg_experts_per_token"] - token_mean(rows, "avg_experts_per_token")
+    surplus = rows[COMPUTE] - token_mean(rows, COMPUTE)
     weight = rows["num_tokens"] / rows["num_tokens"].mean()
     return rows["nll"] - static_nll - slope * surplus * weight
 
@@ -5358,7 +6082,8 @@ def quality_verdicts(
             reason = compared.reason
         mean_nll = token_mean(rows, "nll")
         verdicts[name] = {
-            "mean_experts": token_mean(rows, "avg_experts_per_token"),
+            "mean_experts": token_mean(rows, COMPUTE),
+            "kept_experts": token_mean(rows, "avg_experts_per_token"),
             "delta_nll": at_equal_compute["mean_difference"],
             **{key: at_equal_compute[key] for key in _TEST_NUMBERS},
             "static_mixture": vars(compared.mixture) if isinstance(compared, EqualCompute) else None,
@@ -5403,6 +6128,238 @@ def shuffle_effects(scores: pd.DataFrame, configs: Configs) -> dict[str, Any]:
                 effects[name] = {"unshuffled": twin} | paired_test(units)
     adjust_p_values(list(effects.values()))
     return effects
+
+
+# Rule against rule: ladders of one rule, compared at the same compute
+
+
+def _family_words(config: Config, fields: Sequence[str]) -> str:
+    """A family's label: the rule, and its value of each of `fields`."""
+    words = [config.get("method", "")]
+    for field in fields:
+        value = config.get(field)
+        if field == "shuffle":
+            words += ["shuffled"] if value else []
+        elif field == "random":
+            words += ["random experts"] if value else []
+        elif field == "stand_in":
+            words += [f"+ {value}"] if value not in (None, "nothing") else []
+        elif isinstance(value, (int, float)):
+            words.append(f"{field} {value:g}")
+        elif value is not None:
+            words.append(value if isinstance(value, str) else f"{field} {value}")
+    return ", ".join(words).replace(", + ", " + ")
+
+
+def families(configs: Configs) -> dict[str, list[str]]:
+    """Label -> configurations that differ in their knob only; a label names what differs between families.
+
+    Where a configuration's rule is not known, it is a family of its own.
+    """
+    known: dict[str, dict[str, Any]] = {}
+    for name, config in configs.items():
+        rule = RULES.get(config.get("method"))
+        if rule is not None:
+            not_told = (rule.knob.name, "description")
+            known[name] = {field: value for field, value in config.items() if field not in not_told}
+    fields = distinct(field for config in known.values() for field in config if field != "method")
+    differing = [
+        field for field in fields if len({str(config.get(field)) for config in known.values()} - {"None"}) > 1
+    ]
+    groups: dict[str, list[str]] = {}
+    for name in configs:
+        label = _family_words(known[name], differing) if name in known else name
+        groups.setdefault(label, []).append(name)
+    return groups
+
+
+def in_order(stand_ins: Iterable[str]) -> list[str]:
+    """Distinct stand-ins: nothing, the mean, linear maps."""
+    return sorted(set(stand_ins), key=lambda name: (name != "nothing", name != "mean", name))
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """A rule at several values of its knob: a curve of NLL against compute, on items that all have."""
+
+    label: str
+    stand_in: str
+    rule: Rule
+    experts: list[float]  # compute of each member, ascending
+    members: list[pd.DataFrame]  # their scores, indexed by item_id
+
+    def spans(self, experts: float) -> bool:
+        return self.experts[0] - 1e-9 <= experts <= self.experts[-1] + 1e-9
+
+    def at(self, experts: float) -> pd.Series:
+        """NLL of each item at this compute, between the two neighbours, never beyond: with the first-order
+        term of what each item spends more or less, as in `difference_to_static`."""
+        high = int(np.clip(np.searchsorted(self.experts, experts), 1, len(self.experts) - 1))
+        low = high - 1
+        step = self.experts[high] - self.experts[low]
+        share = (experts - self.experts[low]) / step
+        below = self.members[low]
+        above = self.members[high]
+        nll = (1 - share) * below["nll"] + share * above["nll"]
+        spent = (1 - share) * below[COMPUTE] + share * above[COMPUTE]
+        slope = (above["nll"] - below["nll"]).mean() / step
+        weight = below["num_tokens"] / below["num_tokens"].mean()
+        return nll - slope * (spent - experts) * weight
+
+
+def ladders_of(by_config: Mapping[str, pd.DataFrame], configs: Configs, items: pd.Index) -> list[Ladder]:
+    """The ladders of at least two configurations, on the items that all of their members have."""
+    ladders = []
+    scored = {name: config for name, config in configs.items() if name in by_config}
+    for label, names in families(scored).items():
+        tables = [by_config[name].loc[items] for name in names if items.isin(by_config[name].index).all()]
+        points = sorted(((token_mean(table, COMPUTE), place) for place, table in enumerate(tables)))
+        points = [
+            point for place, point in enumerate(points) if not place or point[0] - points[place - 1][0] > 1e-6
+        ]
+        if len(points) > 1:
+            config = configs[names[0]]
+            ladders.append(
+                Ladder(
+                    label,
+                    config.get("stand_in", "nothing"),
+                    RULES[config["method"]],
+                    [experts for experts, _ in points],
+                    [tables[place] for _, place in points],
+                )
+            )
+    return ladders
+
+
+FIELD_MARGINS = {"1 %": math.log(1.01), "0.5 %": math.log(1.005)}  # of the model's own perplexity, nats
+
+
+def fewest_experts(ladder: Ladder, own: pd.Series, documents: pd.Series, margin: float) -> dict[str, Any]:
+    """The fewest experts at which a ladder is equivalent to the model's own routing, by TOST within `margin`.
+
+    fewest: from there on the test holds all the way up the ladder. ci95_low and ci95_high: where the 95 %
+    interval of the difference, its lower and upper end, crosses the margin. None where the ladder does not
+    reach so far.
+    """
+    grid = np.linspace(ladder.experts[0], ladder.experts[-1], 10 * len(ladder.experts) + 1)
+    units = np.stack([item_units(ladder.at(experts) - own, documents) for experts in grid])  # [G, units]
+    mean = units.mean(1)
+    error = stats.sem(units, axis=1)  # 0 at the model's own routing itself
+    df = units.shape[1] - 1
+    half = stats.t.ppf(0.975, df) * error
+    with np.errstate(divide="ignore", invalid="ignore"):
+        above = stats.t.sf((mean + margin) / error, df)
+        below = stats.t.cdf((mean - margin) / error, df)
+    is_equivalent = np.where(error > 0, np.fmax(above, below) < SIGNIFICANCE_LEVEL, np.abs(mean) < margin)
+
+    def from_where(holds: np.ndarray) -> float | None:
+        failing = np.flatnonzero(~holds)
+        first = failing[-1] + 1 if len(failing) else 0
+        return float(grid[first]) if first < len(grid) else None
+
+    return {
+        "fewest": from_where(is_equivalent),
+        "ci95_low": from_where(mean - half < margin),
+        "ci95_high": from_where(mean + half < margin),
+    }
+
+
+Curves = Mapping[tuple[str, int], pd.Series]  # (ladder, whole number of experts) -> NLL of each item
+
+
+def _pair_tests(ladders: Sequence[Ladder], curves: Curves, documents: pd.Series) -> list[dict[str, Any]]:
+    """Every two ladders at every whole number of experts that both reach: a `paired_test`, BH-adjusted."""
+    pairs = []
+    for first, second in itertools.combinations(ladders, 2):
+        for experts in sorted({number for _, number in curves}):
+            if (first.label, experts) in curves and (second.label, experts) in curves:
+                difference = curves[first.label, experts] - curves[second.label, experts]
+                test = paired_test(item_units(difference, documents))
+                pairs.append({"first": first.label, "second": second.label, "experts": experts, **test})
+    adjust_p_values(pairs)
+    return pairs
+
+
+def _beaten_by(label: str, pairs: Sequence[Row]) -> set[str]:
+    """The ladders that are better than one at some number of experts, by the adjusted p."""
+    better = set()
+    for pair in pairs:
+        if pair["significant"] and label in (pair["first"], pair["second"]):
+            is_first = label == pair["first"]
+            loses = pair["mean_difference"] > 0 if is_first else pair["mean_difference"] < 0
+            if loses:
+                better.add(pair["second"] if is_first else pair["first"])
+    return better
+
+
+def _differences(
+    ladder: Ladder, alike: Sequence[Ladder], curves: Curves, static: str, own: pd.Series
+) -> dict[int, dict[str, float | None]]:
+    """Whole number of experts -> a ladder's NLL minus that of static Top-K, of the best of `alike`, and of
+    the model's own routing."""
+    means = {key: nll.mean() for key, nll in curves.items()}
+    differences = {}
+    for label, experts in curves:
+        if label == ladder.label:
+            nll = means[label, experts]
+            at_others = [means[other.label, experts] for other in alike if (other.label, experts) in means]
+            at_static = means.get((static, experts))
+            differences[experts] = {
+                "to_static": None if at_static is None else nll - at_static,
+                "to_best": nll - min(at_others, default=nll),
+                "to_own": nll - own.mean(),
+            }
+    return differences
+
+
+def compare_field(scores: pd.DataFrame, configs: Configs, own_k: int | None) -> dict[str, Any]:
+    """Is it this rule, or would any do? Every ladder against every other, at each whole number of experts
+    that both reach: paired by item, tested over documents, BH-adjusted over all pairs.
+
+    Returns ladders: label, stand_in, is_bound (no rule: it is compared with none), low and high (experts), at
+    (see `_differences`), within (margin -> `fewest_experts`), beaten_by (ladders with the same stand-in);
+    pairs; n_items, n_units. Empty where fewer than two rules have a ladder.
+    """
+    by_config = scored_items(scores)
+    own_names = [name for name in by_config if own_k is not None and static_k(configs[name]) == own_k]
+    if not own_names:
+        return {}
+    items = functools.reduce(pd.Index.intersection, (rows.index for rows in by_config.values()))
+    ladders = ladders_of(by_config, configs, items) if len(items) else []
+    if sum(not ladder.rule.is_static for ladder in ladders) < 2:
+        return {}
+    documents = scores.drop_duplicates("item_id").set_index("item_id")["document"]
+    own = by_config[own_names[0]].loc[items, "nll"]
+    most = int(max(ladder.experts[-1] for ladder in ladders))
+    curves = {
+        (ladder.label, experts): ladder.at(experts)
+        for ladder in ladders
+        for experts in range(1, most + 1)
+        if ladder.spans(experts)
+    }
+    compared = [ladder for ladder in ladders if not ladder.rule.uses_outputs]
+    pairs = _pair_tests(compared, curves, documents)
+    static = next((x.label for x in ladders if x.rule.is_static and x.stand_in == "nothing"), "")
+    rows = []
+    for ladder in ladders:
+        alike = [other for other in compared if other.stand_in == ladder.stand_in]
+        labels = {other.label for other in alike}
+        within = {
+            name: fewest_experts(ladder, own, documents, margin) for name, margin in FIELD_MARGINS.items()
+        }
+        rows.append(
+            {
+                "label": ladder.label,
+                "stand_in": ladder.stand_in,
+                "is_bound": ladder.rule.uses_outputs,
+                "low": ladder.experts[0],
+                "high": ladder.experts[-1],
+                "at": _differences(ladder, alike, curves, static, own),
+                "within": within,
+                "beaten_by": sorted(_beaten_by(ladder.label, pairs) & labels),
+            }
+        )
+    return {"ladders": rows, "pairs": pairs, "n_items": len(items), "n_units": documents[items].nunique()}
 
 
 # Tasks, layers, hypotheses
@@ -5540,9 +6497,9 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
 
     Returns a dict with baseline, own_k, n_rows, n_failed, n_prompts, configurations, summary_by_config,
     summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), verdict
-    (`quality_verdicts`), shuffle_effects, noise_floor, tasks (`compare_tasks`), null_diagnostics, layers
-    (`summarize_layers`) and hypotheses. Raises UserError for a table that is none of this script's, for a
-    baseline that is not in it, and when no row is left.
+    (`quality_verdicts`), shuffle_effects, field (`compare_field`), noise_floor, tasks (`compare_tasks`),
+    null_diagnostics, layers (`summarize_layers`) and hypotheses. Raises UserError for a table that is none of
+    this script's, for a baseline that is not in it, and when no row is left.
     """
     folder = Path(output_dir)
     results = results_beside(df, folder)
@@ -5568,6 +6525,7 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
         "statistical_tests": compare_with_baseline(done, baseline),
         "verdict": quality_verdicts(results.scores, configs, baseline),
         "shuffle_effects": shuffle_effects(results.scores, configs),
+        "field": compare_field(results.scores, configs, own_k_of(results)),
         "quality_margin": QUALITY_MARGIN,
         "noise_floor": noise_floor(done),
         "tasks": compare_tasks(done.tasks, baseline, read_side_file(folder / TASK_RESULTS, runs)),
@@ -5627,54 +6585,21 @@ def _legend_beside(ax: Any, entries: int) -> None:
     sns.move_legend(ax, **LEGEND_BESIDE, title=None, **small)
 
 
-def _family_words(config: Config, fields: Sequence[str]) -> str:
-    """A family's label: the rule, and its value of each of `fields`."""
-    words = [config.get("method", "")]
-    for field in fields:
-        value = config.get(field)
-        if field == "shuffle":
-            words += ["shuffled"] if value else []
-        elif isinstance(value, (int, float)):
-            words.append(f"{field} {value:g}")
-        elif value is not None:
-            words.append(value if isinstance(value, str) else f"{field} {value}")
-    return ", ".join(words)
-
-
-def _families(frame: pd.DataFrame, names: Sequence[str]) -> dict[str, list[str]]:
-    """Label -> configurations that differ in their knob only; a label names what differs between families.
-
-    frame: has config_name and configuration. Where a configuration is not known, it is a family of its own.
-    """
-    rows = frame.drop_duplicates("config_name").set_index("config_name")
-    known: dict[str, dict[str, Any]] = {}
-    for name in names:
-        config = json.loads(rows["configuration"].get(name) or "{}")
-        rule = RULES.get(config.get("method"))
-        if rule is not None:
-            config.pop(rule.knob.name, None)
-            known[name] = config
-    differing = [
-        field
-        for field in distinct(field for config in known.values() for field in config)
-        if field != "method" and len({str(config.get(field)) for config in known.values()}) > 1
-    ]
-    families: dict[str, list[str]] = {}
-    for name in names:
-        label = _family_words(known[name], differing) if name in known else name
-        families.setdefault(label, []).append(name)
-    return families
-
-
 def _distinct_colors(number: int) -> list[Any]:
     return sns.color_palette("colorblind", number) if number <= 10 else sns.husl_palette(number)
 
 
+def _families(frame: pd.DataFrame, names: Sequence[str]) -> dict[str, list[str]]:
+    """`families` of the configurations of a frame that has config_name and configuration."""
+    cells = frame.drop_duplicates("config_name").set_index("config_name")["configuration"]
+    return families({name: json.loads(cells.get(name) or "{}") for name in names})
+
+
 def _palette(frame: pd.DataFrame, names: Sequence[str]) -> dict[str, Any]:
     """Configuration -> colour: one for each family, its members from full to light in their order."""
-    families = _families(frame, names)
+    groups = _families(frame, names)
     colors = {}
-    for color, members in zip(_distinct_colors(len(families)), families.values(), strict=True):
+    for color, members in zip(_distinct_colors(len(groups)), groups.values(), strict=True):
         for name, white in zip(members, np.linspace(0, 0.6, len(members)), strict=True):
             colors[name] = tuple(channel + white * (1 - channel) for channel in color)
     return {name: colors[name] for name in names}
@@ -5804,9 +6729,9 @@ def plot_quality_vs_experts(verdicts: pd.DataFrame, ax: Any = None) -> Any:
         ax.plot(x, band[difference], **gray)
         ax.plot(static["mean_experts"], static[difference], "o", color="0.2", markersize=5)
         ax.plot([], [], "o-", **gray, label="static Top-K")
-    families = _families(rows, list(rows.loc[~rows["is_static"], "config_name"]))
-    colors = _distinct_colors(len(families))
-    for place, (label, members) in enumerate(families.items()):
+    groups = _families(rows, list(rows.loc[~rows["is_static"], "config_name"]))
+    colors = _distinct_colors(len(groups))
+    for place, (label, members) in enumerate(groups.items()):
         ladder = rows[rows["config_name"].isin(members)].sort_values("mean_experts")
         bars = np.maximum([ladder[difference] - ladder["low"], ladder["high"] - ladder[difference]], 0)
         ax.errorbar(
@@ -5823,7 +6748,7 @@ def plot_quality_vs_experts(verdicts: pd.DataFrame, ax: Any = None) -> Any:
             elinewidth=0.8,
         )
     if _owns_figure(ax):
-        ax.figure.set_figwidth(8.5)  # room for the legend
+        ax.figure.set_size_inches(8.5, max(4.2, 0.5 + 0.2 * len(groups)))  # room for the legend
     if len(rows):
         _nats_scale(ax, "y", [*low, *high])
         ax.legend(**LEGEND_BESIDE, fontsize="small")
@@ -5865,6 +6790,74 @@ def plot_delta_at_equal_compute(verdicts: pd.DataFrame, ax: Any = None) -> Any:
     place = {"xycoords": "axes fraction", "textcoords": "offset points"}
     ax.annotate("experts", (1.02, 1), (0, 4), **place, color="0.4")
     return ax
+
+
+def _spread(places: Sequence[float], gap: float) -> np.ndarray:
+    """`places`, ascending, moved as little as keeps them `gap` apart (least squares)."""
+    steps = gap * np.arange(len(places))
+    return optimize.isotonic_regression(np.asarray(places) - steps).x + steps
+
+
+FIELD_COLORS = {"lowest": "#029e73", "BH, empirical null": "#0173b2", "bound": "0.2", "others": "0.7"}
+
+
+def plot_field(verdicts: pd.DataFrame, axes: Any = None) -> Any:
+    """Each rule's ladder against static Top-K at the same compute, a panel for each stand-in: the lowest rule
+    and BH in colour, the others in grey, each named at its end."""
+    rows = verdicts[verdicts["delta_nll"].notna()]
+    configs = {row["config_name"]: json.loads(row["configuration"]) for row in rows.to_dict("records")}
+    stand_ins = in_order(config["stand_in"] for config in configs.values())
+    if axes is None:
+        size = (3.6 * len(stand_ins) + 1.0, 4.6)
+        axes = plt.subplots(
+            1, len(stand_ins), figsize=size, layout="constrained", sharey=True, squeeze=False
+        )[1][0]
+    _nats_scale(axes[0], "y", [*rows["delta_nll"], 0.0])
+    names_at: list[list[tuple[float, str, str]]] = []
+    for ax, stand_in in zip(axes, stand_ins, strict=True):
+        alike = {name: config for name, config in configs.items() if config["stand_in"] == stand_in}
+        ladders = {
+            label: rows[rows["config_name"].isin(members)].sort_values("mean_experts")
+            for label, members in families(alike).items()
+            if len(members) > 1
+        }
+        rules = {label: alike[ladder["config_name"].iloc[0]] for label, ladder in ladders.items()}
+        compared = [label for label in ladders if not RULES[rules[label]["method"]].uses_outputs]
+        lowest = min(compared, key=lambda label: ladders[label]["delta_nll"].iloc[-1], default=None)
+        ends: list[tuple[float, str, str]] = []  # where each ladder ends, its name and colour
+        for label, ladder in ladders.items():
+            kind = "others"
+            if label not in compared:
+                kind = "bound"
+            elif label == lowest:
+                kind = "lowest"
+            elif rules[label]["method"] == "bh" and rules[label]["p_values"] == "empirical":
+                kind = "BH, empirical null"
+            color = FIELD_COLORS[kind]
+            width = 1.0 if kind == "others" else 1.8
+            dots = {"markersize": 3.5, "zorder": 1 if kind == "others" else 2}
+            style = ":" if kind == "bound" else "-"
+            ax.plot(
+                ladder["mean_experts"], ladder["delta_nll"], f"o{style}", color=color, linewidth=width, **dots
+            )
+            ends.append((ladder["delta_nll"].iloc[-1], label, color if kind != "others" else "0.4"))
+        names_at.append(sorted(ends))
+        ax.axhline(0, color="0.2", linewidth=1.2)
+        words = "Nothing stands in" if stand_in == "nothing" else f"{stand_in} stands in"
+        ax.set(xlabel="effective experts", title=words[0].upper() + words[1:])
+    # Named when all is drawn: until then the axis, which all panels share, may change.
+    for ax, ends in zip(axes, names_at, strict=True):
+        transform = ax.transData + ax.transAxes.inverted()
+        heights = _spread([transform.transform((0, end))[1] for end, _, _ in ends], 0.033)
+        for height, (_, label, color) in zip(heights, ends, strict=True):
+            ax.text(1.01, height, label, transform=ax.transAxes, fontsize=6.5, color=color, va="center")
+    for kind, color in FIELD_COLORS.items():
+        axes[0].plot([], [], "o-", color=color, markersize=3.5, label=kind)
+    axes[-1].legend(
+        *axes[0].get_legend_handles_labels(), frameon=False, fontsize="x-small", loc="upper right"
+    )
+    axes[0].set_ylabel("NLL minus static Top-K at equal compute")
+    return axes
 
 
 def _is_plain(table: pd.DataFrame) -> pd.Series:
@@ -6021,15 +7014,18 @@ class PlotData:
     usage: pd.DataFrame  # EXPERT_USAGE, the baseline first
     counts: pd.DataFrame  # EXPERT_COUNTS; empty where every configuration is plain Top-K
     diagnostics: Mapping[str, Any]
+    has_field: bool  # whether several rules have ladders
 
 
 @dataclass(frozen=True)
 class Plot:
-    """draw: plot_x(data, ax=None). data: what it is given; nothing is drawn where that is empty."""
+    """draw: plot_x(data, ax=None). data: what it is given; nothing is drawn where that is empty. most: with
+    more configurations it could not be read, and is left out."""
 
     title: str
     draw: Callable[..., Any]
     data: Callable[[PlotData], Any]
+    most: int = 60
 
 
 def _generated(column: str) -> Callable[[PlotData], pd.DataFrame]:
@@ -6042,11 +7038,19 @@ PLOTS: dict[str, Plot] = {  # file name, in the order of the report
         "Quality against compute",
         plot_quality_vs_experts,
         lambda data: data.verdicts.dropna(subset="delta_to_baseline"),
+        most=1000,
     ),
     "delta_at_equal_compute": Plot(
         "Quality at equal compute",
         plot_delta_at_equal_compute,
         lambda data: data.verdicts[~data.verdicts["is_static"]],
+        most=1000,
+    ),
+    "field": Plot(
+        "Every rule at equal compute",
+        plot_field,
+        lambda data: data.verdicts if data.has_field else (),
+        most=1000,
     ),
     "task_scores": Plot("Downstream tasks", plot_task_scores, lambda data: data.tasks),
     "avg_experts_comparison": Plot(
@@ -6072,9 +7076,11 @@ PLOTS: dict[str, Plot] = {  # file name, in the order of the report
         _generated("expert_utilization_cv"),
     ),
     "layer_profile": Plot("Layer by layer", plot_layer_profile, lambda data: data.layers),
-    "expert_usage_heatmap": Plot("Use of every expert", plot_expert_usage_heatmap, lambda data: data.usage),
+    "expert_usage_heatmap": Plot(
+        "Use of every expert", plot_expert_usage_heatmap, lambda data: data.usage, most=1000
+    ),
     "null_calibration": Plot(
-        "Calibration of the nulls", plot_null_calibration, lambda data: data.diagnostics
+        "Calibration of the nulls", plot_null_calibration, lambda data: data.diagnostics, most=1000
     ),
 }
 
@@ -6120,6 +7126,7 @@ def plot_data(df: pd.DataFrame, analysis: Mapping[str, Any], output_dir: Path) -
         usage=usage.iloc[is_other.argsort(kind="stable")],
         counts=counts if (~_is_plain(counts)).any() else counts[:0],
         diagnostics=analysis["null_diagnostics"] or {},
+        has_field=bool(analysis["field"]),
     )
 
 
@@ -6142,7 +7149,7 @@ def draw_plots(df: pd.DataFrame, output_dir: Path, analysis: Mapping[str, Any]) 
             path.unlink(missing_ok=True)  # no plot of an earlier run beside the report of this one
             try:
                 content = plot.data(data)
-                if not len(content):
+                if not len(content) or len(analysis["configurations"]) > plot.most:
                     continue
                 plot.draw(content)
                 figure = plt.gcf()
@@ -6253,6 +7260,17 @@ REPORT_TABLES: dict[str, tuple[ReportColumn, ...]] = {
         ReportColumn("KL", "kl_to_own", ".4f"),
         ReportColumn("top-1 agreement", "top1_agreement", ".3f"),
         ReportColumn("items", "items", "s"),
+    ),
+    "league": (
+        ReportColumn("rule", "label", "s"),
+        ReportColumn("experts", "span", ".2f to .2f"),
+        *(ReportColumn(f"at {k}", f"at_{k}", "+.4f") for k in (4, 5, 6)),
+        ReportColumn("to the best at 5", "to_best", "+.4f"),
+        ReportColumn("within 1 % at", "within_1", ".2f"),
+        ReportColumn("95 %", "ci95_1", ".2f to .2f"),
+        ReportColumn("within 0.5 % at", "within_05", ".2f"),
+        ReportColumn("95 %", "ci95_05", ".2f to .2f"),
+        ReportColumn("beaten by", "beaten_by", "s"),
     ),
     "nulls": (
         ReportColumn("null", "null", "s"),
@@ -6377,6 +7395,34 @@ def task_sentence(analysis: Mapping[str, Any]) -> str:
     )
 
 
+def field_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """For each stand-in: which rules no other beats, and whether BH is among them."""
+    sentences = []
+    ladders = analysis["field"].get("ladders", ())
+    for stand_in in in_order(ladder["stand_in"] for ladder in ladders):
+        alike = [ladder for ladder in ladders if ladder["stand_in"] == stand_in and not ladder["is_bound"]]
+        if len(alike) < 2:
+            continue
+        unbeaten = [ladder["label"] for ladder in alike if not ladder["beaten_by"]]
+        has_bh = any(label.startswith("bh") for label in unbeaten)
+        words = "With nothing standing in" if stand_in == "nothing" else f"With {stand_in} standing in"
+        among = "BH is among them" if has_bh else "BH is not among them"
+        sentences.append(
+            f"{words}, of {len(alike)} rules these are beaten by no other at any whole number of experts "
+            f"(adjusted p below {SIGNIFICANCE_LEVEL:g}): {', '.join(unbeaten) or 'none'}; {among}."
+        )
+    return sentences
+
+
+def answer_sentence(analysis: Mapping[str, Any]) -> str:
+    """What the run says, in the first lines of the report."""
+    if analysis["tasks"]:
+        return task_sentence(analysis)
+    if analysis["field"]:
+        return "**" + "** **".join(field_sentences(analysis)) + "**"
+    return verdict_sentence(analysis)
+
+
 def baseline_sentences(analysis: Mapping[str, Any]) -> list[str]:
     """What differences are to, where that is not the model's own routing."""
     base = analysis["baseline"]
@@ -6388,12 +7434,17 @@ def baseline_sentences(analysis: Mapping[str, Any]) -> list[str]:
     return [f"Differences are to `{base}`; the model's own routing is Top-{own_k}."]
 
 
+MOST_FINDINGS = 30  # configurations that get a sentence each
+
+
 def finding_sentences(analysis: Mapping[str, Any]) -> list[str]:
     """One for each adaptive configuration; a difference in time is claimed only where it is significant."""
     base = analysis["baseline"]
     sentences = []
     again = analysis["noise_floor"]["inference_time_sec"]["median_ratio"]
     noise = "" if again is None else f"; the model's own routing against itself {again:.2f}"
+    if len(analysis["statistical_tests"]) > MOST_FINDINGS:
+        return [f"{len(analysis['statistical_tests'])} configurations are compared with `{base}` below."]
     for name, tests in analysis["statistical_tests"].items():
         experts = tests["avg_experts_per_token"]
         if not experts["n_pairs"] or static_k(analysis["configurations"][name]) is not None:
@@ -6671,6 +7722,32 @@ def task_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def league_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every ladder, those with the same stand-in together, the lowest NLL at 5 experts first."""
+    rows = []
+    for ladder in analysis["field"].get("ladders", ()):
+        at = {int(experts): found for experts, found in ladder["at"].items()}
+        row = {"label": ladder["label"], "stand_in": ladder["stand_in"]}
+        row |= {"span_low": ladder["low"], "span_high": ladder["high"]}
+        row |= {f"at_{experts}": found["to_static"] for experts, found in at.items()}
+        row["to_best"] = at.get(5, {}).get("to_best")
+        for key, margin in (("1", "1 %"), ("05", "0.5 %")):
+            within = ladder["within"][margin]
+            row |= {f"within_{key}": within["fewest"]}
+            row |= {f"ci95_{key}_low": within["ci95_low"], f"ci95_{key}_high": within["ci95_high"]}
+        row["beaten_by"] = f"{len(ladder['beaten_by'])} of these" if ladder["beaten_by"] else "none"
+        if ladder["is_bound"]:
+            row["beaten_by"] = "a bound"
+        rows.append(row)
+    stand_ins = in_order(row["stand_in"] for row in rows)
+
+    def order(row: Mapping[str, Any]) -> tuple[int, float]:
+        to_static = row.get("at_5")
+        return stand_ins.index(row["stand_in"]), math.inf if to_static is None else to_static
+
+    return sorted(rows, key=order)
+
+
 def null_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     nulls = (analysis["null_diagnostics"] or {}).get("nulls", {})
     return [{"null": name, **row} for name, null in nulls.items() for row in null["alphas"]]
@@ -6850,6 +7927,21 @@ nats.
 
 {{ few_units(quality) }}
 
+{% if field or league %}
+### Every rule
+
+{{ bullets(field) }}
+
+{{ table("league", league) }}
+
+A rule at several values of its knob is a curve, interpolated and never extrapolated. Numbers of experts \
+are effective ones: kept, and for each dropped one of the model's own Top-K what stands in for it costs. \
+At: NLL minus static Top-K's at so many experts. Within: the fewest experts at which the perplexity stays \
+within so much of the model's own (two one-sided t-tests), and where the ends of the 95 % interval of the \
+difference cross that margin. Beaten by: rules with the same stand-in that are better at some whole number \
+of experts, p adjusted over all pairs. The oracle runs every expert: it is a bound, not a rule.
+{% endif %}
+
 {% if noise %}
 Noise floor, the model's own routing against itself:
 
@@ -6975,13 +8067,15 @@ def report_context(
     diagnostics = analysis["null_diagnostics"] or {}
     is_drawn = {name: (folder / "plots" / f"{name}.png").exists() for name in PLOTS}
     return {
-        "answer": task_sentence(analysis) if analysis["tasks"] else verdict_sentence(analysis),
+        "answer": answer_sentence(analysis),
         "subject": subject_sentence(results, analysis),
         "item": ITEMS[kind].word,
         "is_timed": kind == "generation",
         "findings": [*baseline_sentences(analysis), *finding_sentences(analysis)],
         "tasks": task_rows(analysis),
         "quality": quality_rows(analysis),
+        "field": field_sentences(analysis),
+        "league": league_rows(analysis),
         "untested": reason_sentences(analysis),
         "noise": noise_sentences(analysis),
         "shuffles": shuffle_sentences(analysis),
@@ -7058,6 +8152,10 @@ def _batch_size(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
@@ -7114,11 +8212,11 @@ OPTIONS = (
     Option("batch-size", f"texts scored in one forward pass; auto begins with {AUTO_BATCH_TOKENS:,} tokens "
            "and halves when memory is short. Results do not depend on it, but for rounding", _batch_size,
            "auto", "N"),
-    Option("suite", "family of configurations: default, frontier, controls or all", default="default"),
+    Option("suite", "family of configurations: default, frontier, controls, field or all", default="default"),
     Option("configs", "comma-separated names: only these configurations", _names, metavar="NAMES"),
     Option("routing-configs", "JSON file of your own configurations, by name", Path, metavar="FILE"),
-    Option("match-experts", "set every adaptive rule's knob to keep K experts on the calibration text",
-           float, metavar="K"),
+    Option("match-experts", "set every adaptive rule's knob to keep K experts on the calibration text; of "
+           "several numbers, each: NAME_K", _numbers, metavar="K[,K...]"),
     Option("prompts", "prompts from a file: .txt (one a line), .jsonl, .json, .csv with text and, if you "
            "like, id, category, description, reference", Path, metavar="FILE"),
     Option("text", "text files or folders of .txt files to score, cut into windows; without prompts of your "
@@ -7259,10 +8357,10 @@ def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
     Raises UserError where --p-values, --match-experts or --baseline has none to work on.
     """
-    families = suites()
-    suite = families[_choice("--suite", args.suite, tuple(families))]
+    by_suite = suites()
+    suite = by_suite[_choice("--suite", args.suite, tuple(by_suite))]
     own = read_routing_configs(args.routing_configs) if args.routing_configs else {}
-    known = families["all"] | own
+    known = by_suite["all"] | suite | own
     testing = [rule.name for rule in RULES.values() if rule.uses_null]
     configs = {}
     for name in args.configs or [*suite, *own]:
@@ -7277,11 +8375,13 @@ def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             f"{' or '.join(testing)}, see --suite and --configs"
         )
     if args.match_experts is not None and all(rule.is_static for rule in rules):
+        asked = ",".join(f"{number:g}" for number in args.match_experts)
         raise UserError(
-            f"--match-experts {args.match_experts:g}: every chosen configuration is Top-K; choose one that "
+            f"--match-experts {asked}: every chosen configuration is Top-K; choose one that "
             "adapts, see --suite and --configs"
         )
-    if args.baseline is not None:
+    keeps_names = len(args.match_experts or ()) < 2 and args.suite != "field"
+    if args.baseline is not None and keeps_names:  # else the run itself will say
         _choice("--baseline", args.baseline, tuple(configs))
     return configs
 
@@ -7330,10 +8430,11 @@ def measure(args: argparse.Namespace) -> Results | None:
         if args.window > runner.context:
             raise UserError(f"--window {args.window}: this model's context is {runner.context}")
         texts = text_windows(args.text, runner.tokenizer, args.window)
-    if args.match_experts is not None:
+    targets = args.match_experts or (FIELD_EXPERTS if args.suite == "field" and not args.configs else ())
+    if targets:
         with log_to(args.output / LOG_FILE):
-            for name, config in configs.items():
-                configs[name] = match_experts(name, config, args.match_experts, runner.calibration)
+            calibration = runner.calibration_for(configs.values()) or runner.calibration
+            configs = match_ladder(configs, targets, calibration)
     options = {
         "resume": not args.no_resume,
         "retry_failed": args.retry_failed,

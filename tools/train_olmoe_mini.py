@@ -10,6 +10,9 @@ Debian and PyPI packages under permissive terms. From an empty folder to the fin
     python tools/train_olmoe_mini.py export   --text work/text --run work/run --out models/olmoe-mini
     python tools/train_olmoe_mini.py heldout  --text work/text --out work/heldout
 
+`train --shape qwen3-mini` trains another model instead (Qwen3-MoE's class, 6 layers of 32 experts, top-4,
+weights normalised), to see whether a result holds for more than one model.
+
 `fetch` needs `apt-get`, `dpkg` and `pip`. `train` can be stopped at any time (Ctrl-C or SIGTERM) and started
 again with the same command: it goes on from the last checkpoint with the same weights, optimizer state, data
 order and random state. `--steps` may be changed on the way, because the learning rate is flat at first.
@@ -649,27 +652,48 @@ class Batches:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def new_model(vocabulary: int, eos: int, pad: int):
-    from transformers import OlmoeConfig, OlmoeForCausalLM
+def new_model(shape: str, vocabulary: int, eos: int, pad: int):
+    """A random model: "olmoe-mini", the embedded one, or "qwen3-mini", of another shape."""
+    import transformers
 
-    config = OlmoeConfig(
-        vocab_size=vocabulary,
-        hidden_size=192,
+    common = {
+        "vocab_size": vocabulary,
+        "hidden_size": 192,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "max_position_embeddings": 512,
+        "router_aux_loss_coef": 0.01,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+    }
+    if shape == "qwen3-mini":  # more layers, fewer and wider experts, weights normalised
+        config = transformers.Qwen3MoeConfig(
+            **common,
+            head_dim=32,
+            moe_intermediate_size=96,
+            intermediate_size=96,
+            num_hidden_layers=6,
+            num_experts=32,
+            num_experts_per_tok=4,
+            norm_topk_prob=True,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+        )
+        return transformers.Qwen3MoeForCausalLM(config)
+    config = transformers.OlmoeConfig(
+        **common,
         intermediate_size=64,
         num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        max_position_embeddings=512,
         num_experts=64,
         num_experts_per_tok=8,
         norm_topk_prob=False,
-        router_aux_loss_coef=0.01,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=eos,
-        pad_token_id=pad,
     )
-    return OlmoeForCausalLM(config)
+    return transformers.OlmoeForCausalLM(config)
+
+
+SHAPES = ("olmoe-mini", "qwen3-mini")
 
 
 def use_fast_experts(model) -> None:
@@ -806,11 +830,9 @@ def train(args: argparse.Namespace) -> None:
     if world > 1:
         torch.distributed.init_process_group("gloo")
     stream, heldout, tokenizer = load_tokens(args)
-    model = new_model(VOCABULARY, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    model = new_model(args.shape, VOCABULARY, tokenizer.eos_token_id, tokenizer.pad_token_id)
     if args.start_from:
-        from transformers import OlmoeForCausalLM
-
-        trained = OlmoeForCausalLM.from_pretrained(args.start_from, dtype=torch.float32)
+        trained = type(model).from_pretrained(args.start_from, dtype=torch.float32)
         model.load_state_dict(trained.state_dict())
     use_fast_experts(model)
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
@@ -827,11 +849,13 @@ def train(args: argparse.Namespace) -> None:
         "length": args.length,
         "lr": args.lr,
         "train_tokens": len(stream),
+        "shape": args.shape,
     }
     step, seconds = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)
-        different = [key for key, value in settings.items() if state["settings"][key] != value]
+        made_with = {"shape": "olmoe-mini"} | state["settings"]
+        different = [key for key, value in settings.items() if made_with[key] != value]
         if different:
             raise SystemExit(f"{checkpoint} was made with other settings: {', '.join(different)}")
         model.load_state_dict(state["model"])
@@ -1044,7 +1068,8 @@ def export(args: argparse.Namespace) -> None:
 
     state = torch.load(args.run / "checkpoint.pt", weights_only=False)
     tokenizer = AutoTokenizer.from_pretrained(args.run / "tokenizer")
-    model = new_model(VOCABULARY, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    shape = state["settings"].get("shape", "olmoe-mini")
+    model = new_model(shape, VOCABULARY, tokenizer.eos_token_id, tokenizer.pad_token_id)
     model.load_state_dict(state["model"])
     model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(
@@ -1225,6 +1250,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--start-from", type=Path, help="exported folder whose weights and tokenizer to begin with"
     )
+    command.add_argument("--shape", choices=SHAPES, default="olmoe-mini", help="of a new model")
     command.add_argument("--steps", type=int, default=4000)
     command.add_argument("--rows", type=int, default=8, help="rows in a step")
     command.add_argument("--length", type=int, default=256, help="tokens in a row")
