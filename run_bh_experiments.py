@@ -8149,11 +8149,17 @@ class _ConsoleHandler(logging.Handler):
 
 
 def _batch_size(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, but it must be a whole number, or auto") from None
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(number) for number in text.split(",")]
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, but it must be numbers, separated by commas") from None
 
 
 def _names(text: str) -> list[str]:

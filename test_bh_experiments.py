@@ -7847,6 +7847,20 @@ def test_baseline_is_passed_on(tmp_path, monkeypatch, capsys):
     assert "Available: topk_8, mine" in error
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("--match-experts", "3,x", "numbers, separated by commas"),
+        ("--batch-size", "x", "a whole number, or auto"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_refused_in_words(option, value, allowed, capsys):
+    with pytest.raises(SystemExit):
+        bh.main([option, value])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"argument {option}: {value!r}, but it must be {allowed}")
+
+
 def test_help_shows_defaults(capsys):
     with pytest.raises(SystemExit):
         bh.main(["--help"])
