@@ -6239,10 +6239,12 @@ def fewest_experts(ladder: Ladder, own: pd.Series, documents: pd.Series, margin:
 
     fewest: from there on the test holds all the way up the ladder. ci95_low and ci95_high: where the 95 %
     interval of the difference, its lower and upper end, crosses the margin. None where the ladder does not
-    reach so far.
+    reach so far, and over fewer than two documents.
     """
     grid = np.linspace(ladder.experts[0], ladder.experts[-1], 10 * len(ladder.experts) + 1)
     units = np.stack([item_units(ladder.at(experts) - own, documents) for experts in grid])  # [G, units]
+    if units.shape[1] < 2:  # nothing to test with
+        return {"fewest": None, "ci95_low": None, "ci95_high": None}
     mean = units.mean(1)
     error = stats.sem(units, axis=1)  # 0 at the model's own routing itself
     df = units.shape[1] - 1
@@ -7399,17 +7401,20 @@ def field_sentences(analysis: Mapping[str, Any]) -> list[str]:
     """For each stand-in: which rules no other beats, and whether BH is among them."""
     sentences = []
     ladders = analysis["field"].get("ladders", ())
+    if ladders and analysis["field"]["n_units"] < 2:
+        return ["Which rule beats which is not tested: all of the scored text is of one document."]
     for stand_in in in_order(ladder["stand_in"] for ladder in ladders):
         alike = [ladder for ladder in ladders if ladder["stand_in"] == stand_in and not ladder["is_bound"]]
         if len(alike) < 2:
             continue
         unbeaten = [ladder["label"] for ladder in alike if not ladder["beaten_by"]]
+        named = ", ".join(f"`{label}`" for label in unbeaten) or "none"
         has_bh = any(label.startswith("bh") for label in unbeaten)
         words = "With nothing standing in" if stand_in == "nothing" else f"With {stand_in} standing in"
         among = "BH is among them" if has_bh else "BH is not among them"
         sentences.append(
             f"{words}, of {len(alike)} rules these are beaten by no other at any whole number of experts "
-            f"(adjusted p below {SIGNIFICANCE_LEVEL:g}): {', '.join(unbeaten) or 'none'}; {among}."
+            f"(adjusted p below {SIGNIFICANCE_LEVEL:g}): {named}; {among}."
         )
     return sentences
 

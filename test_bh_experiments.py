@@ -6897,6 +6897,11 @@ def an_analysis(**entries):
     return usual | entries
 
 
+def a_field(ladders, n_units=80):
+    """What `compare_field` gives, as far as sentences read it."""
+    return {"ladders": ladders, "n_units": n_units}
+
+
 def a_ladder(label, beaten_by=()):
     return {"label": label, "stand_in": "nothing", "is_bound": False, "beaten_by": list(beaten_by)}
 
@@ -7054,23 +7059,27 @@ SENTENCES = {
     },
     "field_sentences": {
         "claim": (
-            an_analysis(field={"ladders": [a_ladder("bh, flat"), a_ladder("top_p", ["bh, flat"])]}),
+            an_analysis(field=a_field([a_ladder("bh, flat"), a_ladder("top_p", ["bh, flat"])])),
             ["With nothing standing in, of 2 rules these are beaten by no other at any whole number of "
-             "experts (adjusted p below 0.05): bh, flat; BH is among them."],
+             "experts (adjusted p below 0.05): `bh, flat`; BH is among them."],
         ),
         "no claim": (
-            an_analysis(field={"ladders": [a_ladder("bh", ["top_p"]), a_ladder("top_p", ["bh"])]}),
+            an_analysis(field=a_field([a_ladder("bh", ["top_p"]), a_ladder("top_p", ["bh"])])),
             ["With nothing standing in, of 2 rules these are beaten by no other at any whole number of "
              "experts (adjusted p below 0.05): none; BH is not among them."],
         ),
-        "one rule only": (an_analysis(field={"ladders": [a_ladder("bh, empirical")]}), []),
+        "one document": (
+            an_analysis(field=a_field([a_ladder("bh"), a_ladder("top_p")], n_units=1)),
+            ["Which rule beats which is not tested: all of the scored text is of one document."],
+        ),
+        "one rule only": (an_analysis(field=a_field([a_ladder("bh, empirical")])), []),
         "nothing to say": (an_analysis(), []),
     },
     "answer_sentence": {
         "claim": (
-            an_analysis(field={"ladders": [a_ladder("bh"), a_ladder("threshold", ["bh"])]}),
+            an_analysis(field=a_field([a_ladder("bh"), a_ladder("threshold", ["bh"])])),
             "**With nothing standing in, of 2 rules these are beaten by no other at any whole number of "
-            "experts (adjusted p below 0.05): bh; BH is among them.**",
+            "experts (adjusted p below 0.05): `bh`; BH is among them.**",
         ),
         "no claim": (
             an_analysis(verdict={"topk_8": STATIC}),
@@ -8367,6 +8376,18 @@ def test_fewest_experts_by_equivalence():
     assert within["fewest"] >= crossing - step
     half = ladders["topk"]["within"]["0.5 %"]
     assert half["fewest"] >= within["fewest"]
+
+
+def test_one_document_tests_no_rule():
+    """Without two independent units nothing is equivalent, nothing beaten, and nothing warned of."""
+    scores, configs = simulated_field(2, {"threshold": 0.0, "min_p": 0.0}, documents=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        field = bh.compare_field(scores, configs, 8)
+    assert field["n_units"] == 1
+    for ladder in field["ladders"]:
+        for within in ladder["within"].values():
+            assert within == {"fewest": None, "ci95_low": None, "ci95_high": None}
 
 
 @pytest.mark.parametrize(
