@@ -52,6 +52,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import tqdm.auto
 from hypothesis import HealthCheck, given, settings, strategies
 from scipy import stats
 from torch import nn
@@ -3488,6 +3489,9 @@ def in_child(work, stderr=None):
     pid = os.fork()
     if pid:
         return pid
+    # Copies share the lock of the progress bars: one that is killed while it holds it blocks all later ones.
+    for bars in (tqdm.std.tqdm, tqdm.auto.tqdm):
+        bars.set_lock(threading.RLock())
     os.dup2(os.open(stderr or os.devnull, os.O_CREAT | os.O_APPEND | os.O_WRONLY), 2)
     code = 70
     try:
