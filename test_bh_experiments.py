@@ -5571,11 +5571,11 @@ def test_hostile_texts_stay_data_in_the_tables(hostile_run):
     assert set(usage["category"]) <= {text[:60] for text in shown}
 
 
-def test_hostile_texts_get_nowhere_in_report_and_log(hostile_run):
-    """Prompts, categories and answers are data, whatever they hold."""
-    report = (hostile_run / "REPORT.md").read_text(encoding="utf-8")
+def assert_hostile_texts_get_nowhere(folder):
+    """No table, markup, line or hidden character of the report and the log of a run is theirs."""
+    report = (folder / "REPORT.md").read_text(encoding="utf-8")
     assert all(len(widths) == 1 for widths in table_widths(report))
-    log = (hostile_run / bh.LOG_FILE).read_text(encoding="utf-8")
+    log = (folder / bh.LOG_FILE).read_text(encoding="utf-8")
     assert all(re.match(r"\d{4}-\d\d-\d\d [\d:,]+ [A-Z]+ ", line) for line in log.splitlines())
     hidden = re.compile("[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")
     for text in (report, log):
@@ -5586,6 +5586,11 @@ def test_hostile_texts_get_nowhere_in_report_and_log(hostile_run):
     assert not re.search(r"(?<!\\)\]\(http", outside)
     assert "\n# heading" not in report
     assert "\n# forged" not in report
+
+
+def test_hostile_texts_get_nowhere_in_report_and_log(hostile_run):
+    """Prompts, categories and answers are data, whatever they hold."""
+    assert_hostile_texts_get_nowhere(hostile_run)
     assert {path.stem for path in (hostile_run / "plots").iterdir()} == {
         "experts_by_category",
         "avg_experts_comparison",
@@ -7630,19 +7635,7 @@ def test_hostile_texts_get_nowhere(mock_model, tmp_path, monkeypatch):
         assert not [cell for row in rows for cell in row if re.match(r"[=+@\t\r]|-[^\d]", cell)]
     only_plots(monkeypatch, "experts_by_category", "avg_experts_comparison")
     bh.write_report(frame, tmp_path)
-    report = (tmp_path / "REPORT.md").read_text(encoding="utf-8")
-    assert all(len(widths) == 1 for widths in table_widths(report))
-    log = (tmp_path / "experiment_log.txt").read_text(encoding="utf-8")
-    assert all(re.match(r"\d{4}-\d\d-\d\d [\d:,]+ [A-Z]+ ", line) for line in log.splitlines())
-    hidden = re.compile("[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")
-    for text in (report, log):
-        assert not hidden.search(text)
-        assert "ERROR forged" not in re.sub(r".*\\n.*", "", log)
-    outside = re.sub(r"\n```.*?\n```\n", "", report, flags=re.S)
-    assert "<script" not in outside
-    assert not re.search(r"(?<!\\)\]\(http", outside)
-    assert "\n# heading" not in report
-    assert "\n# forged" not in report
+    assert_hostile_texts_get_nowhere(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------
