@@ -6314,13 +6314,16 @@ def _differences(
     return differences
 
 
-def compare_field(scores: pd.DataFrame, configs: Configs, own_k: int | None) -> dict[str, Any]:
+def compare_field(
+    scores: pd.DataFrame, configs: Configs, own_k: int | None, margins: Mapping[str, float] = FIELD_MARGINS
+) -> dict[str, Any]:
     """Is it this rule, or would any do? Every ladder against every other, at each whole number of experts
     that both reach: paired by item, tested over documents, BH-adjusted over all pairs.
 
     Returns ladders: label, stand_in, is_bound (no rule: it is compared with none), low and high (experts), at
     (see `_differences`), within (margin -> `fewest_experts`), beaten_by (ladders with the same stand-in);
-    pairs; n_items, n_units. Empty where fewer than two rules have a ladder.
+    pairs; experts (the whole numbers that more than half of the ladders reach); n_items, n_units. Empty where
+    fewer than two rules have a ladder.
     """
     by_config = scored_items(scores)
     own_names = [name for name in by_config if own_k is not None and static_k(configs[name]) == own_k]
@@ -6346,9 +6349,7 @@ def compare_field(scores: pd.DataFrame, configs: Configs, own_k: int | None) -> 
     for ladder in ladders:
         alike = [other for other in compared if other.stand_in == ladder.stand_in]
         labels = {other.label for other in alike}
-        within = {
-            name: fewest_experts(ladder, own, documents, margin) for name, margin in FIELD_MARGINS.items()
-        }
+        within = {name: fewest_experts(ladder, own, documents, margin) for name, margin in margins.items()}
         rows.append(
             {
                 "label": ladder.label,
@@ -6361,7 +6362,43 @@ def compare_field(scores: pd.DataFrame, configs: Configs, own_k: int | None) -> 
                 "beaten_by": sorted(_beaten_by(ladder.label, pairs) & labels),
             }
         )
-    return {"ladders": rows, "pairs": pairs, "n_items": len(items), "n_units": documents[items].nunique()}
+    reached = collections.Counter(experts for _, experts in curves)
+    return {
+        "ladders": rows,
+        "pairs": pairs,
+        "experts": sorted(experts for experts, number in reached.items() if 2 * number > len(ladders)),
+        "n_items": len(items),
+        "n_units": documents[items].nunique(),
+    }
+
+
+def higher_is_better(task: str, metric: str, report: Mapping[str, Any]) -> bool:
+    """The direction of a task's metric, as the harness reports it; without a word of it, an error rate or a
+    number of bits is better low. report: task_results.json."""
+    for units in report.get("configurations", {}).values():
+        for unit in units.values():
+            said = unit.get("higher_is_better", {}).get(task, {}).get(metric)
+            if said is not None:
+                return said
+    return not metric.startswith("bits_per_")
+
+
+def compare_field_on_tasks(
+    tasks: pd.DataFrame, configs: Configs, own_k: int | None, report: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Task -> `compare_field` of its documents' scores, where rules have ladders: perplexity alone can pick
+    the wrong setting. A score that is better high counts as its negative, so that lower is better in all of
+    it; `sign` times a difference is one of scores. No margin: a score has no perplexity to be within 1 % of.
+    """
+    fields = {}
+    with_metric = tasks[tasks["metric"] != ""]
+    for task, rows in with_metric.groupby("task", sort=False):
+        sign = -1 if higher_is_better(task, rows["metric"].iloc[0], report) else 1
+        losses = rows.assign(item_id=rows["document"], nll=sign * rows["score"], num_tokens=1)
+        field = compare_field(losses, configs, own_k, margins={})
+        if field:
+            fields[task] = field | {"sign": sign, "metric": rows["metric"].iloc[0]}
+    return fields
 
 
 # Tasks, layers, hypotheses
@@ -6499,9 +6536,10 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
 
     Returns a dict with baseline, own_k, n_rows, n_failed, n_prompts, configurations, summary_by_config,
     summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), verdict
-    (`quality_verdicts`), shuffle_effects, field (`compare_field`), noise_floor, tasks (`compare_tasks`),
-    null_diagnostics, layers (`summarize_layers`) and hypotheses. Raises UserError for a table that is none of
-    this script's, for a baseline that is not in it, and when no row is left.
+    (`quality_verdicts`), shuffle_effects, field (`compare_field`), task_fields (`compare_field_on_tasks`),
+    noise_floor, tasks (`compare_tasks`), null_diagnostics, layers (`summarize_layers`) and hypotheses. Raises
+    UserError for a table that is none of this script's, for a baseline that is not in it, and when no row is
+    left.
     """
     folder = Path(output_dir)
     results = results_beside(df, folder)
@@ -6515,9 +6553,11 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
         check_name(name)
     baseline = choose_baseline(done, baseline)
     runs = set().union(*map(run_ids, results))
+    task_report = read_side_file(folder / TASK_RESULTS, runs)
+    own_k = own_k_of(results)
     analysis = {
         "baseline": baseline,
-        "own_k": own_k_of(results),
+        "own_k": own_k,
         "n_rows": n_rows,
         "n_failed": n_rows - n_done,
         "n_prompts": done.generation["prompt_id"].nunique(),
@@ -6527,10 +6567,11 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
         "statistical_tests": compare_with_baseline(done, baseline),
         "verdict": quality_verdicts(results.scores, configs, baseline),
         "shuffle_effects": shuffle_effects(results.scores, configs),
-        "field": compare_field(results.scores, configs, own_k_of(results)),
+        "field": compare_field(results.scores, configs, own_k),
+        "task_fields": compare_field_on_tasks(done.tasks, configs, own_k, task_report),
         "quality_margin": QUALITY_MARGIN,
         "noise_floor": noise_floor(done),
-        "tasks": compare_tasks(done.tasks, baseline, read_side_file(folder / TASK_RESULTS, runs)),
+        "tasks": compare_tasks(done.tasks, baseline, task_report),
         "null_diagnostics": read_side_file(folder / NULL_DIAGNOSTICS, runs) or None,
         "layers": summarize_layers(read_side_table(LAYER_STATISTICS, folder, runs)),
     }
@@ -7266,8 +7307,7 @@ REPORT_TABLES: dict[str, tuple[ReportColumn, ...]] = {
     "league": (
         ReportColumn("rule", "label", "s"),
         ReportColumn("experts", "span", ".2f to .2f"),
-        *(ReportColumn(f"at {k}", f"at_{k}", "+.4f") for k in (4, 5, 6)),
-        ReportColumn("to the best at 5", "to_best", "+.4f"),
+        # Here `league_table` puts a column for each number of experts.
         ReportColumn("within 1 % at", "within_1", ".2f"),
         ReportColumn("95 %", "ci95_1", ".2f to .2f"),
         ReportColumn("within 0.5 % at", "within_05", ".2f"),
@@ -7727,19 +7767,29 @@ def task_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def league_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every ladder, those with the same stand-in together, the lowest NLL at 5 experts first."""
+def middle_of(experts: Sequence[int]) -> int | None:
+    """The number of experts that a league is sorted by."""
+    return experts[len(experts) // 2] if experts else None
+
+
+def league_rows(field: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every ladder of `compare_field`, those with the same stand-in together, the best of them first."""
+    sign = field.get("sign", 1)
+    middle = middle_of(field["experts"])
     rows = []
-    for ladder in analysis["field"].get("ladders", ()):
+    for ladder in field["ladders"]:
         at = {int(experts): found for experts, found in ladder["at"].items()}
         row = {"label": ladder["label"], "stand_in": ladder["stand_in"]}
         row |= {"span_low": ladder["low"], "span_high": ladder["high"]}
-        row |= {f"at_{experts}": found["to_static"] for experts, found in at.items()}
-        row["to_best"] = at.get(5, {}).get("to_best")
+        for experts, found in at.items():
+            if found["to_static"] is not None:
+                row[f"at_{experts}"] = sign * found["to_static"] + 0.0  # never shown as -0.0000
+        if middle in at:
+            row["to_best"] = sign * at[middle]["to_best"] + 0.0
         for key, margin in (("1", "1 %"), ("05", "0.5 %")):
-            within = ladder["within"][margin]
-            row |= {f"within_{key}": within["fewest"]}
-            row |= {f"ci95_{key}_low": within["ci95_low"], f"ci95_{key}_high": within["ci95_high"]}
+            within = ladder["within"].get(margin, {})
+            row |= {f"within_{key}": within.get("fewest")}
+            row |= {f"ci95_{key}_low": within.get("ci95_low"), f"ci95_{key}_high": within.get("ci95_high")}
         row["beaten_by"] = f"{len(ladder['beaten_by'])} of these" if ladder["beaten_by"] else "none"
         if ladder["is_bound"]:
             row["beaten_by"] = "a bound"
@@ -7747,10 +7797,21 @@ def league_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     stand_ins = in_order(row["stand_in"] for row in rows)
 
     def order(row: Mapping[str, Any]) -> tuple[int, float]:
-        to_static = row.get("at_5")
-        return stand_ins.index(row["stand_in"]), math.inf if to_static is None else to_static
+        to_static = row.get(f"at_{middle}")
+        loss = math.inf if to_static is None else sign * to_static
+        return stand_ins.index(row["stand_in"]), loss
 
     return sorted(rows, key=order)
+
+
+def league_table(field: Mapping[str, Any]) -> str:
+    """Markdown of `league_rows`; its columns of numbers of experts are those that the ladders reach."""
+    if not field:
+        return ""
+    columns = REPORT_TABLES["league"]
+    at = [ReportColumn(f"at {number}", f"at_{number}", "+.4f") for number in field["experts"]]
+    best = ReportColumn(f"to the best at {middle_of(field['experts'])}", "to_best", "+.4f")
+    return markdown_table(league_rows(field), (*columns[:2], *at, best, *columns[2:]))
 
 
 def null_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -7914,6 +7975,16 @@ adjusted p below {{ level }}.
 {{ few_units(tasks) }}
 {% endif %}
 
+{% for task, (metric, league) in task_leagues.items() %}
+### Every rule on {{ task }}
+
+{{ league }}
+
+At: {{ metric }} minus static Top-K's at so many experts, a mean over documents; a curve is interpolated and \
+never extrapolated. Beaten by: rules with the same stand-in that are better at some whole number of experts, \
+paired by document, p adjusted over all pairs.
+
+{% endfor %}
 {% if quality %}
 ## Quality at equal compute
 
@@ -7937,7 +8008,7 @@ nats.
 
 {{ bullets(field) }}
 
-{{ table("league", league) }}
+{{ league }}
 
 A rule at several values of its knob is a curve, interpolated and never extrapolated. Numbers of experts \
 are effective ones: kept, and for each dropped one of the model's own Top-K what stands in for it costs. \
@@ -8080,7 +8151,11 @@ def report_context(
         "tasks": task_rows(analysis),
         "quality": quality_rows(analysis),
         "field": field_sentences(analysis),
-        "league": league_rows(analysis),
+        "league": league_table(analysis["field"]),
+        "task_leagues": {
+            markdown_text(task): (markdown_text(field["metric"]), league_table(field))
+            for task, field in analysis["task_fields"].items()
+        },
         "untested": reason_sentences(analysis),
         "noise": noise_sentences(analysis),
         "shuffles": shuffle_sentences(analysis),

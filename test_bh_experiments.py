@@ -7488,8 +7488,9 @@ def test_a_key_that_is_missing_raises(tmp_path, monkeypatch):
     shown = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(bh.REPORT_TEMPLATE))
     assert shown == set(context)
     # With something in every conditional part, so that each is looked at.
-    rows = {name: [{"configuration": "x"}] for name in ("tasks", "layers", "failures", "league")}
-    full = context | rows | {"shuffles": ["x"], "diverging": True, "plots": [("x", "X")]}
+    rows = {name: [{"configuration": "x"}] for name in ("tasks", "layers", "failures")}
+    leagues = {"league": "x", "task_leagues": {"x": ("x", "x")}}
+    full = context | rows | leagues | {"shuffles": ["x"], "diverging": True, "plots": [("x", "X")]}
     before = (tmp_path / "REPORT.md").read_bytes()
     for name in full:
         lacking = {key: value for key, value in full.items() if key != name}
@@ -8358,6 +8359,58 @@ def test_ladders_are_not_extrapolated():
     ladders = {ladder["label"]: ladder for ladder in bh.compare_field(scores, configs, 8)["ladders"]}
     assert set(ladders["threshold"]["at"]) == {3}
     assert set(ladders["topk"]["at"]) == set(range(1, 9))
+
+
+def test_the_league_shows_the_numbers_of_experts_that_the_ladders_reach():
+    scores, configs = simulated_field(1, {"threshold": 0.0, "min_p": 0.01}, points=(1.5, 2.5, 3.5))
+    field = bh.compare_field(scores, configs, 8)
+    assert field["experts"] == [2, 3]
+    titles = [cell.strip() for cell in bh.league_table(field).splitlines()[0].strip("|").split("|")]
+    assert titles[:5] == ["rule", "experts", "at 2", "at 3", "to the best at 3"]
+    rows = {row["label"]: row for row in bh.league_rows(field)}
+    assert rows["min_p"]["to_best"] == pytest.approx(field_entry(field, "min_p", 3)["to_best"])
+    assert rows["topk"]["at_3"] == pytest.approx(0.0, abs=1e-12)
+
+
+def field_entry(field, label, experts):
+    """What `compare_field` says of a ladder at a number of experts."""
+    return next(ladder["at"][experts] for ladder in field["ladders"] if ladder["label"] == label)
+
+
+@pytest.mark.parametrize("is_better_high", [True, False])
+def test_rules_have_a_league_on_a_task(is_better_high, tmp_path):
+    """Signs are those of the task's score; the better rule is above in either direction."""
+    scores, configs = simulated_field(0, {"threshold": -0.03, "min_p": 0.0}, 80, 1, (2.5, 3.5, 4.5))
+    sign = -1 if is_better_high else 1
+    tasks = scores.assign(
+        task="quiz", metric="acc", score=sign * scores["nll"], prompt_text="", document=scores["item_id"]
+    )
+    tasks = bh.fit_table(tasks, bh.TASKS)
+    report = {"configurations": {"topk_8": {"quiz": {"higher_is_better": {"quiz": {"acc": is_better_high}}}}}}
+    fields = bh.compare_field_on_tasks(tasks, configs, 8, report)
+    field = fields["quiz"]
+    assert field["sign"] == sign
+    labels = [row["label"] for row in bh.league_rows(field)]
+    assert labels[0] == "threshold"
+    found = bh.league_rows(field)[0]
+    assert found["at_4"] == pytest.approx(sign * -0.03, abs=0.01)
+    beaten = {ladder["label"]: ladder["beaten_by"] for ladder in field["ladders"]}
+    assert beaten["threshold"] == []
+    assert "threshold" in beaten["min_p"]
+    assert not any(ladder["within"] for ladder in field["ladders"])
+
+
+def test_without_ladders_a_task_has_no_league():
+    scores, configs = simulated_field(0, {"threshold": 0.0}, 5, 1, (3.0,))
+    tasks = scores.assign(task="quiz", metric="acc", score=scores["nll"], document=scores["item_id"])
+    assert bh.compare_field_on_tasks(bh.fit_table(tasks, bh.TASKS), configs, 8, {}) == {}
+    nothing = bh.fit_table(tasks.assign(metric=""), bh.TASKS)
+    assert bh.compare_field_on_tasks(nothing, configs, 8, {}) == {}
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("acc", True), ("bits_per_byte", False)])
+def test_the_direction_of_a_metric_nobody_told(metric, expected):
+    assert bh.higher_is_better("quiz", metric, {}) is expected
 
 
 def test_fewest_experts_by_equivalence():
