@@ -314,8 +314,9 @@ _CONTROLS = {
 }
 
 
-# Every published rule, to be moved to the same mean numbers of experts by --match-experts.
-FIELD_EXPERTS = (3.0, 4.0, 5.0, 6.0)
+# Every published rule, to be moved to the same mean numbers of experts by --match-experts; without it to
+# these shares of the model's own K (3, 4, 5 and 6 where it is 8).
+FIELD_SHARES = (3 / 8, 4 / 8, 5 / 8, 6 / 8)
 _FIELD: dict[str, dict[str, Any]] = {
     "bh": _BH | {"alpha": 0.05},
     "bh_flat": _BH | {"alpha": 0.5, "p_values": "flat"},
@@ -353,6 +354,15 @@ def field_suite() -> dict[str, dict[str, Any]]:
     for threshold in (0.4, 0.6, 0.8, 1.0):
         suite[f"oracle_{threshold:g}"] = {"method": "oracle", "threshold": threshold}
     return suite
+
+
+def field_on(configs: Configs, own_k: int) -> dict[str, Config]:
+    """`configs` of the field suite on a model with its own K: without static Top-k above it, which the suite
+    has up to 7."""
+    wider = {f"topk_{k}" for k in range(own_k + 1, 8)}
+    stand_ins = ("", "_mean", f"_{LINEAR.replace(':', '')}")
+    left_out = {static + stand_in for static in wider for stand_in in stand_ins}
+    return {name: config for name, config in configs.items() if name not in left_out}
 
 
 def suites() -> dict[str, dict[str, dict[str, Any]]]:
@@ -8516,7 +8526,10 @@ def measure(args: argparse.Namespace) -> Results | None:
         if args.window > runner.context:
             raise UserError(f"--window {args.window}: this model's context is {runner.context}")
         texts = text_windows(args.text, runner.tokenizer, args.window)
-    targets = args.match_experts or (FIELD_EXPERTS if args.suite == "field" and not args.configs else ())
+    targets = args.match_experts or ()
+    if args.suite == "field" and not args.configs:
+        configs = field_on(configs, runner.own_k)
+        targets = targets or [share * runner.own_k for share in FIELD_SHARES]
     if targets:
         with log_to(args.output / LOG_FILE):
             calibration = runner.calibration_for(configs.values()) or runner.calibration

@@ -411,6 +411,18 @@ def test_own_configurations(tmp_path):
     assert sizes == {"default": 5, "frontier": 24, "controls": 20, "all": 36, "field": field}
 
 
+def test_the_field_suite_follows_the_models_own_k():
+    """On a model of Top-4 no static rule is wider; on one of Top-8 nothing is left out."""
+    suite = bh.field_suite()
+    assert bh.field_on(suite, 8) == suite
+    on_four = bh.field_on(suite, 4)
+    widths = {
+        config["k"] for name, config in on_four.items() if config["method"] == "topk" and name != "topk_8"
+    }
+    assert widths == {1, 2, 3, 4}
+    assert set(on_four) >= {"topk_8", "topk_4_mean", "bh_mean", "oracle_1"}
+
+
 # ---------------------------------------------------------------------------------------------------------
 # 2. Prompts and texts
 # ---------------------------------------------------------------------------------------------------------
