@@ -3057,7 +3057,8 @@ def _fit_linear_map(inputs: Tensor, outputs: Tensor, ranks: Sequence[int]) -> di
         left, values, right = torch.linalg.svd(weights, full_matrices=False)
         right = right.T
     else:  # a few singular values of a large matrix, by random projections
-        left, values, right = torch.svd_lowrank(weights, q=min(most + 8, len(weights)), niter=4)
+        with seeded(DEFAULT_SEED, weights.device):
+            left, values, right = torch.svd_lowrank(weights, q=min(most + 8, len(weights)), niter=4)
     maps = {}
     for rank in ranks:
         down = (left[:, :rank] * values[:rank]).T

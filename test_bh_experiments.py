@@ -8161,6 +8161,19 @@ def test_stand_ins_with_nothing_dropped_change_nothing(field_subject, stand_in):
     assert state_of(field_subject.model) == state
 
 
+def test_linear_maps_do_not_depend_on_what_was_drawn_before():
+    """Those of wide layers are cut by random projections."""
+    torch.manual_seed(0)
+    inputs = torch.randn(12, 520)
+    outputs = torch.randn(12, 520)
+    fits = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        fits.append(bh._fit_linear_map(inputs, outputs, [2])[2])
+    for first, second in zip(*fits, strict=True):
+        assert torch.equal(first, second)
+
+
 def test_one_token_and_many_get_the_same_stand_in(field_subject):
     """Few pairs read single maps, many go through one product: the sums are the same."""
     for stand_in in STAND_INS:
