@@ -26,7 +26,7 @@ with static Top-K at the same compute, and reported.
 
     python run_bh_experiments.py --model models/olmoe-mini         # the embedded model: no download, no GPU
     python run_bh_experiments.py                                   # OLMoE-1B-7B-0924 from the hub
-    python run_bh_experiments.py --suite frontier --text FOLDER    # score text under many configurations
+    python run_bh_experiments.py --suite frontier --text FOLDER    # score your text under many configurations
     python run_bh_experiments.py --tasks arc_easy,hellaswag        # tasks of lm-evaluation-harness
     python run_bh_experiments.py --dataset NAME --limit 50         # prompts from a data set
     python run_bh_experiments.py --analyze-only --output results   # tables, plots and report from the CSV
@@ -280,6 +280,10 @@ DEFAULT_CHECKPOINT_INTERVAL = 5
 DEFAULT_SEED = 0
 DEFAULT_WINDOW = 256
 DEFAULT_LIMIT = 100  # rows of a data set that become prompts
+DEFAULT_TEXT_LIMIT = 10_000  # ... or documents to be scored
+DEFAULT_MAX_WINDOWS = 100  # windows of the text that is scored where none is named ...
+MANY_PARAMETERS = 10**9
+MAX_WINDOWS_ON_CPU = 30  # ... and under a model of more parameters than that, on a CPU
 CALIBRATION_SEQUENCES = 32  # sequences of calibration text ...
 CALIBRATION_LENGTH = 128  # ... and tokens in each; the first position of each is left out
 SIGNIFICANCE_LEVEL = 0.05  # for the tests in the report; unrelated to a configuration's alpha
@@ -574,11 +578,11 @@ DATASET_FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "
 SHUFFLE_BUFFER = 10_000  # rows held at a time when rows are drawn at random
 
 
-def _dataset_source(dataset: str) -> tuple[str, tuple[str, ...], dict[str, str]]:
+def _dataset_source(option: str, dataset: str) -> tuple[str, tuple[str, ...], dict[str, str]]:
     """The name of a data set, and the arguments with which `datasets.load_dataset` finds it."""
     path = Path(dataset)
     if path.is_file():
-        builder = DATASET_FILES[_choice("kind of --dataset file", path.suffix.lower(), tuple(DATASET_FILES))]
+        builder = DATASET_FILES[_choice(f"kind of {option} file", path.suffix.lower(), tuple(DATASET_FILES))]
         return path.name, (builder,), {"data_files": str(path)}
     if path.exists():
         return path.name or dataset, (dataset,), {}
@@ -586,34 +590,39 @@ def _dataset_source(dataset: str) -> tuple[str, tuple[str, ...], dict[str, str]]
 
 
 def _dataset_rows(
-    dataset: str, split: str | None, limit: int, random_seed: int | None
+    option: str, dataset: str, split: str | None, limit: int, random_seed: int | None = None
 ) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
-    """The split that was read, and (number, row) of the rows taken."""
+    """The split that was read, and (number, row) of the rows taken: at least one, else a UserError."""
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(f"{option} {dataset} needs the datasets library: pip install datasets")
     import datasets
 
-    _, source, files = _dataset_source(dataset)
+    _, source, files = _dataset_source(option, dataset)
     try:
         splits = datasets.load_dataset(*source, **files, streaming=True)
         if split is None:
             split = "train" if "train" in splits or len(splits) > 1 else next(iter(splits))
-            option = f"default --split of {dataset}"
+            chosen = f"default --split of {dataset}"
         else:
-            option = f"--split of {dataset}"
-        rows = splits[_choice(option, split, tuple(splits))]
+            chosen = f"--split of {dataset}"
+        rows = splits[_choice(chosen, split, tuple(splits))]
         # Numbered before they are shuffled: a row keeps its number, whichever rows are drawn.
         columns = rows.column_names
         rows = rows.map(lambda row, n: {"row": row, "number": n}, with_indices=True, remove_columns=columns)
         if random_seed is not None:
             rows = rows.shuffle(seed=random_seed, buffer_size=SHUFFLE_BUFFER)
-        return split, [(item["number"], item["row"]) for item in rows.take(limit)]
+        taken = [(item["number"], item["row"]) for item in rows.take(limit)]
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         way_out = "(give a local file or folder of csv, json, jsonl or parquet, or a data set of the hub)"
-        raise UserError(f"--dataset {dataset} cannot be read: {_first_line(error)} {way_out}") from error
+        raise UserError(f"{option} {dataset} cannot be read: {_first_line(error)} {way_out}") from error
+    if not taken:
+        raise UserError(f"{option} {dataset}, split {split}: none of 0 rows has a text")
+    return split, taken
 
 
-def _only_text_column(dataset: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def _only_text_column(option: str, dataset: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """The column that holds the texts: "text" where there is one, else the only column of strings."""
     columns = tuple(rows[0])
     if "text" in columns:
@@ -623,8 +632,23 @@ def _only_text_column(dataset: str, rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     if len(of_strings) != 1:
         why = f'has no column "text" and {len(of_strings)} columns of strings: choose one with --text-column'
-        raise UserError(f"--dataset {dataset} {why}. Available: {', '.join(columns)}")
+        raise UserError(f"{option} {dataset} {why}. Available: {', '.join(columns)}")
     return of_strings[0]
+
+
+def _rows_with_text(
+    option: str, dataset: str, split: str, column: str, rows: Sequence[tuple[int, Mapping[str, Any]]]
+) -> list[tuple[int, Mapping[str, Any]]]:
+    """Those that have a text; the log says how many have none. UserError where none has."""
+    filled = [
+        (number, row) for number, row in rows if isinstance(row.get(column), str) and row[column].strip()
+    ]
+    if not filled:
+        raise UserError(f"{option} {dataset}, split {split}: none of {len(rows)} rows has a text")
+    missing = len(rows) - len(filled)
+    if missing:
+        logger.warning(f"{option} {dataset}: {missing} of {len(rows)} rows have no text in column {column!r}")
+    return filled
 
 
 def load_dataset_prompts(
@@ -643,11 +667,8 @@ def load_dataset_prompts(
     the rows at random instead, from a buffer of SHUFFLE_BUFFER rows, so uniformly if there are no more. Ids
     are NAME-ROW, whatever is drawn. Rows without text are left out. Raises UserError.
     """
-    if importlib.util.find_spec("datasets") is None:
-        raise UserError("--dataset needs the datasets library: pip install datasets")
-    split, taken = _dataset_rows(dataset, split, limit, random_seed)
-    if not taken:
-        raise UserError(f"--dataset {dataset}, split {split}: none of 0 rows has a text")
+    option = "--dataset"
+    split, taken = _dataset_rows(option, dataset, split, limit, random_seed)
     rows = [row for _, row in taken]
     for field, column in (
         ("text", text_column),
@@ -657,27 +678,15 @@ def load_dataset_prompts(
         if column is not None:
             _choice(f"--{field}-column", column, tuple(rows[0]))
     columns = {
-        "text": text_column or _only_text_column(dataset, rows),
+        "text": text_column or _only_text_column(option, dataset, rows),
         "category": category_column,
         "reference": reference_column,
     }
-    name, _, _ = _dataset_source(dataset)
+    name, _, _ = _dataset_source(option, dataset)
     prompts = []
-    for number, row in taken:
-        text = row.get(columns["text"])
-        if isinstance(text, str) and text.strip():
-            given = {
-                field: str(row[column]) for field, column in columns.items() if row.get(column) is not None
-            }
-            prompts.append(resolve_prompt({"id": f"{name}-{number}", "category": name, **given}))
-    if not prompts:
-        raise UserError(f"--dataset {dataset}, split {split}: none of {len(taken)} rows has a text")
-    missing = len(taken) - len(prompts)
-    if missing:
-        column = columns["text"]
-        logger.warning(
-            f"--dataset {dataset}: {missing} of {len(taken)} rows have no text in column {column!r}"
-        )
+    for number, row in _rows_with_text(option, dataset, split, columns["text"], taken):
+        given = {field: str(row[column]) for field, column in columns.items() if row.get(column) is not None}
+        prompts.append(resolve_prompt({"id": f"{name}-{number}", "category": name, **given}))
     return prompts
 
 
@@ -692,6 +701,7 @@ class TextItem:
     context: int
     num_bytes: int  # of the predicted text, in UTF-8
     inputs: dict[str, str]  # field -> hash, of everything that its scores depend on
+    source: str = "text"  # or "reference", of a prompt
 
     def __post_init__(self) -> None:
         """Takes any list of token ids. UserError where there is nothing given, or nothing to predict."""
@@ -732,55 +742,229 @@ def reference_items(prompts: Sequence[Prompt], tokenizer: Any) -> list[TextItem]
                     context=len(given),
                     num_bytes=len(reference.encode()),
                     inputs={field: fingerprint(prompt[field]) for field in ("text", "category", "reference")},
+                    source="reference",
                 )
             )
     return items
 
 
-def _text_files(paths: Sequence[Path]) -> list[tuple[str, Path]]:
-    """(name, file) of each text file: those given, and the .txt files of the folders given."""
-    files = []
-    for path in paths:
-        if not path.is_dir():
-            files.append((path.name, path))
-            continue
-        inside = sorted(path.rglob("*.txt"))
-        if not inside:
-            raise UserError(f"--text {path}: the folder holds no .txt file")
-        files += [(str(file.relative_to(path)), file) for file in inside]
-    return files
+# Texts to be scored: documents, cut into windows
 
 
-def text_windows(paths: Sequence[Path], tokenizer: Any, window: int) -> list[TextItem]:
-    """Plain text files, or folders of .txt files, cut into windows of `window` tokens to be scored.
+@dataclass(frozen=True)
+class Document:
+    """A text that is cut into windows. Those of one document are not independent of each other."""
 
-    Each file is a document. Every token is scored once, with the one before its window as first context (the
-    end-of-text token at the start): the windows of lm-evaluation-harness's rolling log-likelihood. A last
-    window shorter than half is left out.
+    name: str
+    text: str
+    category: str = "text"
+
+
+NO_TEXT = "none"  # as --text: score no text but the prompts' references
+HELDOUT_FOLDER = "heldout"  # in a model's folder
+PYTHON_DOCS = "pydoc_data.topics"
+# What is scored where no text is named: category of its documents -> what it is, in the report.
+DEFAULT_TEXTS = {
+    HELDOUT_FOLDER: "text that comes with the model, of the same kind as its training data but held out of "
+    "it",
+    PYTHON_DOCS: "the language reference that every Python carries (`pydoc_data.topics`). The model was "
+    "probably trained on it: a paired comparison can bear that, but it says nothing about other text; "
+    "`--text` takes yours",
+}
+
+
+def default_documents(model_name: str) -> list[Document]:
+    """What is scored where no text is named: that of the model's folder, else what every Python brings."""
+    folder = Path(model_name) / HELDOUT_FOLDER
+    files = sorted(folder.rglob("*.txt"))
+    if files:
+        return [
+            Document(file.relative_to(folder).as_posix(), _read_text(file, "--text"), HELDOUT_FOLDER)
+            for file in files
+        ]
+    try:
+        topics = importlib.import_module(PYTHON_DOCS).topics
+    except ImportError as error:
+        raise UserError(f"this Python lacks its text: {error}") from error
+    return [Document(f"{PYTHON_DOCS}/{name}", text, PYTHON_DOCS) for name, text in sorted(topics.items())]
+
+
+def _text_rows(
+    dataset: str, split: str | None, text_column: str | None, limit: int, prefix: str = ""
+) -> list[Document]:
+    """The first `limit` rows of a data set that have a text, a document each, as NAME-ROW."""
+    option = "--text"
+    split, taken = _dataset_rows(option, dataset, split, limit)
+    rows = [row for _, row in taken]
+    if text_column is not None:
+        _choice("--text-column", text_column, tuple(rows[0]))
+    column = text_column or _only_text_column(option, dataset, rows)
+    if len(taken) == limit:
+        logger.info(f"{option} {dataset}: the first {limit:,} rows were read; --limit N takes others")
+    name, _, _ = _dataset_source(option, dataset)
+    return [
+        Document(f"{prefix}{name}-{number}", row[column])
+        for number, row in _rows_with_text(option, dataset, split, column, taken)
+    ]
+
+
+TEXT_FOLDER_FILES = (".txt", ".csv", ".jsonl", ".parquet")  # .json is too often about the others
+
+
+def _folder_documents(folder: Path, split: str | None, text_column: str | None, limit: int) -> list[Document]:
+    """The documents of a folder with .txt files: each of these, and the rows of its data files."""
+    documents = []
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.suffix == ".txt":
+            documents.append(Document(name, _read_text(file, "--text")))
+        elif file.suffix in TEXT_FOLDER_FILES:
+            prefix = name.removesuffix(file.name)
+            documents += _text_rows(str(file), split, text_column, limit, prefix)
+    return documents
+
+
+def _may_be_of_hub(source: str) -> bool:
+    """Whether what is not there may be a data set of the hub, and no mistyped file."""
+    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[^/\\]+)?", source)
+    return bool(is_name) and Path(source).suffix.lower() not in (".txt", ".md", *DATASET_FILES)
+
+
+def load_text_documents(
+    sources: Sequence[str | Path],
+    split: str | None = None,
+    text_column: str | None = None,
+    limit: int = DEFAULT_TEXT_LIMIT,
+) -> list[Document]:
+    """The documents of text files, data sets and folders of either.
+
+    A text file is a document. So is a row of a data set: a .csv, .json, .jsonl or .parquet file, a folder of
+    such files, or a hub NAME or NAME:CONFIG (see `load_dataset_prompts` for split and text_column; of each
+    the first `limit` rows). Of a folder with .txt files every text and data file is taken. Raises UserError.
     """
-    items = []
-    for name, file in _text_files(paths):
-        tokens = tokenizer(_read_text(file, "--text"), add_special_tokens=False, verbose=False)["input_ids"]
+    documents = []
+    for source in map(str, sources):
+        path = Path(source)
+        is_dataset = path.suffix.lower() in DATASET_FILES if path.exists() else _may_be_of_hub(source)
+        if path.is_dir():
+            suffixes = {file.suffix for file in path.rglob("*")}
+            if suffixes.isdisjoint((".txt", *DATASET_FILES)):
+                kinds = ", ".join(DATASET_FILES)
+                raise UserError(f"--text {source}: the folder holds no .txt file, and none of {kinds}")
+            is_dataset = ".txt" not in suffixes
+        if is_dataset:
+            documents += _text_rows(source, split, text_column, limit)
+        elif path.is_dir():
+            documents += _folder_documents(path, split, text_column, limit)
+        else:
+            documents.append(Document(path.name, _read_text(path, "--text")))
+    return documents
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window of a document: token_ids int32 [S], the first of which stands before it."""
+
+    document: Document
+    first: int  # place of its own first token in the document
+    token_ids: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return f"{self.document.name}:{self.first}"
+
+    def item(self, tokenizer: Any) -> TextItem:
+        return TextItem(
+            id=self.name,
+            document=self.document.name,
+            category=self.document.category,
+            token_ids=self.token_ids,
+            context=1,
+            num_bytes=len(tokenizer.decode(self.token_ids[1:]).encode()),
+            inputs={
+                "token_ids": fingerprint(self.token_ids.tolist()),
+                "document": fingerprint(self.document.name),
+            },
+        )
+
+
+def cut_windows(documents: Iterable[Document], tokenizer: Any, window: int) -> list[Window]:
+    """Documents cut into windows of `window` tokens.
+
+    Every token is in one window, with the one before it as first context (the end-of-text token at the
+    start): the windows of lm-evaluation-harness's rolling log-likelihood. A last window shorter than half a
+    window, or half of DEFAULT_WINDOW where that is less, is left out.
+    """
+    shortest = max(1, min(window, DEFAULT_WINDOW) // 2)
+    windows = []
+    for document in documents:
+        tokens = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
         tokens = np.array([start_token(tokenizer), *tokens], dtype=np.int32)
         for first in range(1, len(tokens), window):
             part = tokens[first - 1 : first + window]
-            if len(part) > max(1, window // 2):
-                inputs = {"token_ids": fingerprint(part.tolist()), "document": fingerprint(name)}
-                items.append(
-                    TextItem(
-                        id=f"{name}:{first - 1}",
-                        document=name,
-                        category="text",
-                        token_ids=part,
-                        context=1,
-                        num_bytes=len(tokenizer.decode(part[1:]).encode()),
-                        inputs=inputs,
-                    )
-                )
-    if not items:
-        raise UserError(f"--text: no file has {window // 2} tokens, half a window of {window}")
-    check_ids([item.id for item in items])
-    return items
+            if len(part) > shortest:
+                windows.append(Window(document, first - 1, part))
+    if not windows:
+        way_out = "give a longer text, or a smaller --window"
+        raise UserError(f"--text: no document has {amount(shortest, 'token')}: {way_out}")
+    check_ids([part.name for part in windows])
+    return windows
+
+
+def _evenly(number: int, of: int) -> list[int]:
+    """`number` places spread evenly over range(`of`)."""
+    return [int((place + 0.5) * of / number) for place in range(number)]
+
+
+def spread_over_documents(windows: Sequence[Window], most: int) -> list[Window]:
+    """At most `most` windows: of every document as many as of any other, as far as it has them, spread evenly
+    over it. Of more documents than that, one each of some that are spread evenly over all."""
+    by_document: dict[str, list[Window]] = {}
+    for window in windows:
+        by_document.setdefault(window.document.name, []).append(window)
+    groups = list(by_document.values())
+    if len(groups) > most:
+        groups = [groups[place] for place in _evenly(most, len(groups))]
+    taken = [0] * len(groups)
+    remaining = min(most, sum(map(len, groups)))
+    while remaining:
+        for place, group in enumerate(groups):
+            if remaining and taken[place] < len(group):
+                taken[place] += 1
+                remaining -= 1
+    return [
+        group[place]
+        for group, number in zip(groups, taken, strict=True)
+        for place in (_evenly(number, len(group)) if number else ())
+    ]
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """Of a text the windows that are scored, and the others, on which nulls can be calibrated."""
+
+    scored: list[TextItem]
+    unscored: list[Window]
+
+
+def sample_text(
+    documents: Iterable[Document],
+    tokenizer: Any,
+    window: int = DEFAULT_WINDOW,
+    max_windows: int | None = None,
+) -> TextSample:
+    """The windows of documents, of which at most `max_windows` are scored: all of them, unless told."""
+    windows = cut_windows(documents, tokenizer, window)
+    chosen = windows if max_windows is None else spread_over_documents(windows, max_windows)
+    names = {part.name for part in chosen}
+    unscored = [part for part in windows if part.name not in names]
+    return TextSample([part.item(tokenizer) for part in chosen], unscored)
+
+
+def text_windows(sources: Sequence[str | Path], tokenizer: Any, window: int) -> list[TextItem]:
+    """All windows of `window` tokens of text files, data sets and folders of either, to be scored; see
+    `load_text_documents` and `cut_windows`."""
+    return sample_text(load_text_documents(sources), tokenizer, window).scored
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2875,19 +3059,41 @@ def sample_calibration_text(
     return torch.cat(texts)
 
 
-def read_calibration_text(path: Path, tokenizer: Any, sequences: int | None = None) -> Tensor:
-    """Windows spread evenly over a text file, at most `sequences` (CALIBRATION_SEQUENCES unless told): int64
-    [S, CALIBRATION_LENGTH]."""
-    tokens = torch.tensor(tokenizer(_read_text(path, "--calibration-text"), verbose=False)["input_ids"])
-    windows = len(tokens) // CALIBRATION_LENGTH
-    if not windows:
-        raise UserError(f"--calibration-text {path}: {len(tokens)} tokens, {CALIBRATION_LENGTH} are needed")
-    most = sequences or CALIBRATION_SEQUENCES
-    take = torch.linspace(0, windows - 1, min(windows, most)).round().long()
-    return tokens[: windows * CALIBRATION_LENGTH].view(windows, CALIBRATION_LENGTH)[take]
-
-
 SHARED_RUN = 32  # so many equal tokens in a row are the same text, not the same phrase
+LINEAR_SEQUENCES = 256  # sequences of calibration text for the linear stand-ins: 32,768 tokens
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """What nulls and stand-ins are calibrated on: in words, as part of a run's identity, and its windows,
+    int64 [W, CALIBRATION_LENGTH]; None for text that the model writes itself."""
+
+    words: str
+    identity: str
+    windows: Tensor | None = None
+
+    def take(self, sequences: int) -> Tensor | None:
+        """So many of the windows, spread evenly over them, or all of them where there are fewer."""
+        if self.windows is None:
+            return None
+        last = len(self.windows) - 1
+        return self.windows[torch.linspace(0, last, min(last + 1, sequences)).round().long()]
+
+
+SAMPLED = "sampled"  # as --calibration-text
+SAMPLED_TEXT = CalibrationText("text sampled from the model", SAMPLED)
+
+
+def read_calibration_text(path: Path, tokenizer: Any) -> CalibrationText:
+    """All of a text file. UserError where it has no CALIBRATION_LENGTH tokens."""
+    text = _read_text(path, "--calibration-text")
+    tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    number = len(tokens) // CALIBRATION_LENGTH
+    if not number:
+        raise UserError(f"--calibration-text {path}: {len(tokens)} tokens, {CALIBRATION_LENGTH} are needed")
+    windows = tokens[: number * CALIBRATION_LENGTH].view(number, CALIBRATION_LENGTH)
+    identity = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return CalibrationText(f"--calibration-text {path}", identity, windows)
 
 
 def _runs_of(tokens: Tensor, length: int) -> list[tuple[int, ...]]:
@@ -2895,16 +3101,44 @@ def _runs_of(tokens: Tensor, length: int) -> list[tuple[int, ...]]:
     return list(map(tuple, tokens.unfold(1, length, 1).flatten(0, 1).tolist()))
 
 
-def count_shared_tokens(texts: Sequence[Tensor], calibration_text: Path | None, tokenizer: Any) -> int:
+def calibration_rest(text: TextSample) -> CalibrationText | None:
+    """What calibration can take of a text: its windows that are not scored, without those that have a run of
+    SHARED_RUN tokens in common with the scored ones. None where these are too few."""
+    parts = [torch.as_tensor(window.token_ids[1:], dtype=torch.int64) for window in text.unscored]
+    pieces = [piece for part in parts for piece in part.split(CALIBRATION_LENGTH)]
+    pieces = [piece for piece in pieces if len(piece) == CALIBRATION_LENGTH]
+    if len(pieces) < CALIBRATION_SEQUENCES:
+        return None
+    windows = CalibrationText("", "", torch.stack(pieces)).take(2 * LINEAR_SEQUENCES)
+    length = min(SHARED_RUN, CALIBRATION_LENGTH)
+    places: dict[tuple[int, ...], list[int]] = {}  # run -> the windows that have it
+    for place, window in enumerate(windows):
+        for run in _runs_of(window[None], length):
+            places.setdefault(run, []).append(place)
+    is_free = torch.ones(len(windows), dtype=torch.bool)
+    for item in text.scored:
+        if len(item.token_ids) >= length:
+            for run in _runs_of(torch.as_tensor(item.token_ids, dtype=torch.int64)[None], length):
+                is_free[places.get(run, [])] = False
+    windows = windows[is_free]
+    if len(windows) < CALIBRATION_SEQUENCES:
+        return None
+    category = text.unscored[0].document.category
+    name = category if category in DEFAULT_TEXTS else "the text"
+    words = f"windows of {name} that are not scored"
+    return CalibrationText(words, fingerprint(windows.tolist()), windows)
+
+
+def count_shared_tokens(texts: Sequence[Tensor], calibration_text: CalibrationText) -> int:
     """How many tokens of `texts`, each [1, S], lie in a run of SHARED_RUN tokens of the calibration text.
 
     Of that only the windows that calibration takes count, and a text shorter than such a run is looked for
     as a whole. First positions are left out, as everywhere in calibration. 0 where the model wrote its own
     calibration text. Some are told with a warning: there, nothing that is diagnosed was held out.
     """
-    if calibration_text is None:
+    windows = calibration_text.take(CALIBRATION_SEQUENCES)  # [W, CALIBRATION_LENGTH]
+    if windows is None:
         return 0
-    windows = read_calibration_text(calibration_text, tokenizer)  # [W, CALIBRATION_LENGTH]
     longest = min(SHARED_RUN, windows.shape[1])
     known: dict[int, set[tuple[int, ...]]] = {}  # by length of the runs
     shared = 0
@@ -2920,8 +3154,8 @@ def count_shared_tokens(texts: Sequence[Tensor], calibration_text: Path | None, 
     if shared:
         total = sum(text.numel() - 1 for text in texts)
         logger.warning(
-            f"--calibration-text {calibration_text} shares text with what is scored: {shared} of the {total} "
-            "tokens on which the nulls are diagnosed were calibrated on: they say too little about new text"
+            f"{calibration_text.words} shares text with what is scored: {shared} of the {total} tokens on "
+            "which the nulls are diagnosed were calibrated on: they say too little about new text"
         )
     return shared
 
@@ -3035,7 +3269,6 @@ def record_routers(model: nn.Module, batches: Sequence[Tensor], outputs: bool = 
     return calibration
 
 
-LINEAR_SEQUENCES = 256  # sequences of calibration text for the linear stand-ins: 32,768 tokens
 RIDGE = 10.0  # times the mean variance of the inputs: as if so many tokens said that the map is zero
 
 
@@ -3122,31 +3355,33 @@ def calibrate(
     model: nn.Module,
     tokenizer: Any,
     seed: int = DEFAULT_SEED,
-    text_path: Path | None = None,
+    text: CalibrationText | Path | None = None,
     *,
     outputs: bool = False,
     linear_ranks: Sequence[int] = (),
 ) -> Calibration:
-    """Record the unpatched routers on text sampled from the model with `seed`, or on a text file.
+    """Record the unpatched routers on a text, or a text file, or by default on text sampled with `seed`.
 
     outputs: also what the experts put out, for the stand-in "mean" and the rule "contribution". linear_ranks:
     also fit the stand-in "linear:R" for these R, on LINEAR_SEQUENCES sequences.
     """
-    tokens = calibration_tokens(model, tokenizer, seed, text_path, CALIBRATION_SEQUENCES)
+    if not isinstance(text, CalibrationText):
+        text = SAMPLED_TEXT if text is None else read_calibration_text(text, tokenizer)
+    tokens = calibration_tokens(model, tokenizer, seed, text, CALIBRATION_SEQUENCES)
     calibration = record_routers(model, tokens.split(4), outputs)
     if linear_ranks:
-        tokens = calibration_tokens(model, tokenizer, seed, text_path, LINEAR_SEQUENCES)
+        tokens = calibration_tokens(model, tokenizer, seed, text, LINEAR_SEQUENCES)
         calibration.linear_maps = fit_linear_maps(model, tokens.split(4), linear_ranks)
     return calibration
 
 
 def calibration_tokens(
-    model: nn.Module, tokenizer: Any, seed: int, text_path: Path | None, sequences: int
+    model: nn.Module, tokenizer: Any, seed: int, text: CalibrationText, sequences: int
 ) -> Tensor:
     """Token ids of calibration text, at most `sequences` of them: int64 [S, CALIBRATION_LENGTH]."""
-    if text_path is None:
+    if text.windows is None:
         return sample_calibration_text(model, tokenizer, seed, sequences)
-    return read_calibration_text(text_path, tokenizer, sequences)
+    return text.take(sequences)
 
 
 MATCHING_ERROR = 0.05  # experts: a rule that misses its target by more jumps over it
@@ -3420,7 +3655,9 @@ SCORES = Table(
         _CONFIG_NAME,
         Column("item_id", str, "name of the window, FILE:FIRST-TOKEN, or of the prompt for its reference"),
         Column("document", str, "what the window was cut from: windows of a document are not independent"),
-        Column("category", str, "category of the prompt; `text` for `--text`"),
+        Column("source", str, "`text`, or `reference` of a prompt: where there is text, it alone decides"),
+        Column("category", str, "category of the prompt; `text` for `--text`; where no text was named, what "
+               "was scored: `heldout` or `pydoc_data.topics`"),
         *_STATUS,
         Column("nll", float, "mean NLL of the scored tokens, nats"),
         Column("num_tokens", int, "how many tokens were scored"),
@@ -4840,7 +5077,8 @@ class BHExperimentRunner:
     checkpoint_interval: each finished experiment is written at once; so many are forced to the disk together.
     device: "auto" (None is the same), "cuda" or "cpu". use_fp16: False is the same as dtype "float32".
     model, tokenizer: a model that is loaded already; device and dtype are then its own.
-    calibration_text: a text file for the empirical nulls; without it the model writes its own text.
+    calibration_text: a text file for the empirical nulls, or "sampled": the model writes its own text; see
+    `calibration_source` for what is taken without it.
     seed: for the sampled calibration text, and for sampling. dtype: see `choose_dtype`. revision, device_map,
     trust_remote_code: see `load_model`. sampling: {"temperature": ..., "top_p": ...}, greedy when None.
     batch_size: scored texts in a forward pass, a number or "auto". command: what the rows say ran them.
@@ -4871,8 +5109,9 @@ class BHExperimentRunner:
     ):
         if (model is None) != (tokenizer is None):
             raise UserError("a ready model needs its tokenizer: pass both model= and tokenizer=, or neither")
-        if calibration_text is not None and not Path(calibration_text).is_file():
-            raise UserError(f"--calibration-text {calibration_text}: there is no such file")
+        if calibration_text not in (None, SAMPLED) and not Path(calibration_text).is_file():
+            why = f"there is no such file; {SAMPLED} stands for text that the model samples"
+            raise UserError(f"--calibration-text {calibration_text}: {why}")
         if not use_fp16 and dtype not in ("auto", "float32"):
             raise UserError(f"--no-fp16 means --dtype float32, but dtype is {dtype}: give one of them")
         self.model_name = model_name
@@ -4880,7 +5119,7 @@ class BHExperimentRunner:
         self.checkpoint_interval = check_least("checkpoint_interval", checkpoint_interval)
         self.seed = check_seed("seed", seed)
         self.batch_size = "auto" if batch_size == "auto" else check_least("batch_size", batch_size)
-        self.calibration_text = None if calibration_text is None else Path(calibration_text)
+        self.calibration_text = calibration_text
         self.command = command
         self.sampling: dict[str, float] | None = None
         if sampling is not None:
@@ -4912,6 +5151,7 @@ class BHExperimentRunner:
         self.checkpoint: Checkpoint | None = None
         self._routing = contextlib.ExitStack()
         self._calibration: Calibration | None = None
+        self._calibration_source: CalibrationText | None = None
         self._batch_limit = sys.maxsize  # how many texts the memory was enough for
 
     def __repr__(self) -> str:
@@ -5010,21 +5250,73 @@ class BHExperimentRunner:
                 ladder[_unused_name(f"topk_{k}", ladder)] = self._static(k)
         return ladder
 
+    # Text that is scored where none is named, and text to calibrate on
+
+    @functools.cached_property
+    def default_text(self) -> TextSample:
+        """What is scored where no text is named: what the model's folder brings, else what Python brings."""
+        return self.sample_default_text()
+
+    def sample_default_text(self, window: int = DEFAULT_WINDOW, max_windows: int | None = None) -> TextSample:
+        """Of that text `max_windows` windows; unless told, fewer of them where they would take long."""
+        if max_windows is None:
+            max_windows = DEFAULT_MAX_WINDOWS
+            size = sum(parameter.numel() for parameter in self.model.parameters())
+            if self.device.type == "cpu" and size > MANY_PARAMETERS:
+                max_windows = MAX_WINDOWS_ON_CPU
+                why = f"this model has {size / 1e9:.1f} billion parameters and runs on a CPU"
+                logger.info(f"{max_windows} windows of text are scored: {why}; --max-windows N scores more")
+        try:
+            documents = default_documents(self.model_name)
+            return sample_text(documents, self.tokenizer, min(window, self.context), max_windows)
+        except UserError as error:
+            logger.warning(f"no text is scored, as none was named: {error}")
+            return TextSample([], [])
+
+    def calibrate_on(self, text: TextSample) -> None:
+        """Calibrate on what of a text is not scored, unless a calibration text was named; where that is too
+        little, on the default text, without what it shares with the one that is scored; else on text that the
+        model samples."""
+        if self.calibration_text is not None:
+            return
+        source = calibration_rest(text)
+        if source is None:
+            source = calibration_rest(TextSample(text.scored, self.default_text.unscored))
+        self._calibration_source = source or SAMPLED_TEXT
+        self._calibration = None
+
+    @property
+    def calibration_source(self) -> CalibrationText:
+        """The calibration text: the one that was named, else what `calibrate_on` chose, which is the default
+        text unless it was told another."""
+        if self._calibration_source is None:
+            if self.calibration_text is None:
+                self.calibrate_on(self.default_text)
+            elif self.calibration_text == SAMPLED:
+                self._calibration_source = SAMPLED_TEXT
+            else:
+                self._calibration_source = read_calibration_text(Path(self.calibration_text), self.tokenizer)
+        return self._calibration_source
+
     # What decides the numbers, besides configuration and prompt
 
     @functools.cached_property
-    def settings(self) -> dict[str, Any]:
-        """What every row of this runner has in common; a run is resumed only with the same."""
-        source = "sampled"
-        if self.calibration_text is not None:
-            source = hashlib.sha256(self.calibration_text.read_bytes()).hexdigest()[:16]
+    def _subject(self) -> dict[str, Any]:
+        """What runs, and where."""
         return {
             "model": model_fingerprint(self.model),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "dtype": self.dtype,
             "device": self.device.type,
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What every row of this runner has in common; a run is resumed only with the same."""
+        return {
+            **self._subject,
             "seed": self.seed,
-            "calibration_text": source,
+            "calibration_text": self.calibration_source.identity,
             "sampling": self.sampling,
         }
 
@@ -5066,11 +5358,11 @@ class BHExperimentRunner:
             if self._calibration is not None and (self._calibration.means is not None or not outputs):
                 return self._calibration
             self._calibration = calibrate(
-                self.model, self.tokenizer, self.seed, self.calibration_text, outputs=outputs
+                self.model, self.tokenizer, self.seed, self.calibration_source, outputs=outputs
             )
             self._calibration.save(path, self._calibrated_from)
         null = self._calibration.null(0, 1.0)
-        source = self.calibration_text or "text sampled from the model"
+        source = self.calibration_source.words
         smallest = null.smallest_alpha(self.layers[0].num_experts)
         logger.info(
             f"calibrated on {self._calibration.logits.shape[1]} tokens of {source} in "
@@ -5078,6 +5370,13 @@ class BHExperimentRunner:
             f"{smallest:.2g}"
         )
         return self._calibration
+
+    @property
+    def _linear_source(self) -> CalibrationText:
+        """The calibration text, unless nobody named it and it is too short to fit linear maps on."""
+        source = self.calibration_source
+        is_short = source.windows is not None and len(source.windows) < LINEAR_SEQUENCES
+        return SAMPLED_TEXT if is_short and self.calibration_text is None else source
 
     def _linear_maps(self, rank: int) -> list[StandIn]:
         """The stand-ins "linear:rank", one a layer: from the output folder, or fitted now."""
@@ -5087,8 +5386,8 @@ class BHExperimentRunner:
         with waiting_for(self.output_dir / ".calibration.lock"):
             stored = load_tensors(path, about)
             if not stored:
-                source = (self.model, self.tokenizer, self.seed, self.calibration_text, LINEAR_SEQUENCES)
-                tokens = calibration_tokens(*source)
+                source = self._linear_source
+                tokens = calibration_tokens(self.model, self.tokenizer, self.seed, source, LINEAR_SEQUENCES)
                 maps = fit_linear_maps(self.model, tokens.split(4), [rank])[rank]
                 stored = {
                     name: torch.stack([getattr(layer_maps, name) for layer_maps in maps])
@@ -5097,7 +5396,8 @@ class BHExperimentRunner:
                 save_tensors(path, {name: part.contiguous() for name, part in stored.items()}, about)
                 seconds = time.perf_counter() - start
                 logger.info(
-                    f"linear stand-ins of rank {rank} fitted on {tokens.numel()} tokens in {seconds:.1f} s"
+                    f"linear stand-ins of rank {rank} fitted on {tokens.numel()} tokens of {source.words} in "
+                    f"{seconds:.1f} s"
                 )
         return [StandIn(*parts) for parts in zip(stored["offset"], stored["down"], stored["up"], strict=True)]
 
@@ -5112,7 +5412,8 @@ class BHExperimentRunner:
         if not batches:
             return {}
         report = diagnose_nulls(self.calibration, record_routers(self.model, batches))
-        report["n_shared_tokens"] = count_shared_tokens(batches, self.calibration_text, self.tokenizer)
+        report["n_shared_tokens"] = count_shared_tokens(batches, self.calibration_source)
+        report["calibrated_on"] = self.calibration_source.words
         write_json(self.output_dir / NULL_DIAGNOSTICS, {"run_id": run_id} | report, indent=None)
         return report
 
@@ -5128,7 +5429,7 @@ class BHExperimentRunner:
             "own_k": self.own_k,
             "model_name": self.model_name,
             "model_revision": self.revision,
-            "model_hash": self.settings["model"],
+            "model_hash": self._subject["model"],
             "device": "cpu" if on_cpu else torch.cuda.get_device_name(self.device),
             "dtype": self.dtype,
             "seed": self.seed,
@@ -5264,6 +5565,7 @@ class BHExperimentRunner:
             **self._row("score", name, config, item.inputs),
             "item_id": item.id,
             "document": item.document,
+            "source": item.source,
             "category": item.category,
         }
 
@@ -5369,7 +5671,7 @@ class BHExperimentRunner:
         max_new_tokens: int = DEFAULT_MAX_TOKENS,
         resume: bool = True,
         *,
-        texts: Sequence[TextItem] = (),
+        texts: Sequence[TextItem] | None = None,
         num_samples: int = 1,
         retry_failed: bool = False,
         fail_fast: bool = False,
@@ -5379,7 +5681,9 @@ class BHExperimentRunner:
 
         Returns the rows of generation, one for each prompt and configuration in that order; `results` has all
         three tables, and they are written to the output folder. Scored are the prompts' references and
-        `texts` (see `text_windows`), also by static Top-k for every k up to the model's own.
+        `texts` (see `text_windows`), also by static Top-k for every k up to the model's own. None: the
+        `default_text` beside the built-in prompts, no text beside prompts of your own. Where text is scored
+        the verdict is about it alone, not about the references.
 
         Configurations take turns within each prompt, so that a machine that slows down slows all of them
         alike. The model's own routing is run as well where it is not among them. With `resume`, what the
@@ -5418,11 +5722,13 @@ class BHExperimentRunner:
         routing_configs: Configs | None,
         test_prompts: Sequence[Prompt] | None,
         max_new_tokens: int,
-        texts: Sequence[TextItem],
+        texts: Sequence[TextItem] | None,
         num_samples: int,
         baseline: str | None,
     ) -> SuitePlan:
         """What a suite will measure, checked."""
+        if texts is None:
+            texts = self.default_text.scored if test_prompts is None else ()
         prompts = [resolve_prompt(p) for p in (TEST_PROMPTS if test_prompts is None else test_prompts)]
         new_tokens = check_least("max_new_tokens", max_new_tokens)
         num_samples = check_least("num_samples", num_samples)
@@ -5977,6 +6283,16 @@ def scored_items(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
             twice = tables[name].index[tables[name].index.duplicated()][0]
             raise UserError(f"configuration {name!r} has item_id {twice!r} twice")
     return tables
+
+
+def deciding_scores(scores: pd.DataFrame) -> pd.DataFrame:
+    """What a verdict is about: text where text was scored, else the prompts' references.
+
+    Both are never in one test: a reference is a few dozen tokens after a prompt, a window some hundred of
+    running text, and the mean over both would be about neither. Older tables do not tell them apart.
+    """
+    is_text = scores["source"] == "text"
+    return scores[is_text] if is_text.any() else scores
 
 
 def static_mixture(curve: Curve, mean_experts: float) -> StaticMixture | NotComparable:
@@ -6566,6 +6882,7 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
     runs = set().union(*map(run_ids, results))
     task_report = read_side_file(folder / TASK_RESULTS, runs)
     own_k = own_k_of(results)
+    scores = deciding_scores(results.scores)
     analysis = {
         "baseline": baseline,
         "own_k": own_k,
@@ -6576,9 +6893,9 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
         "summary_by_config": summarize(done),
         "summary_by_category": summarize_categories(done),
         "statistical_tests": compare_with_baseline(done, baseline),
-        "verdict": quality_verdicts(results.scores, configs, baseline),
-        "shuffle_effects": shuffle_effects(results.scores, configs),
-        "field": compare_field(results.scores, configs, own_k),
+        "verdict": quality_verdicts(scores, configs, baseline),
+        "shuffle_effects": shuffle_effects(scores, configs),
+        "field": compare_field(scores, configs, own_k),
         "task_fields": compare_field_on_tasks(done.tasks, configs, own_k, task_report),
         "quality_margin": QUALITY_MARGIN,
         "noise_floor": noise_floor(done),
@@ -7594,6 +7911,27 @@ def null_origin(diagnostics: Mapping[str, Any]) -> str:
     return f"of which {shared} were used for calibration as well (there the nulls look better than they are)"
 
 
+def calibration_sentence(diagnostics: Mapping[str, Any]) -> str:
+    """What the empirical null was calibrated on; results of older scripts do not say."""
+    words = diagnostics.get("calibrated_on")
+    return f"Calibrated on {markdown_text(words)}." if words else ""
+
+
+def text_sentences(scores: pd.DataFrame) -> list[str]:
+    """What text was scored: what it is where none was named, and what else was scored and does not count."""
+    sentences = []
+    for category in distinct(scores["category"][scores["source"] == "text"]):
+        if category in DEFAULT_TEXTS:
+            sentences.append(f"The scored text: {DEFAULT_TEXTS[category]}.")
+    others = len(scores["item_id"].unique()) - len(deciding_scores(scores)["item_id"].unique())
+    if others:
+        sentences.append(
+            f"The references of {amount(others, 'prompt')} were scored too, in `text_scores.csv`; the tests "
+            "are about the text alone."
+        )
+    return sentences
+
+
 def null_distances(diagnostics: Mapping[str, Any]) -> str:
     """How far the p-values of each null are from uniform, by layer."""
     return "; ".join(
@@ -7688,7 +8026,7 @@ def machine(row: Row) -> str:
 
 def scored_words(results: Results, analysis: Mapping[str, Any]) -> str:
     """How much text was scored, and under what: what was asked for, and the static curve beside it."""
-    documents = amount(results.finished().scores["document"].nunique(), "document")
+    documents = amount(deciding_scores(results.finished().scores)["document"].nunique(), "document")
     names = distinct(results.scores["config_name"])
     asked = distinct(results.generation["config_name"])
     static = [name for name in names if static_k(analysis["configurations"][name]) is not None]
@@ -8008,6 +8346,8 @@ found with 80 % power. Equivalent: two one-sided t-tests against `{{ baseline }}
 within {{ margin }} of perplexity, adjusted likewise. KL: from the predictions of the model's own routing, \
 nats.
 
+{{ bullets(scored_text) }}
+
 {{ table("quality", quality) }}
 
 {{ bullets(untested) }}
@@ -8048,7 +8388,7 @@ Does it matter which token gets many experts?
 An expert counts as *irrelevant* for a token when the model's own Top-K leaves it out. On {{ \
 diagnostics.n_tokens }} tokens of the scored text, {{ null_origin }}, the p-values of such pairs should be \
 uniform, and BH at alpha should reject at most a share alpha of them. FDR bounds experts picked though \
-irrelevant in this sense; it promises nothing about quality. Before floor and cap:
+irrelevant in this sense; it promises nothing about quality. {{ calibrated_on }} Before floor and cap:
 
 {{ table("nulls", nulls) }}
 
@@ -8167,12 +8507,14 @@ def report_context(
             markdown_text(task): (markdown_text(field["metric"]), league_table(field))
             for task, field in analysis["task_fields"].items()
         },
+        "scored_text": text_sentences(done.scores),
         "untested": reason_sentences(analysis),
         "noise": noise_sentences(analysis),
         "shuffles": shuffle_sentences(analysis),
         "nulls": null_rows(analysis),
         "diagnostics": diagnostics,
         "null_origin": null_origin(diagnostics),
+        "calibrated_on": calibration_sentence(diagnostics),
         "distances": null_distances(diagnostics),
         "summary": summary_rows(analysis, measured),
         "layers": layers,
@@ -8262,7 +8604,7 @@ class Option:
     """An option of the command line, with its words for --help and the manual.
 
     parse: how its value is read; None for a switch. default: what --help says it is without. needs: another
-    option without which it means nothing. least: of a whole number.
+    option without which it means nothing, or several, "one or other". least: of a whole number.
     """
 
     name: str
@@ -8278,6 +8620,11 @@ class Option:
     @property
     def key(self) -> str:
         return self.name.replace("-", "_")
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The options of which it needs one."""
+        return tuple(self.needs.split(" or ")) if self.needs else ()
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         if self.parse is None:
@@ -8316,20 +8663,26 @@ OPTIONS = (
            "several numbers, each: NAME_K", _numbers, metavar="K[,K...]"),
     Option("prompts", "prompts from a file: .txt (one a line), .jsonl, .json, .csv with text and, if you "
            "like, id, category, description, reference", Path, metavar="FILE"),
-    Option("text", "text files or folders of .txt files to score, cut into windows; without prompts of your "
-           "own nothing is generated", Path, metavar="PATH", several=True),
-    Option("window", "tokens in a window of --text", int, DEFAULT_WINDOW, "N", needs="text", least=1),
+    Option("text", "text to score, cut into windows: text files, data sets as for --dataset (a row is a "
+           "document), folders of either. Beside prompts of your own these are generated, the text is scored; "
+           "alone, nothing is generated. Without it: text that comes with the model, or with Python; none: "
+           "only the prompts' references", metavar="PATH", several=True),
+    Option("window", "tokens in a window of text", int, DEFAULT_WINDOW, "N", least=1),
+    Option("max-windows", "windows to score, spread evenly over the documents; all of --text if not given, "
+           f"{DEFAULT_MAX_WINDOWS} where no text is named", int, metavar="N", least=1),
     Option("dataset", "prompts from a data set: a .csv, .json, .jsonl or .parquet file, a folder of such "
            "files, or a hub NAME or NAME:CONFIG", metavar="NAME[:CONFIG]"),
-    Option("split", "split of --dataset; train if not given, or the only one", needs="dataset"),
-    Option("text-column", "of --dataset; text if not given, or the only one of strings", metavar="COLUMN",
-           needs="dataset"),
+    Option("split", "split of --dataset, else of the data sets in --text; train if not given, or the only "
+           "one", needs="dataset or text"),
+    Option("text-column", "of --dataset, else of the data sets in --text; text if not given, or the only one "
+           "of strings", metavar="COLUMN", needs="dataset or text"),
     Option("category-column", "of --dataset; without it the data set is the category", metavar="COLUMN",
            needs="dataset"),
     Option("reference-column", "of --dataset: a continuation of the text, to be scored", metavar="COLUMN",
            needs="dataset"),
-    Option("limit", f"rows of --dataset to take; {DEFAULT_LIMIT} if not given", int, metavar="N",
-           needs="dataset", least=1),
+    Option("limit", f"rows to take of --dataset, {DEFAULT_LIMIT} if not given, else of the data sets in "
+           f"--text, {DEFAULT_TEXT_LIMIT:,} if not given", int, metavar="N", needs="dataset or text",
+           least=1),
     Option("random-rows", "draw the rows of --dataset by --seed, not the first ones", None, needs="dataset"),
     Option("tasks", "comma-separated tasks or groups of lm-evaluation-harness, instead of prompts", _names,
            metavar="NAMES"),
@@ -8342,8 +8695,8 @@ OPTIONS = (
     Option("baseline", "the configuration that the others are compared with; the model's own routing if not "
            "given", metavar="NAME"),
     Option("p-values", "null for every rule that tests, instead of its own", choices=tuple(NULLS)),
-    Option("calibration-text", "text file for the empirical null, instead of text that the model samples",
-           metavar="FILE"),
+    Option("calibration-text", "text file for the empirical null; sampled: text that the model samples. "
+           "Windows of text that are not scored if not given, where they are enough", metavar="FILE"),
     Option("do-sample", "sample the texts instead of greedy decoding", None),
     Option("sampling-temperature", "with --do-sample; 1 if not given", float, metavar="T", needs="do-sample"),
     Option("sampling-top-p", "with --do-sample; 1 if not given", float, metavar="P", needs="do-sample"),
@@ -8396,6 +8749,7 @@ def check_options(args: argparse.Namespace) -> None:
         if option.key in given:
             _check_option(option, given)
     check_seed("--seed", args.seed)
+    _check_text(given)
     _check_exclusions(args, given)
     _check_ranges(given)
 
@@ -8406,14 +8760,14 @@ def _check_option(option: Option, given: Mapping[str, Any]) -> None:
         raise UserError(f"--{option.name} is empty")
     if option.least is not None:
         check_least(f"--{option.name}", given[option.key], option.least)
-    if option.needs and option.needs.replace("-", "_") not in given:
-        raise UserError(f"--{option.name} needs --{option.needs}")
+    if option.needed and not any(name.replace("-", "_") in given for name in option.needed):
+        raise UserError(f"--{option.name} needs --{' or --'.join(option.needed)}")
 
 
 def _check_exclusions(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
     """UserError for options that contradict each other."""
-    for sources in (("prompts", "dataset", "tasks"), ("text", "tasks")):
-        both = [f"--{name}" for name in sources if name in given]
+    for sources in (("prompts", "dataset", "tasks"), ("text", "tasks"), ("max_windows", "tasks")):
+        both = [f"--{name.replace('_', '-')}" for name in sources if name in given]
         if len(both) > 1:
             raise UserError(f"{both[0]} and {both[1]} exclude each other: a run takes its items from one")
     if args.tasks and args.do_sample:
@@ -8483,6 +8837,26 @@ def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return configs
 
 
+def _check_text(given: Mapping[str, Any]) -> None:
+    """UserError where --text has an empty name, or no text and more, or options that need some text."""
+    text = given.get("text", ())
+    if "" in text:
+        raise UserError("--text is empty")
+    if NO_TEXT not in text:
+        return
+    if len(text) > 1:
+        others = " ".join(source for source in text if source != NO_TEXT)
+        raise UserError(f"--text {NO_TEXT} goes alone, without {others}; a file of this name is ./{NO_TEXT}")
+    about_text = ["window", "max_windows"]
+    if "dataset" not in given:
+        about_text += ["split", "text_column", "limit"]
+    for name in about_text:
+        if name in given:
+            raise UserError(
+                f"--{name.replace('_', '-')} means nothing beside --text {NO_TEXT}: no text is read"
+            )
+
+
 def choose_prompts(args: argparse.Namespace) -> Sequence[Prompt]:
     """The prompts that the options ask for: none where only a text is to be scored."""
     if args.dataset:
@@ -8491,7 +8865,25 @@ def choose_prompts(args: argparse.Namespace) -> Sequence[Prompt]:
         return load_dataset_prompts(args.dataset, args.split, *columns, args.limit or DEFAULT_LIMIT, seed)
     if args.prompts:
         return load_prompts(args.prompts)
-    return () if args.text else TEST_PROMPTS
+    return () if args.text and args.text != [NO_TEXT] else TEST_PROMPTS
+
+
+def choose_documents(args: argparse.Namespace, prompts: Sequence[Prompt]) -> list[Document] | None:
+    """The text that is to be scored; None for the default text, which waits for the model.
+
+    Prompts that bring references of their own have their text: beside them no other is taken by itself.
+    """
+    if args.text == [NO_TEXT] or args.tasks:
+        return []
+    if args.text:
+        columns = (None, None) if args.dataset else (args.split, args.text_column)
+        limit = None if args.dataset else args.limit
+        return load_text_documents(args.text, *columns, limit or DEFAULT_TEXT_LIMIT)
+    has_references = prompts is not TEST_PROMPTS and any(prompt.get("reference") for prompt in prompts)
+    if has_references and args.max_windows:
+        why = "the prompts bring references, which are scored instead of other text"
+        raise UserError(f"--max-windows {args.max_windows} needs --text: {why}")
+    return [] if has_references else None
 
 
 def build_runner(args: argparse.Namespace) -> BHExperimentRunner:
@@ -8517,16 +8909,33 @@ def build_runner(args: argparse.Namespace) -> BHExperimentRunner:
     )
 
 
+def choose_text(
+    args: argparse.Namespace, documents: list[Document] | None, runner: BHExperimentRunner
+) -> TextSample:
+    """The windows that are scored, and that the runner may calibrate on what else there is of the text."""
+    if documents is None:
+        text = runner.sample_default_text(args.window, args.max_windows)
+    elif documents:
+        window = min(args.window, runner.context)
+        text = sample_text(documents, runner.tokenizer, window, args.max_windows)
+    else:
+        return TextSample([], [])
+    runner.calibrate_on(text)
+    return text
+
+
 def measure(args: argparse.Namespace) -> Results | None:
     """Run what the options ask for; None in a process that leaves the report to the first."""
     configs = choose_configs(args)
     prompts = choose_prompts(args)
+    documents = choose_documents(args, prompts)
     runner = build_runner(args)
-    texts: Sequence[TextItem] = ()
-    if args.text:
-        if args.window > runner.context:
-            raise UserError(f"--window {args.window}: this model's context is {runner.context}")
-        texts = text_windows(args.text, runner.tokenizer, args.window)
+    if args.window > runner.context and "window" in args.given:
+        raise UserError(f"--window {args.window}: this model's context is {runner.context}")
+    with contextlib.ExitStack() as stack:
+        if runner.processes.rank == 0:
+            stack.enter_context(log_to(args.output / LOG_FILE))
+        text = choose_text(args, documents, runner)
     targets = args.match_experts or ()
     if args.suite == "field" and not args.configs:
         configs = field_on(configs, runner.own_k)
@@ -8549,7 +8958,7 @@ def measure(args: argparse.Namespace) -> Results | None:
     else:
         samples = args.num_samples or 1
         runner.run_full_experiment_suite(
-            configs, prompts, args.max_tokens, texts=texts, num_samples=samples, **options
+            configs, prompts, args.max_tokens, texts=text.scored, num_samples=samples, **options
         )
     return runner.results if runner.processes.rank == 0 else None
 
