@@ -615,7 +615,8 @@ def _dataset_rows(
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        way_out = "(give a local file or folder of csv, json, jsonl or parquet, or a data set of the hub)"
+        kinds = "csv, json, jsonl or parquet" if option == "--dataset" else "txt, csv, json, jsonl or parquet"
+        way_out = f"(give a local file or folder of {kinds}, or a data set of the hub)"
         raise UserError(f"{option} {dataset} cannot be read: {_first_line(error)} {way_out}") from error
     if not taken:
         raise UserError(f"{option} {dataset}, split {split}: none of 0 rows has a text")
@@ -8664,7 +8665,7 @@ OPTIONS = (
     Option("prompts", "prompts from a file: .txt (one a line), .jsonl, .json, .csv with text and, if you "
            "like, id, category, description, reference", Path, metavar="FILE"),
     Option("text", "text to score, cut into windows: text files, data sets as for --dataset (a row is a "
-           "document), folders of either. Beside prompts of your own these are generated, the text is scored; "
+           "document), folders of either. Beside prompts of your own these are generated, text is scored; "
            "alone, nothing is generated. Without it: text that comes with the model, or with Python; none: "
            "only the prompts' references", metavar="PATH", several=True),
     Option("window", "tokens in a window of text", int, DEFAULT_WINDOW, "N", least=1),
@@ -8930,7 +8931,7 @@ def measure(args: argparse.Namespace) -> Results | None:
     prompts = choose_prompts(args)
     documents = choose_documents(args, prompts)
     runner = build_runner(args)
-    if args.window > runner.context and "window" in args.given:
+    if "window" in args.given and args.window > runner.context:
         raise UserError(f"--window {args.window}: this model's context is {runner.context}")
     with contextlib.ExitStack() as stack:
         if runner.processes.rank == 0:

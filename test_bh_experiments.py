@@ -61,6 +61,7 @@ import run_bh_experiments as bh
 
 HERE = Path(__file__).resolve().parent
 EMBEDDED = HERE / "models" / "olmoe-mini"
+DEFAULT_DOCUMENTS = bh.default_documents  # a little text stands for it in most tests
 CALIBRATION = {"CALIBRATION_SEQUENCES": 6, "CALIBRATION_LENGTH": 24}  # just enough for alpha = 0.01
 TABLES = {"generation": bh.GENERATION, "scores": bh.SCORES, "tasks": bh.TASKS}
 
@@ -214,11 +215,19 @@ def build(kind, top_k=None):
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_calibration():
-    """Calibrate on little text, except for the embedded model."""
+    """Calibrate on little text, except for the embedded model; where no text is named, a little is scored.
+
+    So little that nothing is left to calibrate on: the model samples its own text.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for name, value in CALIBRATION.items():
             patch.setattr(bh, name, value)
+        patch.setattr(bh, "default_documents", short_documents)
         yield
+
+
+def short_documents(model_name):
+    return [bh.Document(f"short {number}", f"{number} is a number. " * 60) for number in range(2)]
 
 
 KINDS = ("mock", "olmoe-eager", "olmoe-grouped_mm", "olmoe-batched_mm", "mixtral")
@@ -643,7 +652,7 @@ def test_bad_datasets(options, message, data_folder, tmp_path, monkeypatch, caps
 
 def test_embedded_model_runs_a_dataset(data_folder, tmp_path):
     options = ["--dataset", data_folder / "d.parquet", "--limit", 3, "--max-tokens", 2, "--configs", "topk_8"]
-    assert cli(EMBEDDED, tmp_path, *options) == 0
+    assert cli(EMBEDDED, tmp_path, *options, "--text", "none") == 0
     frame = bh.Results.read(tmp_path).generation
     assert list(frame["prompt_id"]) == ["d.parquet-0", "d.parquet-2"]
     assert list(frame["full_text"].str.startswith(tuple(DATA["text"].dropna()))) == [True, True]
@@ -2585,11 +2594,11 @@ def test_calibration(subject, tmp_path):
     assert not torch.equal(other.logits, again.logits)
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 20)
-    from_file = bh.calibrate(subject.model, subject.tokenizer, text_path=text)
+    from_file = bh.calibrate(subject.model, subject.tokenizer, text=text)
     assert from_file.logits.shape[1] % 23 == 0
     text.write_text("too short")
     with pytest.raises(bh.UserError, match="24"):
-        bh.calibrate(subject.model, subject.tokenizer, text_path=text)
+        bh.calibrate(subject.model, subject.tokenizer, text=text)
 
 
 def test_calibration_cache(mock_model, tmp_path, monkeypatch, caplog):
@@ -3686,7 +3695,7 @@ class SignalSeries:
             if limit:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            return cli(self.model_folder, self.folder / name, "--max-tokens", 12)
+            return cli(self.model_folder, self.folder / name, "--max-tokens", 12, "--text", "none")
 
         return in_child(work, stderr=f"{self.folder / name}.err")
 
@@ -3710,7 +3719,7 @@ class SignalSeries:
 
     def run(self):
         # In this process, which also imports all that the children would import one by one.
-        assert cli(self.model_folder, self.folder / "whole", "--max-tokens", 12) == 0
+        assert cli(self.model_folder, self.folder / "whole", "--max-tokens", 12, "--text", "none") == 0
         self.whole = bh.Results.read(self.folder / "whole")
         size = self.checkpoint("whole").stat().st_size
         for name, signals in (("SIGINT", 1), ("SIGTERM", 1), ("SIGINT twice", 2)):
@@ -3899,7 +3908,7 @@ def test_processes_share_the_work(tiny_folder, tmp_path, monkeypatch):
     """Two processes give what one gives; what two began, one finishes, and nobody's file is changed."""
     only_plots(monkeypatch)
     monkeypatch.setattr(bh, "TEST_PROMPTS", bh.TEST_PROMPTS[:5])
-    options = ["--model", tiny_folder, "--device", "cpu", "--no-fp16", "--max-tokens", 3,
+    options = ["--model", tiny_folder, "--device", "cpu", "--no-fp16", "--max-tokens", 3, "--text", "none",
                "--p-values", "flat", "--configs", "topk_8,bh_loose"]  # fmt: skip
     said = launched(tmp_path, [*options, "--output", tmp_path / "two"], 2)
     assert said.count("10 experiments and 25 scores, 0 of them finished already") == 1
@@ -4907,11 +4916,11 @@ def test_exit_codes(tiny_folder, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
 
         patch.setattr(bh.BHExperimentRunner, "_generated_row", interrupt)
-        assert cli(tiny_folder, tmp_path, "--max-tokens", 2) == 130
+        assert cli(tiny_folder, tmp_path, "--max-tokens", 2, "--text", "none") == 130
     assert "same command goes on" in capsys.readouterr().err
-    assert cli(tiny_folder, tmp_path, "--max-tokens", 2) == 0
+    assert cli(tiny_folder, tmp_path, "--max-tokens", 2, "--text", "none") == 0
     monkeypatch.setattr(bh, "TEST_PROMPTS", [*PROMPTS[:2], {"id": "long", "text": "x" * 800}])
-    assert cli(tiny_folder, tmp_path, "--max-tokens", 2) == 1
+    assert cli(tiny_folder, tmp_path, "--max-tokens", 2, "--text", "none") == 1
     assert "Traceback" not in capsys.readouterr().err
     assert bh.logger.handlers == []
 
@@ -5311,7 +5320,7 @@ def test_no_message_advises_what_was_given(name, tiny_folder, tmp_path, monkeypa
     """With --no-resume no file of an earlier run can stop a run, and none makes it advise --no-resume."""
     only_plots(monkeypatch)
     monkeypatch.setattr(bh, "TEST_PROMPTS", PROMPTS[:1])
-    options = ["--max-tokens", 2, "--configs", "topk_8"]
+    options = ["--max-tokens", 2, "--configs", "topk_8", "--text", "none"]
     path = tmp_path / "checkpoints" / name
     for schema in ("", 2, SCHEMA):
         path.parent.mkdir(exist_ok=True)
@@ -5614,7 +5623,7 @@ def test_the_same_command_gives_the_same_bytes(tiny_folder, tmp_path, monkeypatc
     only_plots(monkeypatch)
     monkeypatch.setattr(bh, "TEST_PROMPTS", bh.TEST_PROMPTS[:2])
     for name in ("one", "two"):
-        assert cli(tiny_folder, tmp_path / name, "--max-tokens", 4) == 0
+        assert cli(tiny_folder, tmp_path / name, "--max-tokens", 4, "--text", "none") == 0
     for table in bh.TABLES:
         if table is bh.TASKS:
             continue
@@ -7358,7 +7367,8 @@ def default_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in CALIBRATION.items():
             patch.setattr(bh, name, value)
-        assert cli(EMBEDDED, output, "--max-tokens", 4) == 0
+        patch.setattr(bh, "default_documents", DEFAULT_DOCUMENTS)
+        assert cli(EMBEDDED, output, "--max-tokens", 4, "--max-windows", 12) == 0
     return output
 
 
@@ -7660,7 +7670,7 @@ def test_hostile_texts_get_nowhere(mock_model, tmp_path, monkeypatch):
 def softmax_run(tiny_folder, tmp_path_factory):
     """The output of the whole default suite from the command line, with the degenerate p-values."""
     output = tmp_path_factory.mktemp("softmax")
-    assert cli(tiny_folder, output, "--p-values", "softmax", "--max-tokens", 2) == 0
+    assert cli(tiny_folder, output, "--p-values", "softmax", "--max-tokens", 2, "--text", "none") == 0
     return output
 
 
@@ -7705,7 +7715,7 @@ def test_options_are_declared_whole():
     for option in bh.OPTIONS:
         assert option.words
         assert not option.words.endswith(".")
-        assert option.needs is None or option.needs in names
+        assert set(option.needed) <= set(names)
         assert option.choices is None or option.default in (None, *option.choices)
         assert parsed[option.key] == (False if option.parse is None else option.default)
         assert (option.least is None) == (option.parse is not int or option.name == "seed")
@@ -7719,7 +7729,7 @@ WHOLE_NUMBERS = [option for option in bh.OPTIONS if option.least is not None]
 
 @pytest.mark.parametrize("option", WHOLE_NUMBERS, ids=lambda option: option.name)
 def test_whole_numbers_below_the_least_are_refused(option, tmp_path, capsys):
-    given = {option.needs: "x"} if option.needs else {}
+    given = {option.needed[0]: "x"} if option.needs else {}
     needed = [f"--{name}" if name == "do-sample" else f"--{name}={value}" for name, value in given.items()]
     least = option.least
     call = ["--model", "nowhere", "--output", str(tmp_path), *needed, f"--{option.name}={least - 1}"]
@@ -7732,7 +7742,7 @@ def test_whole_numbers_below_the_least_are_refused(option, tmp_path, capsys):
 def test_options_name_the_one_they_need(option, tmp_path, capsys):
     value = [] if option.parse is None else ["1"]
     assert bh.main(["--model", "nowhere", "--output", str(tmp_path), f"--{option.name}", *value]) == 2
-    assert error_lines(capsys) == [f"error: --{option.name} needs --{option.needs}"]
+    assert error_lines(capsys) == [f"error: --{option.name} needs --{' or --'.join(option.needed)}"]
 
 
 EMPTY = [option for option in bh.OPTIONS if option.parse in (str, bh._names) and not option.choices]
@@ -7750,7 +7760,7 @@ LIST = "--list-architectures"
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--window", "256"], "--window needs --text"),
+    [(["--text", "none", "--window", "256"], "--window means nothing beside --text none"),
      (["--p-values", "flat", "--configs", "topk_8,top_p"], "no chosen configuration takes a null"),
      (["--match-experts", "4", "--configs", "topk_1,topk_8"], "every chosen configuration is Top-K"),
      (["--baseline", "bh_strct"], 'Did you mean "bh_strict"'),
@@ -7852,8 +7862,8 @@ def test_baseline_is_passed_on(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(bh, "write_report", write_report)
         for options, expected in (
-            ([], [None, None]),
-            (["--baseline", "bh_loose"], ["bh_loose"] * 2),
+            (["--text", "none"], [None, None]),
+            (["--baseline", "bh_loose", "--text", "none"], ["bh_loose"] * 2),
             (["--baseline", "bh_loose", "--tasks", "x"], ["bh_loose"] * 2),
             ([ANALYZE, "--baseline", "mine"], ["mine"]),
         ):
@@ -7914,7 +7924,7 @@ def test_command_lines_of_anything(tmp_path_factory, options):
     """Exit code 2 with a message, or 0 where a list was asked for; never an exception."""
     folder = tmp_path_factory.getbasetemp() / "fuzz_cli"
     argv = [f"--{option.name}" + ("" if option.parse is None else f"={word}") for option, word in options]
-    if any(part.startswith(("--tasks", "--dataset", "--list-arch")) for part in argv):
+    if any(part.startswith(("--tasks", "--dataset", "--text=", "--list-arch")) for part in argv):
         return  # those that load libraries or print lists have tests of their own
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         try:
