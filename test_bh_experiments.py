@@ -6952,6 +6952,12 @@ SOFTMAX = own_config("bh_strict", bh.ROUTING_CONFIGS["bh_strict"] | {"p_values":
 FIXED = own_config("bh_loose", bh.ROUTING_CONFIGS["bh_loose"] | {"min_k": 4, "max_k": 4})[0]
 
 
+def some_scores(sources, categories):
+    """Rows of text_scores.csv, an item each."""
+    items = [f"item {number}" for number in range(len(sources))]
+    return pd.DataFrame({"source": sources, "category": categories, "item_id": items}, dtype=object)
+
+
 def with_tests(**tests):
     """An analysis with tests of bh_strict."""
     return an_analysis(statistical_tests={"bh_strict": tests})
@@ -7228,6 +7234,23 @@ SENTENCES = {
         "no claim": (an_analysis(n_prompts=30), []),
         "nothing to say": (an_analysis(n_prompts=0), []),
     },
+    "calibration_sentence": {
+        "claim": ({"calibrated_on": "text of *mine*"}, "Calibrated on text of \\*mine\\*."),
+        "no claim": ({"n_tokens": 3}, ""),
+        "nothing to say": ({}, ""),
+    },
+    "text_sentences": {
+        "claim": (
+            some_scores(["reference", "text", "text"], ["plain", "heldout", "heldout"]),
+            [f"The scored text: {bh.DEFAULT_TEXTS['heldout']}.",
+             "The references of 1 prompt were scored too, in `text_scores.csv`; the tests are about the text "
+             "alone."],
+        ),
+        "no claim": (some_scores(["text", "text"], ["text", "heldout text"]), []),
+        "references": (some_scores(["reference"], ["heldout"]), []),
+        "older": (some_scores([""], ["heldout"]), []),
+        "nothing to say": (some_scores([], []), []),
+    },
 }  # fmt: skip
 CASES = [
     pytest.param(name, given, said, id=f"{name}: {case}")
@@ -7396,7 +7419,8 @@ def test_report_of_the_default_run(default_run):
 def test_analysis_summary_of_the_default_run(default_run):
     analysis = strict_loads((default_run / "analysis_summary.json").read_text())
     assert {"summary_by_config", "summary_by_category", "statistical_tests"} <= set(analysis)
-    assert analysis["n_rows"] == 60 + 12 * 12
+    assert analysis["n_rows"] == 60 + (12 + 12) * 12
+    assert {row["n_items"] for row in analysis["verdict"].values()} == {12}
     assert set(analysis["statistical_tests"]) == set(bh.ROUTING_CONFIGS) - {bh.BASELINE}
 
 
