@@ -21,6 +21,7 @@ import dataclasses
 import doctest
 import errno
 import functools
+import hashlib
 import inspect
 import io
 import itertools
@@ -8971,6 +8972,301 @@ def test_places_to_extend_exist():
         names = re.findall(r"`(\w+)(?:`|=)", declared)
         assert names, declared
         assert [name for name in names if not re.search(rf"\b{name}\b", section)] == [], number
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 18. Text by default, text from data sets, and what calibration takes of it
+# ---------------------------------------------------------------------------------------------------------
+
+
+def numbered(document, number):
+    """A document's windows, as the cutting gives them."""
+    return [
+        bh.Window(bh.Document(document, ""), 10 * place, np.arange(11, dtype=np.int32))
+        for place in range(number)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "places"),
+    [((5,), 1, [[2]]), ((5,), 9, [[0, 1, 2, 3, 4]]), ((1, 8, 2), 6, [[0], [1, 4, 6], [0, 1]]),
+     ((1, 1, 1, 1, 1, 1), 2, [[], [0], [], [], [0], []]), ((4, 4), 3, [[1, 3], [2]])],
+)  # fmt: skip
+def test_windows_are_spread_over_documents(sizes, most, places):
+    """As many of each document as of any other, as far as it has them, and spread over it."""
+    groups = [numbered(f"d{place}", size) for place, size in enumerate(sizes)]
+    chosen = bh.spread_over_documents(list(itertools.chain(*groups)), most)
+    expected = [f"d{place}:{10 * window}" for place, of_one in enumerate(places) for window in of_one]
+    assert [window.name for window in chosen] == expected
+
+
+def test_scored_and_unscored_windows_are_all_there_are(tiny):
+    documents = [bh.Document(name, name * 700) for name in ("ab", "xyz")]
+    everything = bh.sample_text(documents, tiny.tokenizer, 64)
+    part = bh.sample_text(documents, tiny.tokenizer, 64, 7)
+    assert everything.unscored == []
+    assert len(part.scored) == 7
+    names = [item.id for item in part.scored] + [window.name for window in part.unscored]
+    assert sorted(names) == sorted(item.id for item in everything.scored)
+    as_scored = {item.id: item for item in everything.scored}
+    assert all(item.inputs == as_scored[item.id].inputs for item in part.scored)
+
+
+def test_documents_of_files_folders_and_data_sets(data_folder, tmp_path):
+    """A text file is a document, and so is a row; a folder with text files is read file by file."""
+    rows = [0, 2, 4]
+    for kind in ("csv", "jsonl", "parquet"):
+        documents = bh.load_text_documents([data_folder / f"d.{kind}"])
+        assert [(d.name, d.text) for d in documents] == [(f"d.{kind}-{n}", DATA["text"][n]) for n in rows]
+    kinds = bh.load_text_documents([data_folder / "d.csv"], text_column="kind", limit=2)
+    assert [(d.name, d.text) for d in kinds] == [("d.csv-0", "a"), ("d.csv-1", "b")]
+    of_split = bh.load_text_documents([str(data_folder / "splits")], split="test")
+    assert [d.name for d in of_split] == [f"splits-{n}" for n in rows]
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("a text")
+    (tmp_path / "sources.json").write_text('{"about": "the others"}')
+    shutil.copy(data_folder / "d.parquet", tmp_path / "sub")
+    mixed = bh.load_text_documents([tmp_path, tmp_path / "a.txt"])
+    assert [d.name for d in mixed] == ["a.txt", *(f"sub/d.parquet-{n}" for n in rows), "a.txt"]
+
+
+BAD_TEXTS = [
+    (["--text", "none", "a.txt"], "--text none goes alone, without a.txt"),
+    (["--text", "none", "--max-windows", "3"], "--max-windows means nothing beside --text none"),
+    (["--text", "none", "--split", "test"], "--split means nothing beside --text none"),
+    (["--tasks", "x", "--max-windows", "3"], "--max-windows and --tasks exclude each other"),
+    (["--prompts", "prompts.json", "--max-windows", "3"], "--max-windows 3 needs --text"),
+    (["--max-windows", "0"], "--max-windows 0: it must be a whole number of at least 1"),
+    (["--text", ""], "--text is empty"), (["--text", "empty"], "--text empty: the folder holds no .txt file"),
+    (["--text", "d.csv", "--text-column", "txt"], "Available: text, kind, n"),
+    (["--text", "d.csv", "--text-column", "n"], "--text d.csv, split train: none of 5 rows has a text"),
+    (["--text", "splits", "--split", "tst"], "Available: validation, test"),
+    (["--text", "nobody/nothing"], "--text nobody/nothing cannot be read: Couldn't reach"),
+    (["--text", "no/such/folder"], "no/such/folder"), (["--text", "d.csv", "--limit", "0"], "--limit 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_TEXTS)
+def test_bad_texts(options, message, data_folder, tmp_path, monkeypatch, capsys):
+    """One line and exit code 2, before a model is loaded."""
+    monkeypatch.chdir(data_folder)
+    (data_folder / "prompts.json").write_text(json.dumps(SCORED_PROMPTS))
+    assert cli("nowhere", tmp_path / "out", *options) == 2
+    (error,) = error_lines(capsys)
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [("a", [], "--text: no document has 128 tokens"), ("a", ["--window", "4"], "no document has 2 tokens"),
+     ("a" * 500, ["--window", "9999"], "--window 9999: this model's context is 768")],
+)  # fmt: skip
+def test_texts_that_are_too_short(content, options, message, tiny_folder, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(content)
+    assert cli(tiny_folder, tmp_path / "out", "--text", tmp_path / "a.txt", *options) == 2
+    (error,) = error_lines(capsys)
+    assert message in error
+
+
+# What is scored where no text is named
+
+
+def test_the_embedded_model_brings_heldout_text():
+    """At least 60 documents and at most 200 kB, held out by the rule of the training, with their terms."""
+    folder = EMBEDDED / bh.HELDOUT_FOLDER
+    documents = DEFAULT_DOCUMENTS(str(EMBEDDED))
+    assert len(documents) >= 60
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 200_000
+    assert {document.category for document in documents} == {bh.HELDOUT_FOLDER}
+    for document in documents:
+        source, _, rest = document.name.partition("__")
+        assert int.from_bytes(hashlib.sha256(f"{source}/{rest}".encode()).digest()[:8], "big") % 1000 < 25
+        assert (folder / "terms" / source).read_text().strip()
+    assert len({document.name.partition("__")[0] for document in documents}) >= 15
+
+
+def test_other_models_get_the_text_of_every_python(tiny, monkeypatch):
+    documents = DEFAULT_DOCUMENTS("nowhere")
+    assert len(documents) > 70
+    assert {document.category for document in documents} == {bh.PYTHON_DOCS}
+    monkeypatch.setattr(bh, "default_documents", DEFAULT_DOCUMENTS)
+    text = tiny.sample_default_text(32)
+    assert len(text.scored) == bh.DEFAULT_MAX_WINDOWS
+    assert len({item.document for item in text.scored}) == len(documents)
+
+
+def test_a_large_model_on_a_cpu_gets_fewer_windows(tiny, monkeypatch, caplog):
+    monkeypatch.setattr(bh, "MANY_PARAMETERS", 1)
+    monkeypatch.setattr(bh, "MAX_WINDOWS_ON_CPU", 3)
+    with caplog.at_level("INFO"):
+        assert len(tiny.sample_default_text(64).scored) == 3
+    assert "3 windows of text are scored" in caplog.text
+    assert "--max-windows N scores more" in caplog.text
+    caplog.clear()
+    assert len(tiny.sample_default_text(64, 5).scored) == 5
+    assert not caplog.text
+
+
+def test_default_text_that_cannot_be_used_is_left_out(mock_model, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(bh, "default_documents", lambda model_name: [bh.Document("d", "too short")])
+    runner = mock_runner(mock_model, tmp_path)
+    with caplog.at_level("WARNING"):
+        assert runner.default_text == bh.TextSample([], [])
+    assert "no text is scored, as none was named: --text: no document has" in caplog.text
+    assert runner.calibration_source is bh.SAMPLED_TEXT
+
+
+def test_what_is_generated_and_what_is_scored(tiny_folder, tmp_path, monkeypatch):
+    """Prompts are generated, text is scored; references of one's own are text enough; none is none."""
+    only_plots(monkeypatch)
+    monkeypatch.setattr(bh, "TEST_PROMPTS", SCORED_PROMPTS[:1])
+    plain = tmp_path / "plain.json"
+    plain.write_text(json.dumps(PROMPTS[:2]))
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(SCORED_PROMPTS))
+    text = tmp_path / "text.txt"
+    text.write_text("some words " * 40)
+    short = {f"short {number}" for number in range(2)}
+    cases = {
+        "default": ([], {"one"}, {"one", *short}),
+        "none": (["--text", "none"], {"one"}, {"one"}),
+        "text": (["--text", text, "--window", 64], set(), {"text.txt"}),
+        "prompts": (["--prompts", plain], {"one", "two"}, short),
+        "both": (["--prompts", plain, "--text", text], {"one", "two"}, {"text.txt"}),
+        "references": (["--prompts", own], {"one", "two", "three"}, {"one", "two", "three"}),
+    }
+    for name, (options, generated, scored) in cases.items():
+        output = tmp_path / name
+        common = ["--max-tokens", 2, "--configs", "topk_8", "--max-windows", 2]
+        limited = common if name not in ("none", "references") else common[:-2]
+        assert cli(tiny_folder, output, *limited, *options) == 0
+        results = bh.Results.read(output)
+        assert set(results.generation["prompt_id"]) == generated, name
+        assert set(results.scores["document"]) == scored, name
+
+
+def test_the_runner_scores_the_default_text_beside_the_built_in_prompts(mock_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(bh, "TEST_PROMPTS", SCORED_PROMPTS[:1])
+    runner = mock_runner(mock_model, tmp_path)
+    runner.run_full_experiment_suite(TOP_8, None, 1)
+    assert set(runner.results.scores["source"]) == {"text", "reference"}
+    runner.run_full_experiment_suite(TOP_8, SCORED_PROMPTS, 1, resume=False)
+    assert set(runner.results.scores["source"]) == {"reference"}
+
+
+def test_text_decides_and_references_beside_it_do_not(tmp_path):
+    """The verdict is that of the text alone; where there is no text, that of the references."""
+    windows = invented_scores(("topk_8", "bh_strict"), 12)
+    references = windows.assign(
+        source="reference", nll=windows["nll"] + 1.0 * (windows["config_name"] == "bh_strict"),
+        item_id="r" + windows["item_id"], document="r" + windows["document"],
+    )  # fmt: skip
+    windows = windows.assign(source="text")
+    together = invented_results(("topk_8", "bh_strict"))
+
+    def verdict(*parts):
+        results = dataclasses.replace(together, scores=pd.concat(parts, ignore_index=True))
+        return analysis_of(results, tmp_path)["verdict"]["bh_strict"]
+
+    alone = verdict(windows)
+    assert verdict(windows, references) == alone
+    assert verdict(references)["delta_nll"] > alone["delta_nll"] + 0.9
+
+
+# What calibration takes of it
+
+
+def words_of(seed, number):
+    return " ".join(str(word) for word in np.random.default_rng(seed).integers(0, 10_000, number))
+
+
+def test_calibration_takes_what_is_not_scored():
+    """No run of the scored text is in it; where too little is left, nothing is."""
+    documents = [bh.Document("a", words_of(0, 800)), bh.Document("b", words_of(1, 800))]
+    text = bh.sample_text(documents, MockTokenizer(), 64, 5)
+    source = bh.calibration_rest(text)
+    length = bh.CALIBRATION_LENGTH
+    assert source.windows.shape[1] == length
+    scored = [torch.as_tensor(item.token_ids, dtype=torch.int64)[None] for item in text.scored]
+    assert bh.count_shared_tokens(scored, source) == 0
+    assert len(source.take(6)) == 6
+    # A copy of a scored document is not taken, whatever it is called.
+    copied = bh.TextSample(text.scored, [*text.unscored, *bh.cut_windows(documents, MockTokenizer(), 64)])
+    assert bh.count_shared_tokens(scored, bh.calibration_rest(copied)) == 0
+    everything = bh.sample_text(documents, MockTokenizer(), 64)
+    assert bh.calibration_rest(everything) is None
+    only_scored = bh.TextSample(everything.scored, bh.cut_windows(documents, MockTokenizer(), 64))
+    assert bh.calibration_rest(only_scored) is None
+
+
+def test_where_a_runner_calibrates(mock_model, tmp_path, monkeypatch):
+    """The file that was named; else what is not scored of the text, or of the default text; else sampled."""
+    many = [bh.Document(f"d{n}", words_of(n, 600), bh.PYTHON_DOCS) for n in range(4)]
+    monkeypatch.setattr(bh, "DEFAULT_MAX_WINDOWS", 3)
+    own = bh.sample_text([bh.Document("mine", words_of(9, 900))], MockTokenizer(), 64, 4)
+    scored_only = bh.TextSample(own.scored, [])
+    file = tmp_path / "file.txt"
+    file.write_text(words_of(5, 300))
+
+    def source_of(text, **options):
+        runner = mock_runner(mock_model, tmp_path / "out", **options)
+        if text is not None:
+            runner.calibrate_on(text)
+        assert runner.settings["calibration_text"] == runner.calibration_source.identity
+        return runner.calibration_source
+
+    assert source_of(own, calibration_text=file).words == f"--calibration-text {file}"
+    assert source_of(own, calibration_text="sampled") is bh.SAMPLED_TEXT
+    assert source_of(own).words == "windows of the text that are not scored"
+    assert source_of(scored_only) is bh.SAMPLED_TEXT  # the little text that stands for the default one
+    monkeypatch.setattr(bh, "default_documents", lambda model_name: many)
+    of_default = "windows of pydoc_data.topics that are not scored"
+    assert source_of(scored_only).words == of_default
+    assert source_of(None).words == of_default
+    assert source_of(own).identity != source_of(None).identity
+
+
+def test_calibration_text_is_part_of_a_run_and_named(mock_model, tmp_path, monkeypatch, caplog):
+    """Another one is refused in the same folder; diagnosis and log say which it was."""
+    many = [bh.Document(f"d{n}", words_of(n, 600), bh.PYTHON_DOCS) for n in range(4)]
+    monkeypatch.setattr(bh, "default_documents", lambda model_name: many)
+    monkeypatch.setattr(bh, "DEFAULT_MAX_WINDOWS", 3)
+    configs = TOP_8 | {"bh": EMPIRICAL}
+    runner = mock_runner(mock_model, tmp_path)
+    with caplog.at_level("INFO"):
+        runner.run_full_experiment_suite(configs, PROMPTS[:1], 1, texts=runner.default_text.scored)
+    words = "windows of pydoc_data.topics that are not scored"
+    assert f"calibrated on 138 tokens of {words} in" in caplog.text
+    diagnosed = json.loads((tmp_path / "null_diagnostics.json").read_text())
+    assert (diagnosed["calibrated_on"], diagnosed["n_shared_tokens"]) == (words, 0)
+    with pytest.raises(bh.UserError, match="calibration_text is '[0-9a-f]+' there, 'sampled' here"):
+        mock_runner(mock_model, tmp_path, calibration_text="sampled").run_full_experiment_suite(
+            configs, PROMPTS[:1], 1, texts=runner.default_text.scored
+        )
+    # Linear maps need more text than nulls: where it is too short, the model samples theirs.
+    monkeypatch.setattr(bh, "LINEAR_SEQUENCES", 10**6)
+    assert runner._linear_source is bh.SAMPLED_TEXT
+    monkeypatch.setattr(bh, "LINEAR_SEQUENCES", 8)
+    assert runner._linear_source is runner.calibration_source
+
+
+def test_embedded_nulls_of_text_and_of_sampled_text_agree(embedded):
+    """Mean experts of the three BH configurations at temperature 1 within .1, on held-out windows."""
+    tokenizer = embedded.tokenizer
+    text = bh.sample_text(DEFAULT_DOCUMENTS(str(EMBEDDED)), tokenizer, 256, 100)
+    from_text = bh.calibrate(embedded.model, tokenizer, text=bh.calibration_rest(text))
+    batches = [torch.as_tensor(item.token_ids, dtype=torch.int64)[None] for item in text.scored[::12]]
+    seen = bh.record_routers(embedded.model, [batch for batch in batches if batch.shape[1] == 257])
+    for name in ("bh_strict", "bh_moderate", "bh_loose"):
+        config = bh.resolve_config(name, bh.ROUTING_CONFIGS[name])
+        means = []
+        for calibration in (from_text, embedded.calibration):
+            counts = [
+                counts_by(config, logits, calibration.null(layer, 1.0), 8).clamp(1, 8)
+                for layer, logits in enumerate(seen.logits)
+            ]
+            means.append(torch.stack(counts).double().mean().item())
+        assert abs(means[0] - means[1]) < 0.1, name
 
 
 if __name__ == "__main__":
