@@ -8767,7 +8767,12 @@ def _check_option(option: Option, given: Mapping[str, Any]) -> None:
 
 def _check_exclusions(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
     """UserError for options that contradict each other."""
-    for sources in (("prompts", "dataset", "tasks"), ("text", "tasks"), ("max_windows", "tasks")):
+    for sources in (
+        ("prompts", "dataset", "tasks"),
+        ("text", "tasks"),
+        ("max_windows", "tasks"),
+        ("window", "tasks"),
+    ):
         both = [f"--{name.replace('_', '-')}" for name in sources if name in given]
         if len(both) > 1:
             raise UserError(f"{both[0]} and {both[1]} exclude each other: a run takes its items from one")
@@ -8881,9 +8886,10 @@ def choose_documents(args: argparse.Namespace, prompts: Sequence[Prompt]) -> lis
         limit = None if args.dataset else args.limit
         return load_text_documents(args.text, *columns, limit or DEFAULT_TEXT_LIMIT)
     has_references = prompts is not TEST_PROMPTS and any(prompt.get("reference") for prompt in prompts)
-    if has_references and args.max_windows:
-        why = "the prompts bring references, which are scored instead of other text"
-        raise UserError(f"--max-windows {args.max_windows} needs --text: {why}")
+    for name in ("window", "max_windows"):
+        if has_references and name in args.given:
+            why = "the prompts bring references, which are scored instead of other text"
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} needs --text: {why}")
     return [] if has_references else None
 
 

@@ -9035,6 +9035,7 @@ BAD_TEXTS = [
     (["--text", "none", "--max-windows", "3"], "--max-windows means nothing beside --text none"),
     (["--text", "none", "--split", "test"], "--split means nothing beside --text none"),
     (["--tasks", "x", "--max-windows", "3"], "--max-windows and --tasks exclude each other"),
+    (["--tasks", "x", "--window", "256"], "--window and --tasks exclude each other"),
     (["--prompts", "prompts.json", "--max-windows", "3"], "--max-windows 3 needs --text"),
     (["--max-windows", "0"], "--max-windows 0: it must be a whole number of at least 1"),
     (["--text", ""], "--text is empty"), (["--text", "empty"], "--text empty: the folder holds no .txt file"),
