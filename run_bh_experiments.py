@@ -2193,6 +2193,21 @@ REFUSED_ARCHITECTURES = {
 }
 
 
+# Models that bring quantised weights: `quant_method` of config.json -> what was run, and what came of it. By
+# the tests, on tiny models on a CPU. The seam itself does not ask for the format.
+QUANTIZED_WEIGHTS = {
+    "fp8": "taken: fine-grained FP8. transformers unpacks it on a CPU, and on a GPU that has no FP8. With "
+    "its FP8 kernels on a newer GPU: not run",
+    "mxfp4": "taken: GPT-OSS, unpacked to `--dtype`, four times the memory or more: its kernels choose the "
+    "experts themselves, so the seam cannot",
+    "bitsandbytes": "taken: 8 bits, and 4 bits as FP4 or NF4 with nested scales, with bitsandbytes 0.50. It "
+    "packs linear layers, here attention; experts and router stay as they are",
+    "torchao": "taken: int8 and float8 weights, int8 activations, of linear layers likewise, with torchao "
+    "0.18. Packed experts: float8 with grouped_mm or eager, int8 with eager only; elsewhere torchao lacks an "
+    "operation, and the model is refused. int4: not run",
+}
+
+
 def list_architectures() -> list[dict[str, str]]:
     """The causal language models of the installed transformers that declare a router, and what is known."""
     auto = transformers.models.auto
@@ -4375,6 +4390,23 @@ def choose_dtype(device: torch.device, dtype: str = "auto") -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def quantization_of(model_name: str, source: Mapping[str, Any]) -> str | None:
+    """The format of the weights that a model brings, as its config.json calls it; None for plain ones."""
+    config = transformers.AutoConfig.from_pretrained(model_name, **source)
+    settings = getattr(config, "quantization_config", None)
+    return settings.get("quant_method") if isinstance(settings, dict) else None
+
+
+def _to_one_precision(model: nn.Module, dtype: torch.dtype) -> None:
+    """Weights that were unpacked come at the precision of their scales, the others as they were stored: all
+    get the one that was asked for, but for what the architecture keeps in float32."""
+    kept = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    kept += [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
+
+
 def load_model(
     model_name: str,
     device: torch.device,
@@ -4393,7 +4425,15 @@ def load_model(
     placed = {"dtype": dtype, "device_map": device_map or str(device), "use_safetensors": True}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, **source)
+        quantization = quantization_of(model_name, source)
+        if quantization == "mxfp4":  # its kernels choose the experts themselves
+            logger.info(f"{model_name} brings MXFP4 weights: they are unpacked to {dtype}")
+            placed["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+        elif quantization not in (None, "fp8"):  # what is not packed has a precision that fits what is
+            placed["dtype"] = "auto"
         model = transformers.AutoModelForCausalLM.from_pretrained(model_name, **placed, **source)
+        if quantization and not getattr(model, "is_quantized", False):
+            _to_one_precision(model, dtype)
         if not tokenizer("text")["input_ids"]:  # what comes of a folder without the tokenizer's files
             raise ValueError("its tokenizer knows no words")
     except Exception as error:  # whatever a damaged folder can raise
@@ -4408,10 +4448,13 @@ def model_fingerprint(model: nn.Module) -> str:
     """16 hex digits that name the weights: of each tensor the name, shape and up to 2,048 values."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):  # what a quantised module keeps beside its weights
+            continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if not tensor.is_meta:  # offloaded to disk: known by name and shape only
-            values = tensor.detach().flatten()
-            digest.update(values[:: max(1, values.numel() // 1024)].double().cpu().numpy().tobytes())
+        for part in stored_parts(tensor):
+            if not part.is_meta:  # offloaded to disk: known by name and shape only
+                values = part.detach().flatten()
+                digest.update(values[:: max(1, values.numel() // 1024)].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -6826,6 +6869,78 @@ def summarize_layers(table: pd.DataFrame) -> dict[str, Any]:
     return summary
 
 
+# Compute: what configurations cost, what that allows, and what was measured
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    """above / below; None where one is not known."""
+    return None if pd.isna(above) or pd.isna(below) else float(above / below)
+
+
+def summarize_compute(
+    results: Results, baseline: str, tests: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Configuration -> means of COMPUTE_COLUMNS, experts and median times of prefill and decoding, and how
+    many times as fast as the baseline it decodes.
+
+    `allowed_speedup`: as if reading weights were all that takes time. `decode_speedup`: measured, 1 / the
+    median over prompts of the ratio to the baseline's time. From what was generated, else from the scores of
+    text; empty for rows of older scripts.
+    """
+    rows = results.generation if len(results.generation) else results.scores
+    rows = rows[rows["active_parameters"].notna()]
+    by_name = dict(list(rows.groupby("config_name", sort=False)))
+    means = {column.name: None for column in COMPUTE_COLUMNS}
+    summary = {}
+    for name, own in by_name.items():
+        entry = {column: own[column].mean() for column in means}
+        entry |= {"prefill_experts": None, "decode_experts": None, "prefill_sec": None, "decode_sec": None}
+        if len(results.generation):
+            entry |= {
+                "prefill_experts": own["prefill_experts"].mean(),
+                "decode_experts": own["decode_experts"].mean(),
+                "prefill_sec": own["time_to_first_token_sec"].median(),
+                "decode_sec": own["decode_sec_per_token"].median(),
+            }
+        summary[name] = entry
+    base = summary.get(baseline, {})
+    for name, entry in summary.items():
+        test = tests.get(name, {}).get("decode_sec_per_token", {})
+        slowdown = 1.0 if name == baseline and not pd.isna(entry["decode_sec"]) else test.get("median_ratio")
+        entry["allowed_speedup"] = _ratio(base.get("weight_bytes_per_token"), entry["weight_bytes_per_token"])
+        entry["decode_speedup"] = _ratio(1.0, slowdown)
+    return summary
+
+
+def summarize_throughput(results: Results, baseline: str) -> list[dict[str, Any]]:
+    """Tokens a second at batch 1, the median over prompts, and below it at the batch size that was measured;
+    each beside the baseline's at the same batch size. Empty without `--generate-batch`."""
+    done = results.throughput[results.throughput["status"] == "ok"]
+    if not len(done):
+        return []
+    alone = results.generation[results.generation["status"] == "ok"].groupby("config_name", sort=False)
+    entries = []
+    for name, own in alone:
+        entries.append({
+            "configuration": name,
+            "batch_size": 1,
+            "tokens_per_sec": own["tokens_per_sec"].median(),
+            "decode_experts": own["decode_experts"].mean(),
+            "distinct_experts": own["decode_experts"].mean(),
+            "weight_bytes": own["weight_bytes_per_token"].mean(),
+        })  # fmt: skip
+    for row in done.to_dict("records"):
+        named = {"configuration": row["config_name"], "weight_bytes": row["weight_bytes_per_step"]}
+        columns = ("batch_size", "tokens_per_sec", "decode_experts", "distinct_experts")
+        entries.append(named | {column: row[column] for column in columns})
+    base = {entry["batch_size"]: entry for entry in entries if entry["configuration"] == baseline}
+    for entry in entries:
+        beside = base.get(entry["batch_size"], {})
+        entry["speedup"] = _ratio(entry["tokens_per_sec"], beside.get("tokens_per_sec"))
+        entry["allowed_speedup"] = _ratio(beside.get("weight_bytes"), entry["weight_bytes"])
+    return entries
+
+
 def _hypothesis_value(analysis: Mapping[str, Any], name: str, quantity: str) -> float | None:
     """What was measured of a quantity that the earlier attempt expected something of."""
     tests = analysis["statistical_tests"].get(name, {})
@@ -6885,11 +7000,11 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
     `choose_baseline`.
 
     Returns a dict with baseline, own_k, n_rows, n_failed, n_prompts, configurations, summary_by_config,
-    summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), verdict
-    (`quality_verdicts`), shuffle_effects, field (`compare_field`), task_fields (`compare_field_on_tasks`),
-    noise_floor, tasks (`compare_tasks`), null_diagnostics, layers (`summarize_layers`) and hypotheses. Raises
-    UserError for a table that is none of this script's, for a baseline that is not in it, and when no row is
-    left.
+    summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), compute
+    (`summarize_compute`), throughput (`summarize_throughput`), verdict (`quality_verdicts`), shuffle_effects,
+    field (`compare_field`), task_fields (`compare_field_on_tasks`), quality_margin, noise_floor, tasks
+    (`compare_tasks`), null_diagnostics, layers (`summarize_layers`) and hypotheses. Raises UserError for a
+    table that is none of this script's, for a baseline that is not in it, and when no row is left.
     """
     folder = Path(output_dir)
     results = results_beside(df, folder)
@@ -6902,6 +7017,7 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
     for name in configs:
         check_name(name)
     baseline = choose_baseline(done, baseline)
+    tests = compare_with_baseline(done, baseline)
     runs = set().union(*map(run_ids, results))
     task_report = read_side_file(folder / TASK_RESULTS, runs)
     own_k = own_k_of(results)
@@ -6914,7 +7030,9 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
         "configurations": configs,
         "summary_by_config": summarize(done),
         "summary_by_category": summarize_categories(done),
-        "statistical_tests": compare_with_baseline(done, baseline),
+        "statistical_tests": tests,
+        "compute": summarize_compute(done, baseline, tests),
+        "throughput": summarize_throughput(results, baseline),
         "verdict": quality_verdicts(results.scores, configs, baseline),
         "shuffle_effects": shuffle_effects(results.scores, configs),
         "field": compare_field(results.scores, configs, own_k),
@@ -7697,6 +7815,31 @@ REPORT_TABLES: dict[str, tuple[ReportColumn, ...]] = {
         ReportColumn("load CV", "expert_utilization_cv", ".2f"),
         ReportColumn("max/min use", "expert_utilization_max_min_ratio", ".1f"),
     ),
+    "compute": (
+        _CONFIGURATION,
+        ReportColumn("active parameters", "active", "s"),
+        ReportColumn("of experts", "of_experts", "s"),
+        ReportColumn("expert FLOPs", "flops", "s"),
+        ReportColumn("weights read to decode a token", "read", "s"),
+        ReportColumn("faster decoding allowed", "allowed_speedup", ".2f"),
+        ReportColumn("measured", "decode_speedup", ".2f"),
+    ),
+    "phases": (
+        _CONFIGURATION,
+        ReportColumn("experts in prefill", "prefill_experts", ".2f"),
+        ReportColumn("experts in decoding", "decode_experts", ".2f"),
+        ReportColumn("prefill, ms", "prefill_ms", ".1f"),
+        ReportColumn("decode, ms/token", "decode_ms", ".2f"),
+    ),
+    "throughput": (
+        _CONFIGURATION,
+        ReportColumn("batch size", "batch_size", "d"),
+        ReportColumn("tokens/s", "tokens_per_sec", ".1f"),
+        ReportColumn("of the baseline's", "speedup", ".2f"),
+        ReportColumn("allowed", "allowed_speedup", ".2f"),
+        ReportColumn("experts a token", "decode_experts", ".2f"),
+        ReportColumn("distinct experts a step", "distinct_experts", ".1f"),
+    ),
     "layers": (
         _CONFIGURATION,
         ReportColumn("fewest experts (layer)", "fewest", "s"),
@@ -8078,6 +8221,44 @@ def suite_time_sentence(results: Results) -> str:
     )
 
 
+def scaled(number: float | None, units: Sequence[str], digits: int = 2) -> str:
+    """A number with the unit that keeps it short, each unit a thousand times the one before; empty for
+    None."""
+    if number is None:
+        return ""
+    place = 0
+    while number >= 999.5 and place < len(units) - 1:
+        number /= 1000
+        place += 1
+    return f"{number:.{digits}f} {units[place]}".strip()
+
+
+PARAMETERS = ("", "k", "M", "B")  # as models are named: 1.28 B of 6.92 B
+FLOPS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")
+BYTES = ("B", "kB", "MB", "GB", "TB")
+
+
+def compute_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """What a token costs the model under the baseline; and under each other configuration, with the speed-up
+    that this allows and the one that was measured. For the report and a terminal."""
+    baseline = analysis["baseline"]
+    sentences = []
+    for name, entry in sorted(analysis["compute"].items(), key=lambda item: item[0] != baseline):
+        active = scaled(entry["active_parameters"], PARAMETERS)
+        total = scaled(entry["total_parameters"], PARAMETERS)
+        read = scaled(entry["weight_bytes_per_token"], BYTES)
+        flops = scaled(entry["expert_flops_per_token"], FLOPS)
+        sentence = f"A token under `{name}` uses {active} of {total} parameters and {flops} in its experts"
+        if read:
+            sentence += f", and {read} of weights are read to decode one"
+        if name != baseline and entry["allowed_speedup"] is not None:
+            sentence += f": that allows {entry['allowed_speedup']:.2f} times the speed of `{baseline}`"
+            if entry["decode_speedup"] is not None:
+                sentence += f", {entry['decode_speedup']:.2f} times was measured"
+        sentences.append(f"{sentence}.")
+    return sentences
+
+
 CONCLUSIONS: tuple[Callable[[Mapping[str, Any]], list[str]], ...] = (
     quality_sentences,
     clock_sentences,
@@ -8167,6 +8348,34 @@ def league_table(field: Mapping[str, Any]) -> str:
 def null_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     nulls = (analysis["null_diagnostics"] or {}).get("nulls", {})
     return [{"null": name, **row} for name, null in nulls.items() for row in null["alphas"]]
+
+
+def compute_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for name, entry in analysis["compute"].items():
+        shown = {
+            "configuration": name,
+            "active": scaled(entry["active_parameters"], PARAMETERS),
+            "of_experts": scaled(entry["active_expert_parameters"], PARAMETERS),
+            "flops": scaled(entry["expert_flops_per_token"], FLOPS),
+            "read": scaled(entry["weight_bytes_per_token"], BYTES),
+        }
+        rows.append(entry | shown)
+    return rows
+
+
+def phase_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """None where nothing was generated."""
+    rows = []
+    for name, entry in analysis["compute"].items():
+        if entry["prefill_experts"] is not None:
+            row = {"configuration": name}
+            row |= {column: entry[column] for column in ("prefill_experts", "decode_experts")}
+            for phase in ("prefill", "decode"):
+                seconds = entry[f"{phase}_sec"]
+                row[f"{phase}_ms"] = None if seconds is None else 1000 * seconds
+            rows.append(row)
+    return rows
 
 
 def layer_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -8297,6 +8506,10 @@ def failure_rows(results: Results) -> list[dict[str, Any]]:
         for row in frame[frame["status"] != "ok"].to_dict("records"):
             item = row[ITEMS[kind].item] or row[ITEMS[kind].category]
             rows.append({"configuration": row["config_name"], "item": item, "error": row["error"]})
+    batches = results.throughput[results.throughput["status"] != "ok"]
+    for row in batches.to_dict("records"):
+        item = f"batch of {row['batch_size']}"
+        rows.append({"configuration": row["config_name"], "item": item, "error": row["error"]})
     return rows
 
 
@@ -8401,6 +8614,37 @@ Kolmogorov-Smirnov distance from uniform, by layer: {{ distances }}.
 Experts: mean and standard deviation over {{ item }}s of the mean over tokens and layers; range: fewest and \
 most experts that any token got in any layer. At floor, at cap, no rejection: shares of all (token, layer) \
 decisions of the rules that have them.{% if is_timed %} Times are medians over prompts.{% endif %}
+
+{% if compute %}
+## Compute
+
+{{ table("compute", compute) }}
+
+By the shapes of the model's own parameters, {{ total_parameters }} in all, a tied tensor once. Active: all \
+but the routed experts that did not run, embedding tables in full. Of experts: routed ones; shared ones \
+count with the rest. FLOPs of the routed experts: 2 for each multiply-add. Read to decode a token: active \
+parameters at their precision, of an embedding table one row. Allowed: times as fast as `{{ baseline }}` if \
+reading weights were all that takes time. Measured: from the median over prompts of the ratio of their \
+decode times. A model that fits into caches, or is small beside what each step costs anyway, gains less.
+
+{% if phases %}
+{{ table("phases", phases) }}
+
+Prefill: all tokens of the prompt at once, until the first new token; decoding: the others, one by one. \
+Times are medians over prompts.
+{% endif %}
+
+{% if throughput %}
+### Throughput of a batch
+
+{{ table("throughput", throughput) }}
+
+New tokens a second, prefill included: at batch size 1 the median over prompts, at a larger one that of {{ \
+repeats }} runs of one batch, configurations in turns; and as a multiple of `{{ baseline }}`'s at the same \
+batch size. Allowed: by the bytes of weights that a decoding step reads, of every expert which some text of \
+the batch uses. Prompts are padded on the left; padding is not counted.
+{% endif %}
+{% endif %}
 
 {% if layers %}
 ## Layers
@@ -8514,6 +8758,13 @@ def report_context(
         "null_origin": null_origin(diagnostics),
         "distances": null_distances(diagnostics),
         "summary": summary_rows(analysis, measured),
+        "compute": compute_rows(analysis),
+        "total_parameters": next(
+            (scaled(entry["total_parameters"], PARAMETERS) for entry in analysis["compute"].values()), ""
+        ),
+        "phases": phase_rows(analysis),
+        "throughput": analysis["throughput"],
+        "repeats": next((int(number) for number in results.throughput["repeats"].dropna()), 0),
         "layers": layers,
         "diverging": any("diverging" in row for row in layers),
         "tests": test_rows(analysis),

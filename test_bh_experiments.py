@@ -8614,6 +8614,11 @@ def columns_table(columns):
     return manual_table(["column", "kind", "meaning"], rows)
 
 
+def quantized_table():
+    rows = [[f"`{name}`", manual_words(words)] for name, words in bh.QUANTIZED_WEIGHTS.items()]
+    return manual_table(["`quant_method`", "what was run, and what came of it"], rows)
+
+
 def manual_tables():
     """Marker in the manual -> the table that stands there."""
     in_all = [
@@ -8632,10 +8637,12 @@ def manual_tables():
         "metrics": metrics_table(),
         "routing columns": columns_table(bh.ROUTING_COLUMNS),
         "columns of every row": columns_table(in_all),
+        "compute columns": columns_table(bh.COMPUTE_COLUMNS),
+        "quantized weights": quantized_table(),
     }
     for table in bh.TABLES:
-        elsewhere = [*bh.ROUTING_COLUMNS]
-        if table in (bh.GENERATION, bh.SCORES, bh.TASKS):
+        elsewhere = [*bh.ROUTING_COLUMNS, *bh.COMPUTE_COLUMNS]
+        if table in (bh.GENERATION, bh.SCORES, bh.TASKS, bh.THROUGHPUT):
             elsewhere += in_all
         own = [column for column in table.columns if column not in elsewhere]
         tables[f"columns of {table.file}"] = columns_table(own)
