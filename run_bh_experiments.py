@@ -4391,10 +4391,19 @@ def choose_dtype(device: torch.device, dtype: str = "auto") -> torch.dtype:
 
 
 def quantization_of(model_name: str, source: Mapping[str, Any]) -> str | None:
-    """The format of the weights that a model brings, as its config.json calls it; None for plain ones."""
+    """The format of the weights that a model brings, as its config.json calls it; None for plain ones.
+
+    ValueError for one that transformers does not know: it would go on with random weights.
+    """
     config = transformers.AutoConfig.from_pretrained(model_name, **source)
     settings = getattr(config, "quantization_config", None)
-    return settings.get("quant_method") if isinstance(settings, dict) else None
+    if not isinstance(settings, dict):
+        return None
+    method = settings.get("quant_method", "bitsandbytes")  # older ones of these do not say so
+    known = [known.value for known in transformers.utils.quantization_config.QuantizationMethod]
+    if method not in known:
+        raise ValueError(f"transformers knows no quantised weights of the kind {method!r}")
+    return method
 
 
 def _to_one_precision(model: nn.Module, dtype: torch.dtype) -> None:

@@ -9566,13 +9566,16 @@ def test_quantized_weights_are_counted_as_what_they_stand_for(packed, tmp_path):
     assert cost.shared_bytes < plain_cost.shared_bytes
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "torchao", "gptq", "no_such_format"])
-def test_quantized_weights_without_their_library(method, tmp_path, capsys):
+@pytest.mark.parametrize(("method", "settings"), [
+    ("bitsandbytes", {"load_in_8bit": True}), ("torchao", {"quant_type": "int8"}), ("gptq", {"bits": 4}),
+    ("no_such_format", {}),
+])  # fmt: skip
+def test_quantized_weights_without_their_library(method, settings, tmp_path, capsys):
     """Refused in one line, before anything runs."""
-    if method in ("bitsandbytes", "torchao") and importlib.util.find_spec(method):
+    if importlib.util.find_spec({"gptq": "gptqmodel"}.get(method, method)):
         pytest.skip(f"{method} is installed")
     plain_folder("olmoe", tmp_path / "model")
-    settings = {"quant_method": method, "load_in_8bit": True, "bits": 4, "quant_type": "int8"}
+    settings = {"quant_method": method, **settings}
     rewrite_weights(tmp_path / "model", lambda name, tensor: {name: tensor}, settings)
     assert cli(tmp_path / "model", tmp_path / "out") == 2
     lines = error_lines(capsys)
