@@ -2830,10 +2830,11 @@ def folders_of_tables(mock_model, task_run, tmp_path_factory):
     prompts += [{"id": "other", "text": "another word", "category": "awkward"}]
     long = {"id": "long", "text": "word " * 300, "category": "plain", "reference": "and more"}
     configs = CONFIGS | {"bh": EMPIRICAL}
-    runner.run_full_experiment_suite(configs, [*prompts, long], 2, texts=WINDOWS, num_samples=2)
-    runner.run_full_experiment_suite(configs, prompts, 2, texts=WINDOWS, num_samples=2)
+    options = {"texts": WINDOWS, "num_samples": 2}
+    runner.run_full_experiment_suite(configs, [*prompts, long], 2, **options)
+    runner.run_full_experiment_suite(configs, prompts, 2, generate_batch=2, **options)
     shutil.copytree(folder, folder / "without failure")
-    runner.run_full_experiment_suite(configs, [*prompts, long], 2, texts=WINDOWS, num_samples=2)
+    runner.run_full_experiment_suite(configs, [*prompts, long], 2, generate_batch=6, **options)
     return folder, folder / "without failure", task_run[1]
 
 
@@ -5273,7 +5274,7 @@ def test_no_resume_sets_everything_aside(mock_model, tmp_path, monkeypatch):
     files are together in one folder, the log and the calibration stay, and nobody else's file is touched."""
     only_plots(monkeypatch, "avg_experts_comparison")
     configs = CONFIGS | {"bh": EMPIRICAL}
-    bh.write_report(run_suite(mock_model, tmp_path, configs).generation, tmp_path)
+    bh.write_report(run_suite(mock_model, tmp_path, configs, generate_batch=2).generation, tmp_path)
     checkpoint = tmp_path / "checkpoints" / bh.CHECKPOINT_FILE
     lines = checkpoint.read_text().splitlines(keepends=True)  # the others' rows are in their own files
     for rank in (1, 2):
@@ -5615,7 +5616,7 @@ def test_the_same_command_gives_the_same_bytes(tiny_folder, tmp_path, monkeypatc
     only_plots(monkeypatch)
     monkeypatch.setattr(bh, "TEST_PROMPTS", bh.TEST_PROMPTS[:2])
     for name in ("one", "two"):
-        assert cli(tiny_folder, tmp_path / name, "--max-tokens", 4) == 0
+        assert cli(tiny_folder, tmp_path / name, "--max-tokens", 4, "--generate-batch", 2) == 0
     for table in bh.TABLES:
         if table is bh.TASKS:
             continue
