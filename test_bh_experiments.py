@@ -8702,7 +8702,8 @@ def test_a_run_leaves_what_is_declared(mock_model, tmp_path):
     """The files of a run, an earlier one set aside, are those that the manual lists; so are the results."""
     for resume in (True, False):
         runner = mock_runner(mock_model, tmp_path)
-        frame = runner.run_full_experiment_suite(CONFIGS, PROMPTS[:2], 2, resume=resume)
+        options = {"resume": resume, "generate_batch": 2}
+        frame = runner.run_full_experiment_suite(CONFIGS, PROMPTS[:2], 2, **options)
         bh.write_report(frame, tmp_path)
     left = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
     declared = {*bh.RUN_FILES, *bh.KEPT_FILES, "earlier_1"} - {bh.EARLIER.format(number="N")}
