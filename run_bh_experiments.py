@@ -73,6 +73,7 @@ import collections
 import contextlib
 import copy
 import csv
+import dataclasses
 import difflib
 import errno
 import functools
@@ -2377,6 +2378,21 @@ REFUSED_ARCHITECTURES = {
 }
 
 
+# Models that bring quantised weights: `quant_method` of config.json -> what was run, and what came of it. By
+# the tests, on tiny models on a CPU. The seam itself does not ask for the format.
+QUANTIZED_WEIGHTS = {
+    "fp8": "taken: fine-grained FP8. transformers unpacks it on a CPU, and on a GPU that has no FP8. With "
+    "its FP8 kernels on a newer GPU: not run",
+    "mxfp4": "taken: GPT-OSS, unpacked to `--dtype`, four times the memory or more: its kernels choose the "
+    "experts themselves, so the seam cannot",
+    "bitsandbytes": "taken: 8 bits, and 4 bits as FP4 or NF4 with nested scales, with bitsandbytes 0.50. It "
+    "packs linear layers, here attention; experts and router stay as they are",
+    "torchao": "taken: int8 and float8 weights, int8 activations, of linear layers likewise, with torchao "
+    "0.18. Packed experts: float8 with grouped_mm or eager, int8 with eager only; elsewhere torchao lacks an "
+    "operation, and the model is refused. int4: not run",
+}
+
+
 def list_architectures() -> list[dict[str, str]]:
     """The causal language models of the installed transformers that declare a router, and what is known."""
     auto = transformers.models.auto
@@ -2603,6 +2619,21 @@ ROUTING_COLUMNS = (
     Column("gate_mass_frac", float,
            "mean over decisions of the share of softmax(router logits) that the experts which ran have"),
 )  # fmt: skip
+# What that costs, by the shapes of the model's own parameters. Experts are those that the router picks from,
+# with the share of what stands in for the dropped. All else is used by every token: embeddings, attention,
+# norms, routers, shared experts, dense layers and the head.
+COMPUTE_COLUMNS = (
+    Column("total_parameters", int, "parameters of the model, a tensor that is used twice once"),
+    Column("active_parameters", float,
+           "of these, what a token uses, mean over tokens: all but the experts that did not run, and what is "
+           "no part of the text decoder. Embedding tables in full, as models are named in the field"),
+    Column("active_expert_parameters", float, "of the active, those of the experts that ran"),
+    Column("expert_flops_per_token", float,
+           "floating-point operations of these experts for a token: 2 for each multiply-add, 1 for a bias"),
+    Column("weight_bytes_per_token", float,
+           "bytes of weights that are read to decode one token: of the active, with one row of an embedding "
+           "table that is not the head's as well. Where text was generated: of the tokens after the prefill"),
+)  # fmt: skip
 LAYER_COLUMNS = (
     *ROUTING_COLUMNS,
     Column("use_entropy_bits", float, "entropy of the use of the E experts; log2(E) when even"),
@@ -2664,6 +2695,13 @@ class RoutingStatistics:
         of_use = {name: values.mean(keepdims=True) for name, values in self._use_measures().items()}
         measures = self._decision_measures(over_layers) | of_use
         return strict_json({column.name: measures[column.name][0] for column in ROUTING_COLUMNS})
+
+    @property
+    def effective_experts(self) -> np.ndarray:
+        """Mean effective experts of a token by layer [L]; 0 in a layer that no token came by."""
+        sums = self._sums()
+        ran = sums["counts"] @ np.arange(self.counts.shape[1])
+        return (ran + sums["stand_ins"]) / sums["counts"].sum(1).clip(min=1)
 
     def _sums(self) -> dict[str, np.ndarray]:
         """What may be added over layers, one entry a layer."""
@@ -2741,44 +2779,143 @@ class RoutingStatistics:
         return cls(counts, use, unchosen[:, 0], mass[:, 0], config, tuple(layers))
 
 
+def parameter_count(parameter: Tensor) -> int:
+    """How many numbers a parameter holds, also where bitsandbytes packs two into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else math.prod(packed.shape)
+
+
+def stored_parts(parameter: Tensor) -> list[Tensor]:
+    """The plain tensors that a parameter is stored in: itself, or what a quantised one of torchao holds."""
+    if not hasattr(parameter, "__tensor_flatten__"):
+        return [parameter]
+    names, _ = parameter.__tensor_flatten__()
+    return [part for name in names for part in stored_parts(getattr(parameter, name))]
+
+
+def parameter_bytes(parameter: Tensor) -> int:
+    return sum(part.numel() * part.element_size() for part in stored_parts(parameter))
+
+
+def _text_parameters(model: nn.Module) -> dict[int, Tensor]:
+    """Parameters that a token of text can use, by identity: of the decoder and the head, or of the whole
+    model where it does not say what these are. A vision tower is not among them."""
+    parts = [model]
+    if hasattr(model, "get_decoder"):
+        parts = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
+    return {id(parameter): parameter for part in parts for parameter in part.parameters()}
+
+
+def _unread_bytes(model: nn.Module, parameters: Mapping[int, Tensor]) -> int:
+    """Bytes of embedding tables that a token does not read: all rows but one, where the head reads none."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    of_head = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    tables = {
+        id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    unread = [table for key, table in tables.items() if key in parameters and key not in of_head]
+    return sum(parameter_bytes(table) * (len(table) - 1) // len(table) for table in unread)
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a token costs a model beside its experts, and what one expert of each of L layers costs."""
+
+    total_parameters: int
+    shared_parameters: int  # used by every token, embedding tables in full
+    shared_bytes: int  # of weights, read for one decoded token
+    expert_parameters: np.ndarray  # [L], of one expert
+    expert_flops: np.ndarray  # [L], of one expert for one token
+    expert_bytes: np.ndarray  # [L], of one expert
+
+    @classmethod
+    def of(cls, model: nn.Module, experts: Sequence[nn.Module], num_experts: int) -> ModelCost:
+        """experts: the experts module of each MoE layer, with `num_experts` experts each."""
+        parameters = _text_parameters(model)
+        sizes = np.zeros(len(experts))
+        flops = np.zeros(len(experts))
+        nbytes = np.zeros(len(experts))
+        routed: set[int] = set()
+        for place, module in enumerate(experts):
+            for name, parameter in module.named_parameters():
+                routed.add(id(parameter))
+                size = parameter_count(parameter) / num_experts
+                sizes[place] += size
+                flops[place] += size if name.endswith("bias") else 2 * size
+                nbytes[place] += parameter_bytes(parameter) / num_experts
+        shared = [parameter for key, parameter in parameters.items() if key not in routed]
+        return cls(
+            total_parameters=sum(parameter_count(parameter) for parameter in model.parameters()),
+            shared_parameters=sum(parameter_count(parameter) for parameter in shared),
+            shared_bytes=sum(map(parameter_bytes, shared)) - _unread_bytes(model, parameters),
+            expert_parameters=sizes,
+            expert_flops=flops,
+            expert_bytes=nbytes,
+        )
+
+    def bytes_read(self, experts: np.ndarray) -> float:
+        """Bytes of weights read where so many experts of each layer run, [L]."""
+        return float(self.shared_bytes + experts @ self.expert_bytes)
+
+    def row(self, routing: RoutingStatistics, decoding: RoutingStatistics) -> dict[str, Any]:
+        """COMPUTE_COLUMNS, of all tokens that were routed and of those that were decoded; None for none."""
+        row = dict.fromkeys((column.name for column in COMPUTE_COLUMNS), None)
+        row["total_parameters"] = self.total_parameters
+        if routing.counts.any():
+            experts = routing.effective_experts
+            of_experts = float(experts @ self.expert_parameters)
+            row["active_parameters"] = self.shared_parameters + of_experts
+            row["active_expert_parameters"] = of_experts
+            row["expert_flops_per_token"] = float(experts @ self.expert_flops)
+        if decoding.counts.any():
+            row["weight_bytes_per_token"] = self.bytes_read(decoding.effective_experts)
+        return row
+
+
 @dataclass
 class _Call:
     """One forward pass of the model, as the recorder keeps it until it is summed."""
 
     mask: Tensor | None  # attention mask [B, at least S]; padding is not counted
     shape: tuple[int, int] | None  # B, S
+    phase: int  # 0 for the first since the start, a prefill where text is generated; 1 for the others
     outputs: dict[int, tuple]  # place of the layer -> (logits [T, E], weights [T, K], indices [T, K])
     wanted: dict[int, Tensor]  # place of the layer -> counts [T] before floor and cap
 
 
 class _LayerSums:
-    """The sums of one layer, for each of R rows of the batch, on the layer's device."""
+    """The sums of one layer, for each of 2 phases and R rows of the batch, on the layer's device."""
 
     def __init__(self, layer: MoELayer, rows: int):
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=layer.device)
 
         self.layer = layer
-        self.counts = zeros(rows, layer.num_experts + 1)
-        self.use = zeros(rows, layer.num_experts)
-        self.unchosen = zeros(rows)
-        self.mass = zeros(rows)
+        self.counts = zeros(2, rows, layer.num_experts + 1)
+        self.use = zeros(2, rows, layer.num_experts)
+        self.unchosen = zeros(2, rows)
+        self.mass = zeros(2, rows)
 
     def add(
-        self, output: tuple[Tensor, Tensor, Tensor], wanted: Tensor | None, row: Tensor, is_token: Tensor
+        self,
+        output: tuple[Tensor, Tensor, Tensor],
+        wanted: Tensor | None,
+        place: tuple[Tensor, Tensor],
+        is_token: Tensor,
     ) -> None:
         """Add N tokens. output: logits [N, E], weights [N, K], indices [N, K]. wanted: counts [N] before
-        floor and cap. row: of the batch [N]. is_token: False for padding [N]."""
+        floor and cap. place: phase [N] and row of the batch [N]. is_token: False for padding [N]."""
+        phase, row = place
         first, weights, indices = output
         ran = (weights != 0) & is_token[:, None]  # [N, K]
         gates = self.layer.logits(first).float().softmax(-1)
         mass = gates.gather(-1, indices.clamp(max=gates.shape[-1] - 1)).double()  # [N, K]
-        self._count(self.counts, (row, ran.sum(-1)), is_token)
+        self._count(self.counts, (phase, row, ran.sum(-1)), is_token)
         token, slot = ran.nonzero(as_tuple=True)
-        self._count(self.use, (row[token], indices[token, slot]), torch.ones_like(token))
-        self._count(self.mass, (row,), (mass * ran).sum(-1).mul(MASS_UNIT).round())
+        self._count(self.use, (phase[token], row[token], indices[token, slot]), torch.ones_like(token))
+        self._count(self.mass, (phase, row), (mass * ran).sum(-1).mul(MASS_UNIT).round())
         if wanted is not None:
-            self._count(self.unchosen, (row,), (wanted == 0) & is_token)
+            self._count(self.unchosen, (phase, row), (wanted == 0) & is_token)
 
     @staticmethod
     def _count(sums: Tensor, place: tuple[Tensor, ...], number: Tensor) -> None:
@@ -2804,6 +2941,7 @@ class RoutingRecorder:
     def start(self, rows: int | None = None) -> None:
         """Begin anew. rows: the batch size, to count each row of the batch by itself."""
         self._rows = rows
+        self._phase = 0
         self._calls: list[_Call] = []
         self._tokens = 0
         self._sums = [_LayerSums(layer, rows or 1) for layer in self.layers]
@@ -2817,13 +2955,17 @@ class RoutingRecorder:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             mask = None
         shape = None if ids is None else tuple(ids.shape[:2])
-        self._calls.append(_Call(mask, shape, {}, {}))
+        self._begin_call(mask, shape)
         self._tokens += 0 if ids is None else ids.numel()
+
+    def _begin_call(self, mask: Tensor | None, shape: tuple[int, int] | None) -> None:
+        self._calls.append(_Call(mask, shape, self._phase, {}, {}))
+        self._phase = 1
 
     def _call(self, place: int) -> _Call:
         """The call that a layer is in: a new one where it was called without the whole model."""
         if not self._calls or place in self._calls[-1].outputs:
-            self._calls.append(_Call(None, None, {}, {}))
+            self._begin_call(None, None)
         return self._calls[-1]
 
     def hook(self, place: int) -> Callable:
@@ -2857,9 +2999,10 @@ class RoutingRecorder:
             is_tested = all(place in call.wanted for call in seen)
             wanted = torch.cat([call.wanted[place] for call in seen]) if is_tested else None
             row = torch.cat([self._row_of_tokens(call, place) for call in seen])
+            phase = torch.cat([torch.full((len(call.outputs[place][0]),), call.phase) for call in seen])
             is_token = torch.cat([self._is_token(call, place) for call in seen])
             device = sums.counts.device
-            sums.add(output, wanted, row.to(device), is_token.to(device))
+            sums.add(output, wanted, (phase.to(device), row.to(device)), is_token.to(device))
 
     def _row_of_tokens(self, call: _Call, place: int) -> Tensor:
         """The row of the batch that each token [T] is in; 0 where rows are not told apart."""
@@ -2875,17 +3018,42 @@ class RoutingRecorder:
             return torch.ones(tokens, dtype=torch.bool)
         return call.mask[:, -call.shape[1] :].reshape(-1) != 0
 
+    NAMES = ("counts", "use", "unchosen", "mass")
+
+    def _seen(self) -> dict[str, np.ndarray]:
+        """The sums since the start, brought over at once: name -> [L, 2 phases, R rows, ...]."""
+        self._flush()
+        parts = [getattr(sums, name) for name in self.NAMES for sums in self._sums]
+        at_once = torch.cat([part.flatten().to(parts[0].device) for part in parts]).cpu()
+        arrays = [
+            values.view(part.shape).numpy()
+            for values, part in zip(at_once.split([part.numel() for part in parts]), parts, strict=True)
+        ]
+        num_layers = len(self._sums)
+        return {
+            name: np.stack(arrays[place * num_layers : (place + 1) * num_layers])
+            for place, name in enumerate(self.NAMES)
+        }
+
+    def _statistics_of(self, sums: Mapping[str, np.ndarray]) -> RoutingStatistics:
+        return RoutingStatistics(*(sums[name] for name in self.NAMES), self.config, tuple(self.layers))
+
     def statistics(self) -> list[RoutingStatistics]:
         """What was seen since the start: one for each row of the batch, or one."""
-        self._flush()
-        statistics = []
-        for row in range(self._rows or 1):
-            parts = (
-                np.stack([getattr(sums, name)[row].cpu().numpy() for sums in self._sums])
-                for name in ("counts", "use", "unchosen", "mass")
-            )
-            statistics.append(RoutingStatistics(*parts, self.config, tuple(self.layers)))
-        return statistics
+        seen = self._seen()
+        return [
+            self._statistics_of({name: sums[:, :, row].sum(1) for name, sums in seen.items()})
+            for row in range(self._rows or 1)
+        ]
+
+    def phases(self) -> list[RoutingStatistics]:
+        """What was seen in the first call of the model since the start, and in all after it: prefill and
+        decoding, where text was generated."""
+        seen = self._seen()
+        return [
+            self._statistics_of({name: sums[:, phase].sum(1) for name, sums in seen.items()})
+            for phase in (0, 1)
+        ]
 
     def total(self) -> RoutingStatistics:
         """What was seen since the start."""
@@ -2897,6 +3065,29 @@ class RoutingRecorder:
 
     def _repr_html_(self) -> str:
         return self.summary().to_html(float_format="{:.3f}".format)
+
+
+@contextlib.contextmanager
+def counting_distinct_experts(layers: Sequence[MoELayer]) -> Iterator[list[list[Tensor]]]:
+    """Count how many different experts of each layer run in a call of the model, inside the block: what a
+    batch of tokens makes it read. Yields a list a layer, which grows by a number a call."""
+    counts: list[list[Tensor]] = [[] for _ in layers]
+
+    def counter(place: int) -> Callable:
+        num_experts = layers[place].num_experts
+
+        def count(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            _, weights, indices = output  # [T, K]
+            expert = indices.masked_fill(weights == 0, num_experts).flatten()  # a dropped one is the last
+            runs = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert.device)
+            counts[place].append(runs.index_fill(0, expert, 1)[:num_experts].sum())
+
+        return count
+
+    with contextlib.ExitStack() as stack:
+        for place, layer in enumerate(layers):
+            stack.enter_context(layer.router.register_forward_hook(counter(place)))
+        yield counts
 
 
 def _asked_candidates(layers: Sequence[MoELayer], config: Config) -> list[int]:
@@ -3632,6 +3823,10 @@ GENERATION = Table(
         Column("num_input_tokens", int, "tokens of the prompt"),
         Column("num_output_tokens", int, "new tokens"),
         *ROUTING_COLUMNS,
+        Column("prefill_experts", float, "`avg_experts_per_token` in the prefill: the tokens of the prompt"),
+        Column("decode_experts", float,
+               "the same in decoding: the new tokens but the last; empty where only one was asked for"),
+        *COMPUTE_COLUMNS,
         *TEXT_METRICS.values(),
         Column("inference_time_sec", float, "whole generation, prompt included", clock=True,
                metric=Metric("inference time", "s", 3)),
@@ -3673,6 +3868,7 @@ SCORES = Table(
         Column("repeat_nll", float,
                "model's own routing only, first batch: scored a second time, the noise floor"),
         *ROUTING_COLUMNS,
+        *COMPUTE_COLUMNS,
         Column("batch_size", int, "windows in the forward pass that scored it", clock=True),
         *_ORIGIN,
     ),
@@ -3693,6 +3889,33 @@ TASKS = Table(
         Column("score", float, "its value for this document"),
         *ROUTING_COLUMNS,
         Column("batch_size", int, "requests that were answered together", clock=True),
+        *_ORIGIN,
+    ),
+)  # fmt: skip
+
+THROUGHPUT = Table(
+    "throughput.csv",
+    "a configuration and a batch of prompts that are continued together (`--generate-batch`)",
+    (
+        _CONFIG_NAME,
+        Column("batch_size", int, "texts that are generated together"),
+        Column("num_prompts", int, "different prompts among them"),
+        *_STATUS,
+        Column("repeats", int, "how often it was timed; times are medians of these"),
+        Column("tokens_per_sec", float, "new tokens of all texts / `inference_time_sec`", clock=True),
+        Column("inference_time_sec", float, "whole generation, prompts included", clock=True),
+        Column("time_to_first_token_sec", float, "start to the end of the prefill", clock=True),
+        Column("decode_sec_per_step", float,
+               "time after the prefill / (new tokens - 1): a step gives each text a token", clock=True),
+        Column("decode_experts", float, "mean of c in decoding"),
+        Column("distinct_experts", float,
+               "how many different experts of a layer run in a decoding step, mean over steps and layers"),
+        Column("weight_bytes_per_step", float,
+               "bytes of weights that are read for a decoding step: as `weight_bytes_per_token`, of the "
+               "distinct experts. What stands in for the dropped is not counted"),
+        Column("peak_memory_gb", float,
+               "peak of allocated GPU memory during the generation, GiB; empty on a CPU", clock=True),
+        Column("max_new_tokens", int, "how many new tokens each text gets"),
         *_ORIGIN,
     ),
 )  # fmt: skip
@@ -3744,7 +3967,7 @@ EXPERT_COUNTS = Table(
         _RUN_ID,
     ),
 )
-TABLES = (GENERATION, SCORES, TASKS, LAYER_STATISTICS, EXPERT_USAGE, EXPERT_COUNTS)
+TABLES = (GENERATION, SCORES, TASKS, THROUGHPUT, LAYER_STATISTICS, EXPERT_USAGE, EXPERT_COUNTS)
 
 # A spreadsheet would run a cell that begins like this; one more quote in front makes it text, and goes again.
 _FORMULA = re.compile(r"(?='*[=+\-@\t\r])")
@@ -3858,18 +4081,22 @@ def read_table(table: Table, folder: Path) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Results:
-    """What a run measured, as frames with the columns of GENERATION, SCORES and TASKS."""
+    """What a run measured, as frames with the columns of GENERATION, SCORES and TASKS. Beside these three,
+    over which it iterates, stands THROUGHPUT: it has no items to pair."""
 
     generation: pd.DataFrame
     scores: pd.DataFrame
     tasks: pd.DataFrame
+    throughput: pd.DataFrame = dataclasses.field(
+        default_factory=lambda: fit_table(pd.DataFrame(), THROUGHPUT)
+    )
 
     def __iter__(self) -> Iterator[pd.DataFrame]:
         return iter((self.generation, self.scores, self.tasks))
 
     @property
     def num_failed(self) -> int:
-        return sum(int((frame["status"] != "ok").sum()) for frame in self)
+        return sum(int((frame["status"] != "ok").sum()) for frame in (*self, self.throughput))
 
     def __str__(self) -> str:
         amounts = zip(("experiments", "scores of text", "scores of tasks"), map(len, self), strict=True)
@@ -3882,14 +4109,14 @@ class Results:
     @classmethod
     def read(cls, folder: Path) -> Results:
         """What a run left in its folder. Raises UserError where it left no table."""
-        tables = (GENERATION, SCORES, TASKS)
+        tables = (GENERATION, SCORES, TASKS)  # there is no throughput without these
         if not any((folder / table.file).is_file() for table in tables):
             files = ", ".join(table.file for table in tables)
             raise UserError(
                 f"{folder} holds none of {files}: run the experiments first, or give their folder"
             )
         if not is_of_older_script(folder):
-            return cls(*(read_table(table, folder) for table in tables))
+            return cls(*(read_table(table, folder) for table in (*tables, THROUGHPUT)))
         try:
             return results_of_older_script(folder)
         except UserError:
@@ -4097,6 +4324,7 @@ KEY_COLUMNS = {
     "generation": ("config_name", "prompt_id", "sample"),
     "score": ("config_name", "item_id"),
     "task": ("config_name", "task"),
+    "throughput": ("config_name", "batch_size", "input_hash"),  # of other prompts: another measurement
 }
 
 
@@ -4400,6 +4628,32 @@ def choose_dtype(device: torch.device, dtype: str = "auto") -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def quantization_of(model_name: str, source: Mapping[str, Any]) -> str | None:
+    """The format of the weights that a model brings, as its config.json calls it; None for plain ones.
+
+    ValueError for one that transformers does not know: it would go on with random weights.
+    """
+    config = transformers.AutoConfig.from_pretrained(model_name, **source)
+    settings = getattr(config, "quantization_config", None)
+    if not isinstance(settings, dict):
+        return None
+    method = settings.get("quant_method", "bitsandbytes")  # older ones of these do not say so
+    known = [known.value for known in transformers.utils.quantization_config.QuantizationMethod]
+    if method not in known:
+        raise ValueError(f"transformers knows no quantised weights of the kind {method!r}")
+    return method
+
+
+def _to_one_precision(model: nn.Module, dtype: torch.dtype) -> None:
+    """Weights that were unpacked come at the precision of their scales, the others as they were stored: all
+    get the one that was asked for, but for what the architecture keeps in float32."""
+    kept = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    kept += [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
+
+
 def load_model(
     model_name: str,
     device: torch.device,
@@ -4418,7 +4672,15 @@ def load_model(
     placed = {"dtype": dtype, "device_map": device_map or str(device), "use_safetensors": True}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, **source)
+        quantization = quantization_of(model_name, source)
+        if quantization == "mxfp4":  # its kernels choose the experts themselves
+            logger.info(f"{model_name} brings MXFP4 weights: they are unpacked to {dtype}")
+            placed["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+        elif quantization not in (None, "fp8"):  # what is not packed has a precision that fits what is
+            placed["dtype"] = "auto"
         model = transformers.AutoModelForCausalLM.from_pretrained(model_name, **placed, **source)
+        if quantization and not getattr(model, "is_quantized", False):
+            _to_one_precision(model, dtype)
         if not tokenizer("text")["input_ids"]:  # what comes of a folder without the tokenizer's files
             raise ValueError("its tokenizer knows no words")
     except Exception as error:  # whatever a damaged folder can raise
@@ -4433,10 +4695,13 @@ def model_fingerprint(model: nn.Module) -> str:
     """16 hex digits that name the weights: of each tensor the name, shape and up to 2,048 values."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):  # what a quantised module keeps beside its weights
+            continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if not tensor.is_meta:  # offloaded to disk: known by name and shape only
-            values = tensor.detach().flatten()
-            digest.update(values[:: max(1, values.numel() // 1024)].double().cpu().numpy().tobytes())
+        for part in stored_parts(tensor):
+            if not part.is_meta:  # offloaded to disk: known by name and shape only
+                values = part.detach().flatten()
+                digest.update(values[:: max(1, values.numel() // 1024)].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -4573,7 +4838,7 @@ class _StepWatch:
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated: its token ids [n], and the clock columns."""
+    """What was generated: its token ids [n], of a batch those of the first prompt; and the clock columns."""
 
     tokens: Tensor
     clock: dict[str, float | None]
@@ -4606,6 +4871,27 @@ class PromptRun:
         how = {"do_sample": False} if sampling is None else {"do_sample": True, "top_k": 0, **sampling}
         self.settings = generation_settings(tokenizer, new_tokens, **how)
 
+    @staticmethod
+    def together(runs: Sequence[PromptRun]) -> PromptRun:
+        """The prompts of `runs` as one batch, with the settings of the first.
+
+        Padded on the left, so that each text goes on where its prompt ends; the mask leaves padding out of
+        attention and of what the recorder counts. Texts may differ from those of batch 1 by rounding.
+        """
+        batch = copy.copy(runs[0])
+        pad = batch.settings.pad_token_id
+        filler = {"input_ids": 0 if pad is None else pad, "attention_mask": 0}
+        batch.inputs = {
+            name: nn.utils.rnn.pad_sequence(
+                [run.inputs[name][0] for run in runs],
+                batch_first=True,
+                padding_value=filler[name],
+                padding_side="left",
+            )
+            for name in batch.inputs
+        }  # [B, S]
+        return batch
+
     @property
     def num_input_tokens(self) -> int:
         return self.inputs["input_ids"].shape[1]
@@ -4632,7 +4918,7 @@ class PromptRun:
         steps = self.new_tokens - 1
         clock = {
             "inference_time_sec": end - start,
-            "tokens_per_sec": self.new_tokens / (end - start),
+            "tokens_per_sec": len(output) * self.new_tokens / (end - start),
             "time_to_first_token_sec": watch.prefill_done - start,
             "decode_sec_per_token": (end - watch.prefill_done) / steps if steps else None,
             "peak_memory_gb": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None,
@@ -4957,6 +5243,7 @@ def run_task(lm: Any, recorder: RoutingRecorder, tasks: Mapping[str, Any], limit
 # 12. BHExperimentRunner
 # ---------------------------------------------------------------------------------------------------------
 
+THROUGHPUT_REPEATS = 3  # how often a batch is timed under each configuration, after one run that is not
 AUTO_BATCH_TOKENS = 8192  # what --batch-size auto begins with; halved whenever memory does not suffice
 # What a run leaves in its folder, in the words of the manual. These are set aside together:
 RUN_FILES: dict[str, str] = {
@@ -4979,6 +5266,8 @@ KEPT_FILES: dict[str, str] = {
     EARLIER.format(number="N"): "what --no-resume, or a run that found no checkpoint, moved aside",
 }
 
+# Kind of a row in the checkpoint -> the table that takes it.
+TABLE_OF_KIND = {"generation": GENERATION, "score": SCORES, "task": TASKS, "throughput": THROUGHPUT}
 # Kind of a row -> its columns with the category and the document that the tables by layer count it under.
 COUNTED_BY = {
     "generation": ("prompt_category", "prompt_id"),
@@ -5005,6 +5294,7 @@ RUN_IDENTITY: dict[str, str] = {  # argument -> BY_ROW, NOTHING, or the entry of
     # run_full_experiment_suite, run_tasks
     **dict.fromkeys(("routing_configs", "test_prompts", "texts", "num_samples", "tasks"), BY_ROW),
     "max_new_tokens": "max_new_tokens",
+    "generate_batch": BY_ROW,
     "num_fewshot": "num_fewshot",
     "limit": "limit",
     "include_path": "task_files",
@@ -5022,6 +5312,17 @@ class SuitePlan:
     texts: Sequence[TextItem]
     new_tokens: int
     num_samples: int
+    generate_batch: int | None  # how many prompts are continued together besides, to measure the throughput
+
+    @property
+    def batch(self) -> list[Prompt]:
+        """The prompts that are continued together: from the first on, again from there where they are too
+        few."""
+        return list(itertools.islice(itertools.cycle(self.prompts), self.generate_batch or 0))
+
+    @property
+    def batch_inputs(self) -> dict[str, str]:
+        return {"texts": fingerprint([prompt["text"] for prompt in self.batch])}
 
     def keys(self) -> dict[str, list[Key]]:
         """The rows it will have, by kind, in the order of their tables."""
@@ -5032,7 +5333,11 @@ class SuitePlan:
             for name in self.configs
         ]
         score = [("score", name, text.id) for text in self.texts for name in self.scoring]
-        return {"generation": generation, "score": score}
+        keys = {"generation": generation, "score": score}
+        if self.generate_batch:
+            batch = (self.generate_batch, fingerprint(self.batch_inputs))
+            keys["throughput"] = [("throughput", name, *batch) for name in self.configs]
+        return keys
 
     def inputs(self) -> dict[str, dict[str, str]]:
         """Kind and name of everything that is fed in -> its hashes by field."""
@@ -5321,6 +5626,12 @@ class BHExperimentRunner:
             "sampling": self.sampling,
         }
 
+    @functools.cached_property
+    def cost(self) -> ModelCost:
+        """What a token costs this model."""
+        experts = [layer.experts for layer in self.layers]
+        return ModelCost.of(self.model, experts, self.layers[0].num_experts)
+
     @property
     def calibration(self) -> Calibration:
         """The calibration of this model: from the output folder if it was made from the same, or made now."""
@@ -5489,7 +5800,8 @@ class BHExperimentRunner:
         row = self._prompt_row(name, config, prompt, sample, run.new_tokens)
         with self._routed(config) as recorder:
             generation = run.generate()
-            routing = recorder.total()
+            prefill, decoding = recorder.phases()
+        routing = prefill + decoding
         # The model's own routing runs again by itself: what the others are compared with, and, beside its
         # first run, the noise floor.
         own = run.own
@@ -5501,6 +5813,9 @@ class BHExperimentRunner:
             **row,
             **generation.clock,
             **routing.row(),
+            "prefill_experts": prefill.row()["avg_experts_per_token"],
+            "decode_experts": decoding.row()["avg_experts_per_token"],
+            **self.cost.row(routing, decoding),
             **{column.name: measure(generated) for measure, column in TEXT_METRICS.items()},
             "generated_text": text,
             "full_text": prompt["text"] + text,
@@ -5559,6 +5874,65 @@ class BHExperimentRunner:
                 row = self._failed(row, error)
             saver.save(row)
 
+    # Throughput
+
+    def _throughput_row(self, name: str, config: Config, plan: SuitePlan) -> dict[str, Any]:
+        return {
+            **self._row("throughput", name, config, plan.batch_inputs),
+            "batch_size": plan.generate_batch,
+            "num_prompts": min(plan.generate_batch, len(plan.prompts)),
+            "max_new_tokens": plan.new_tokens,
+            "repeats": THROUGHPUT_REPEATS,
+        }
+
+    def _routing_of_batch(self, batch: PromptRun, config: Config) -> dict[str, Any]:
+        """The columns of THROUGHPUT that no clock decides, from a run that also warms up."""
+        with self._routed(config) as recorder, counting_distinct_experts(self.layers) as counts:
+            batch.generate()
+            _, decoding = recorder.phases()
+        columns = {"decode_experts": decoding.row()["avg_experts_per_token"]}
+        steps = [of_layer[1:] for of_layer in counts]  # without the prefill
+        if all(steps):
+            distinct = np.array([torch.stack(of_layer).double().mean().item() for of_layer in steps])  # [L]
+            columns["distinct_experts"] = float(distinct.mean())
+            columns["weight_bytes_per_step"] = self.cost.bytes_read(distinct)
+        return columns
+
+    def _throughput_unit(self, plan: SuitePlan, saver: _Saver) -> None:
+        """Continue a batch of prompts under every configuration, in turns; a failure is a row. Rows are saved
+        together: what was timed alone, before an interruption, does not compare."""
+        rows = {name: self._throughput_row(name, config, plan) for name, config in plan.configs.items()}
+        rows = {name: row for name, row in rows.items() if saver.lacks(row_key(row))}
+        batch: PromptRun | None = None
+        clocks: dict[str, list[dict[str, float | None]]] = {name: [] for name in rows}
+        for turn in range(1 + THROUGHPUT_REPEATS):
+            for name in [name for name, row in rows.items() if row["status"] == "ok"]:
+                config = plan.configs[name]
+                try:
+                    if batch is None:
+                        runs = [self._prompt_run(prompt, plan.new_tokens, self.seed) for prompt in plan.batch]
+                        batch = PromptRun.together(runs)
+                    if turn == 0:
+                        rows[name] |= self._routing_of_batch(batch, config)
+                    else:
+                        with self._routed(config):
+                            clocks[name].append(batch.generate().clock)
+                except Exception as error:  # one failed configuration must not end the suite
+                    rows[name] = self._failed(rows[name], error)
+        for name, row in rows.items():
+            if row["status"] == "ok":
+                row |= self._median_clock(clocks[name])
+            saver.save(row)
+
+    @staticmethod
+    def _median_clock(clocks: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+        """The clock columns of THROUGHPUT from those of several generations."""
+        medians = strict_json(pd.DataFrame(clocks, dtype=float).median().to_dict())
+        return {
+            **{name: medians[name] for name in THROUGHPUT.names if name in medians},
+            "decode_sec_per_step": medians["decode_sec_per_token"],
+        }
+
     # Scoring
 
     def _score_row(self, name: str, config: Config, item: TextItem) -> dict[str, Any]:
@@ -5590,10 +5964,12 @@ class BHExperimentRunner:
                 with self._routed(config):
                     again = batch.nll()
                 measured = [row | {"repeat_nll": nll} for row, nll in zip(measured, again, strict=True)]
-        return [
-            self._score_row(name, config, item) | row | {"routing": row["routing"].pack()}
-            for item, row in zip(batch.items, measured, strict=True)
-        ]
+        rows = []
+        for item, row in zip(batch.items, measured, strict=True):
+            routing = row["routing"]
+            cost = self.cost.row(routing, routing)
+            rows.append(self._score_row(name, config, item) | row | cost | {"routing": routing.pack()})
+        return rows
 
     def _rows_or_failures(
         self, batch: ScoredBatch, name: str, config: Config, repeats: bool
@@ -5674,6 +6050,7 @@ class BHExperimentRunner:
         *,
         texts: Sequence[TextItem] | None = None,
         num_samples: int = 1,
+        generate_batch: int | None = None,
         retry_failed: bool = False,
         fail_fast: bool = False,
         baseline: str | None = None,
@@ -5690,11 +6067,14 @@ class BHExperimentRunner:
         alike. The model's own routing is run as well where it is not among them. With `resume`, what the
         output folder holds is not run again; without, it is set aside. A failed experiment becomes a row with
         status "error"; retry_failed tries the earlier ones again, fail_fast stops at the first. num_samples:
-        texts to sample for each prompt. baseline: the configuration that the others will be compared with;
-        refused where it is not one of them. Ctrl-C keeps what is finished and is passed on. Under `accelerate
-        launch` each process runs its share.
+        texts to sample for each prompt. generate_batch: so many prompts are continued together as well, for
+        the throughput at that batch size, see THROUGHPUT. baseline: the configuration that the others will be
+        compared with; refused where it is not one of them. Ctrl-C keeps what is finished and is passed on.
+        Under `accelerate launch` each process runs its share.
         """
-        plan = self._plan(routing_configs, test_prompts, max_new_tokens, texts, num_samples, baseline)
+        plan = self._plan(
+            routing_configs, test_prompts, max_new_tokens, texts, num_samples, generate_batch, baseline
+        )
         settings = {**self.settings, "max_new_tokens": plan.new_tokens}
         keys = plan.keys()
         run_id = fingerprint(strict_json([settings, plan.configs, plan.scoring, plan.inputs(), keys]))
@@ -5725,6 +6105,7 @@ class BHExperimentRunner:
         max_new_tokens: int,
         texts: Sequence[TextItem] | None,
         num_samples: int,
+        generate_batch: int | None,
         baseline: str | None,
     ) -> SuitePlan:
         """What a suite will measure, checked."""
@@ -5735,6 +6116,12 @@ class BHExperimentRunner:
         num_samples = check_least("num_samples", num_samples)
         if num_samples > 1 and self.sampling is None:
             raise UserError(f"num_samples {num_samples}: greedy texts are all alike; sample with --do-sample")
+        if generate_batch is not None:
+            check_least("generate_batch", generate_batch, 2)
+            if not prompts:
+                raise UserError(
+                    f"generate_batch {generate_batch}: there is no prompt to be continued; give some"
+                )
         scored = [*reference_items(prompts, self.tokenizer), *texts]
         if not prompts and not scored:
             raise UserError("a suite needs at least one prompt or text")
@@ -5742,7 +6129,7 @@ class BHExperimentRunner:
         check_ids([text.id for text in scored])
         configs = self._configs(routing_configs, baseline)
         scoring = self._with_static_ladder(configs) if scored else configs
-        return SuitePlan(configs, scoring, prompts, scored, new_tokens, num_samples)
+        return SuitePlan(configs, scoring, prompts, scored, new_tokens, num_samples, generate_batch)
 
     def _calibrate_for(self, configs: Configs) -> None:
         """Calibrate if a configuration needs it; a mistake in what was asked for ends the run here."""
@@ -5768,6 +6155,9 @@ class BHExperimentRunner:
             for sample in range(plan.num_samples):
                 work = functools.partial(self._generate_unit, plan, prompt, sample, saver)
                 units.append((f"prompt {prompt['id']}", len(plan.configs), work))
+        if plan.generate_batch:
+            work = functools.partial(self._throughput_unit, plan, saver)
+            units.append((f"{plan.generate_batch} prompts together", len(plan.configs), work))
         for number, texts in enumerate(self._batches(plan.texts)):
             repeats = number == 0  # one batch shows the noise floor, at little cost
             work = functools.partial(self._score_unit, plan, texts, repeats, saver)
@@ -5927,7 +6317,7 @@ class BHExperimentRunner:
         if self.processes.rank == 0:
             checkpoint.read_others()
             layer_tables = LayerTables(self.layers, run_id)
-            for kind, table in (("generation", GENERATION), ("score", SCORES), ("task", TASKS)):
+            for kind, table in TABLE_OF_KIND.items():
                 rows = checkpoint.rows(keys.get(kind, ()))
                 if keys.get(kind):
                     counted = self._counted(rows, configs, layer_tables, run_id)
@@ -6805,6 +7195,78 @@ def summarize_layers(table: pd.DataFrame) -> dict[str, Any]:
     return summary
 
 
+# Compute: what configurations cost, what that allows, and what was measured
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    """above / below; None where one is not known."""
+    return None if pd.isna(above) or pd.isna(below) else float(above / below)
+
+
+def summarize_compute(
+    results: Results, baseline: str, tests: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Configuration -> means of COMPUTE_COLUMNS, experts and median times of prefill and decoding, and how
+    many times as fast as the baseline it decodes.
+
+    `allowed_speedup`: as if reading weights were all that takes time. `decode_speedup`: measured, 1 / the
+    median over prompts of the ratio to the baseline's time. From what was generated, else from the scores of
+    text; empty for rows of older scripts.
+    """
+    rows = results.generation if len(results.generation) else results.scores
+    rows = rows[rows["active_parameters"].notna()]
+    by_name = dict(list(rows.groupby("config_name", sort=False)))
+    means = {column.name: None for column in COMPUTE_COLUMNS}
+    summary = {}
+    for name, own in by_name.items():
+        entry = {column: own[column].mean() for column in means}
+        entry |= {"prefill_experts": None, "decode_experts": None, "prefill_sec": None, "decode_sec": None}
+        if len(results.generation):
+            entry |= {
+                "prefill_experts": own["prefill_experts"].mean(),
+                "decode_experts": own["decode_experts"].mean(),
+                "prefill_sec": own["time_to_first_token_sec"].median(),
+                "decode_sec": own["decode_sec_per_token"].median(),
+            }
+        summary[name] = entry
+    base = summary.get(baseline, {})
+    for name, entry in summary.items():
+        test = tests.get(name, {}).get("decode_sec_per_token", {})
+        slowdown = 1.0 if name == baseline and not pd.isna(entry["decode_sec"]) else test.get("median_ratio")
+        entry["allowed_speedup"] = _ratio(base.get("weight_bytes_per_token"), entry["weight_bytes_per_token"])
+        entry["decode_speedup"] = _ratio(1.0, slowdown)
+    return summary
+
+
+def summarize_throughput(results: Results, baseline: str) -> list[dict[str, Any]]:
+    """Tokens a second at batch 1, the median over prompts, and below it at the batch size that was measured;
+    each beside the baseline's at the same batch size. Empty without `--generate-batch`."""
+    done = results.throughput[results.throughput["status"] == "ok"]
+    if not len(done):
+        return []
+    alone = results.generation[results.generation["status"] == "ok"].groupby("config_name", sort=False)
+    entries = []
+    for name, own in alone:
+        entries.append({
+            "configuration": name,
+            "batch_size": 1,
+            "tokens_per_sec": own["tokens_per_sec"].median(),
+            "decode_experts": own["decode_experts"].mean(),
+            "distinct_experts": own["decode_experts"].mean(),
+            "weight_bytes": own["weight_bytes_per_token"].mean(),
+        })  # fmt: skip
+    for row in done.to_dict("records"):
+        named = {"configuration": row["config_name"], "weight_bytes": row["weight_bytes_per_step"]}
+        columns = ("batch_size", "tokens_per_sec", "decode_experts", "distinct_experts")
+        entries.append(named | {column: row[column] for column in columns})
+    base = {entry["batch_size"]: entry for entry in entries if entry["configuration"] == baseline}
+    for entry in entries:
+        beside = base.get(entry["batch_size"], {})
+        entry["speedup"] = _ratio(entry["tokens_per_sec"], beside.get("tokens_per_sec"))
+        entry["allowed_speedup"] = _ratio(beside.get("weight_bytes"), entry["weight_bytes"])
+    return entries
+
+
 def _hypothesis_value(analysis: Mapping[str, Any], name: str, quantity: str) -> float | None:
     """What was measured of a quantity that the earlier attempt expected something of."""
     tests = analysis["statistical_tests"].get(name, {})
@@ -6849,7 +7311,8 @@ def results_beside(df: pd.DataFrame, output_dir: Path) -> Results:
     generation = fit_table(df, GENERATION)
     runs = run_ids(generation)
     beside = [
-        frame if not runs or run_ids(frame) <= runs else frame[:0] for frame in (stored.scores, stored.tasks)
+        frame if not runs or run_ids(frame) <= runs else frame[:0]
+        for frame in (stored.scores, stored.tasks, stored.throughput)
     ]
     return Results(generation, *beside)
 
@@ -6863,11 +7326,11 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
     `choose_baseline`.
 
     Returns a dict with baseline, own_k, n_rows, n_failed, n_prompts, configurations, summary_by_config,
-    summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), verdict
-    (`quality_verdicts`), shuffle_effects, field (`compare_field`), task_fields (`compare_field_on_tasks`),
-    noise_floor, tasks (`compare_tasks`), null_diagnostics, layers (`summarize_layers`) and hypotheses. Raises
-    UserError for a table that is none of this script's, for a baseline that is not in it, and when no row is
-    left.
+    summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), compute
+    (`summarize_compute`), throughput (`summarize_throughput`), verdict (`quality_verdicts`), shuffle_effects,
+    field (`compare_field`), task_fields (`compare_field_on_tasks`), quality_margin, noise_floor, tasks
+    (`compare_tasks`), null_diagnostics, layers (`summarize_layers`) and hypotheses. Raises UserError for a
+    table that is none of this script's, for a baseline that is not in it, and when no row is left.
     """
     folder = Path(output_dir)
     results = results_beside(df, folder)
@@ -6880,6 +7343,7 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
     for name in configs:
         check_name(name)
     baseline = choose_baseline(done, baseline)
+    tests = compare_with_baseline(done, baseline)
     runs = set().union(*map(run_ids, results))
     task_report = read_side_file(folder / TASK_RESULTS, runs)
     own_k = own_k_of(results)
@@ -6893,7 +7357,9 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
         "configurations": configs,
         "summary_by_config": summarize(done),
         "summary_by_category": summarize_categories(done),
-        "statistical_tests": compare_with_baseline(done, baseline),
+        "statistical_tests": tests,
+        "compute": summarize_compute(done, baseline, tests),
+        "throughput": summarize_throughput(results, baseline),
         "verdict": quality_verdicts(scores, configs, baseline),
         "shuffle_effects": shuffle_effects(scores, configs),
         "field": compare_field(scores, configs, own_k),
@@ -7676,6 +8142,31 @@ REPORT_TABLES: dict[str, tuple[ReportColumn, ...]] = {
         ReportColumn("load CV", "expert_utilization_cv", ".2f"),
         ReportColumn("max/min use", "expert_utilization_max_min_ratio", ".1f"),
     ),
+    "compute": (
+        _CONFIGURATION,
+        ReportColumn("active parameters", "active", "s"),
+        ReportColumn("of experts", "of_experts", "s"),
+        ReportColumn("expert FLOPs", "flops", "s"),
+        ReportColumn("weights read to decode a token", "read", "s"),
+        ReportColumn("faster decoding allowed", "allowed_speedup", ".2f"),
+        ReportColumn("measured", "decode_speedup", ".2f"),
+    ),
+    "phases": (
+        _CONFIGURATION,
+        ReportColumn("experts in prefill", "prefill_experts", ".2f"),
+        ReportColumn("experts in decoding", "decode_experts", ".2f"),
+        ReportColumn("prefill, ms", "prefill_ms", ".1f"),
+        ReportColumn("decode, ms/token", "decode_ms", ".2f"),
+    ),
+    "throughput": (
+        _CONFIGURATION,
+        ReportColumn("batch size", "batch_size", "d"),
+        ReportColumn("tokens/s", "tokens_per_sec", ".1f"),
+        ReportColumn("of the baseline's", "speedup", ".2f"),
+        ReportColumn("allowed", "allowed_speedup", ".2f"),
+        ReportColumn("experts a token", "decode_experts", ".2f"),
+        ReportColumn("distinct experts a step", "distinct_experts", ".1f"),
+    ),
     "layers": (
         _CONFIGURATION,
         ReportColumn("fewest experts (layer)", "fewest", "s"),
@@ -8078,6 +8569,44 @@ def suite_time_sentence(results: Results) -> str:
     )
 
 
+def scaled(number: float | None, units: Sequence[str], digits: int = 2) -> str:
+    """A number with the unit that keeps it short, each unit a thousand times the one before; empty for
+    None."""
+    if number is None:
+        return ""
+    place = 0
+    while number >= 999.5 and place < len(units) - 1:
+        number /= 1000
+        place += 1
+    return f"{number:.{digits}f} {units[place]}".strip()
+
+
+PARAMETERS = ("", "k", "M", "B")  # as models are named: 1.28 B of 6.92 B
+FLOPS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")
+BYTES = ("B", "kB", "MB", "GB", "TB")
+
+
+def compute_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """What a token costs the model under the baseline; and under each other configuration, with the speed-up
+    that this allows and the one that was measured. For the report and a terminal."""
+    baseline = analysis["baseline"]
+    sentences = []
+    for name, entry in sorted(analysis["compute"].items(), key=lambda item: item[0] != baseline):
+        active = scaled(entry["active_parameters"], PARAMETERS)
+        total = scaled(entry["total_parameters"], PARAMETERS)
+        read = scaled(entry["weight_bytes_per_token"], BYTES)
+        flops = scaled(entry["expert_flops_per_token"], FLOPS)
+        sentence = f"A token under `{name}` uses {active} of {total} parameters and {flops} in its experts"
+        if read:
+            sentence += f", and {read} of weights are read to decode one"
+        if name != baseline and entry["allowed_speedup"] is not None:
+            sentence += f": that allows {entry['allowed_speedup']:.2f} times the speed of `{baseline}`"
+            if entry["decode_speedup"] is not None:
+                sentence += f", {entry['decode_speedup']:.2f} times was measured"
+        sentences.append(f"{sentence}.")
+    return sentences
+
+
 CONCLUSIONS: tuple[Callable[[Mapping[str, Any]], list[str]], ...] = (
     quality_sentences,
     clock_sentences,
@@ -8167,6 +8696,34 @@ def league_table(field: Mapping[str, Any]) -> str:
 def null_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     nulls = (analysis["null_diagnostics"] or {}).get("nulls", {})
     return [{"null": name, **row} for name, null in nulls.items() for row in null["alphas"]]
+
+
+def compute_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for name, entry in analysis["compute"].items():
+        shown = {
+            "configuration": name,
+            "active": scaled(entry["active_parameters"], PARAMETERS),
+            "of_experts": scaled(entry["active_expert_parameters"], PARAMETERS),
+            "flops": scaled(entry["expert_flops_per_token"], FLOPS),
+            "read": scaled(entry["weight_bytes_per_token"], BYTES),
+        }
+        rows.append(entry | shown)
+    return rows
+
+
+def phase_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """None where nothing was generated."""
+    rows = []
+    for name, entry in analysis["compute"].items():
+        if entry["prefill_experts"] is not None:
+            row = {"configuration": name}
+            row |= {column: entry[column] for column in ("prefill_experts", "decode_experts")}
+            for phase in ("prefill", "decode"):
+                seconds = entry[f"{phase}_sec"]
+                row[f"{phase}_ms"] = None if seconds is None else 1000 * seconds
+            rows.append(row)
+    return rows
 
 
 def layer_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -8297,6 +8854,10 @@ def failure_rows(results: Results) -> list[dict[str, Any]]:
         for row in frame[frame["status"] != "ok"].to_dict("records"):
             item = row[ITEMS[kind].item] or row[ITEMS[kind].category]
             rows.append({"configuration": row["config_name"], "item": item, "error": row["error"]})
+    batches = results.throughput[results.throughput["status"] != "ok"]
+    for row in batches.to_dict("records"):
+        item = f"batch of {row['batch_size']}"
+        rows.append({"configuration": row["config_name"], "item": item, "error": row["error"]})
     return rows
 
 
@@ -8403,6 +8964,37 @@ Kolmogorov-Smirnov distance from uniform, by layer: {{ distances }}.
 Experts: mean and standard deviation over {{ item }}s of the mean over tokens and layers; range: fewest and \
 most experts that any token got in any layer. At floor, at cap, no rejection: shares of all (token, layer) \
 decisions of the rules that have them.{% if is_timed %} Times are medians over prompts.{% endif %}
+
+{% if compute %}
+## Compute
+
+{{ table("compute", compute) }}
+
+By the shapes of the model's own parameters, {{ total_parameters }} in all, a tied tensor once. Active: all \
+but the routed experts that did not run, embedding tables in full. Of experts: routed ones; shared ones \
+count with the rest. FLOPs of the routed experts: 2 for each multiply-add. Read to decode a token: active \
+parameters at their precision, of an embedding table one row. Allowed: times as fast as `{{ baseline }}` if \
+reading weights were all that takes time. Measured: from the median over prompts of the ratio of their \
+decode times. A model that fits into caches, or is small beside what each step costs anyway, gains less.
+
+{% if phases %}
+{{ table("phases", phases) }}
+
+Prefill: all tokens of the prompt at once, until the first new token; decoding: the others, one by one. \
+Times are medians over prompts.
+{% endif %}
+
+{% if throughput %}
+### Throughput of a batch
+
+{{ table("throughput", throughput) }}
+
+New tokens a second, prefill included: at batch size 1 the median over prompts, at a larger one that of {{ \
+repeats }} runs of one batch, configurations in turns; and as a multiple of `{{ baseline }}`'s at the same \
+batch size. Allowed: by the bytes of weights that a decoding step reads, of every expert which some text of \
+the batch uses. Prompts are padded on the left; padding is not counted.
+{% endif %}
+{% endif %}
 
 {% if layers %}
 ## Layers
@@ -8518,6 +9110,13 @@ def report_context(
         "calibrated_on": calibration_sentence(diagnostics),
         "distances": null_distances(diagnostics),
         "summary": summary_rows(analysis, measured),
+        "compute": compute_rows(analysis),
+        "total_parameters": next(
+            (scaled(entry["total_parameters"], PARAMETERS) for entry in analysis["compute"].values()), ""
+        ),
+        "phases": phase_rows(analysis),
+        "throughput": analysis["throughput"],
+        "repeats": next((int(number) for number in results.throughput["repeats"].dropna()), 0),
         "layers": layers,
         "diverging": any("diverging" in row for row in layers),
         "tests": test_rows(analysis),
@@ -8657,6 +9256,8 @@ OPTIONS = (
     Option("batch-size", f"texts scored in one forward pass; auto begins with {AUTO_BATCH_TOKENS:,} tokens "
            "and halves when memory is short. Results do not depend on it, but for rounding", _batch_size,
            "auto", "N"),
+    Option("generate-batch", "continue N prompts together as well: throughput at that batch size, beside "
+           "that of one prompt at a time", int, metavar="N", least=2),
     Option("suite", "family of configurations: default, frontier, controls, field or all", default="default"),
     Option("configs", "comma-separated names: only these configurations", _names, metavar="NAMES"),
     Option("routing-configs", "JSON file of your own configurations, by name", Path, metavar="FILE"),
@@ -8776,6 +9377,11 @@ def _check_exclusions(args: argparse.Namespace, given: Mapping[str, Any]) -> Non
         both = [f"--{name.replace('_', '-')}" for name in sources if name in given]
         if len(both) > 1:
             raise UserError(f"{both[0]} and {both[1]} exclude each other: a run takes its items from one")
+    if args.generate_batch and (args.tasks or (args.text and not (args.prompts or args.dataset))):
+        other = "--tasks" if args.tasks else "--text without --prompts or --dataset"
+        raise UserError(
+            f"--generate-batch and {other} exclude each other: there is no prompt to be continued"
+        )
     if args.tasks and args.do_sample:
         raise UserError("--tasks and --do-sample exclude each other: a task says itself how to generate")
     if args.device_map and args.device != "auto":
@@ -8965,7 +9571,13 @@ def measure(args: argparse.Namespace) -> Results | None:
     else:
         samples = args.num_samples or 1
         runner.run_full_experiment_suite(
-            configs, prompts, args.max_tokens, texts=text.scored, num_samples=samples, **options
+            configs,
+            prompts,
+            args.max_tokens,
+            texts=text.scored,
+            num_samples=samples,
+            generate_batch=args.generate_batch,
+            **options,
         )
     return runner.results if runner.processes.rank == 0 else None
 

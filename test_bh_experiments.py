@@ -22,6 +22,7 @@ import doctest
 import errno
 import functools
 import hashlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -2839,10 +2840,11 @@ def folders_of_tables(mock_model, task_run, tmp_path_factory):
     prompts += [{"id": "other", "text": "another word", "category": "awkward"}]
     long = {"id": "long", "text": "word " * 300, "category": "plain", "reference": "and more"}
     configs = CONFIGS | {"bh": EMPIRICAL}
-    runner.run_full_experiment_suite(configs, [*prompts, long], 2, texts=WINDOWS, num_samples=2)
-    runner.run_full_experiment_suite(configs, prompts, 2, texts=WINDOWS, num_samples=2)
+    options = {"texts": WINDOWS, "num_samples": 2}
+    runner.run_full_experiment_suite(configs, [*prompts, long], 2, **options)
+    runner.run_full_experiment_suite(configs, prompts, 2, generate_batch=2, **options)
     shutil.copytree(folder, folder / "without failure")
-    runner.run_full_experiment_suite(configs, [*prompts, long], 2, texts=WINDOWS, num_samples=2)
+    runner.run_full_experiment_suite(configs, [*prompts, long], 2, generate_batch=6, **options)
     return folder, folder / "without failure", task_run[1]
 
 
@@ -5282,7 +5284,7 @@ def test_no_resume_sets_everything_aside(mock_model, tmp_path, monkeypatch):
     files are together in one folder, the log and the calibration stay, and nobody else's file is touched."""
     only_plots(monkeypatch, "avg_experts_comparison")
     configs = CONFIGS | {"bh": EMPIRICAL}
-    bh.write_report(run_suite(mock_model, tmp_path, configs).generation, tmp_path)
+    bh.write_report(run_suite(mock_model, tmp_path, configs, generate_batch=2).generation, tmp_path)
     checkpoint = tmp_path / "checkpoints" / bh.CHECKPOINT_FILE
     lines = checkpoint.read_text().splitlines(keepends=True)  # the others' rows are in their own files
     for rank in (1, 2):
@@ -5624,7 +5626,9 @@ def test_the_same_command_gives_the_same_bytes(tiny_folder, tmp_path, monkeypatc
     only_plots(monkeypatch)
     monkeypatch.setattr(bh, "TEST_PROMPTS", bh.TEST_PROMPTS[:2])
     for name in ("one", "two"):
-        assert cli(tiny_folder, tmp_path / name, "--max-tokens", 4, "--text", "none") == 0
+        assert (
+            cli(tiny_folder, tmp_path / name, "--max-tokens", 4, "--text", "none", "--generate-batch", 2) == 0
+        )
     for table in bh.TABLES:
         if table is bh.TASKS:
             continue
@@ -8649,6 +8653,11 @@ def columns_table(columns):
     return manual_table(["column", "kind", "meaning"], rows)
 
 
+def quantized_table():
+    rows = [[f"`{name}`", manual_words(words)] for name, words in bh.QUANTIZED_WEIGHTS.items()]
+    return manual_table(["`quant_method`", "what was run, and what came of it"], rows)
+
+
 def manual_tables():
     """Marker in the manual -> the table that stands there."""
     in_all = [
@@ -8667,10 +8676,12 @@ def manual_tables():
         "metrics": metrics_table(),
         "routing columns": columns_table(bh.ROUTING_COLUMNS),
         "columns of every row": columns_table(in_all),
+        "compute columns": columns_table(bh.COMPUTE_COLUMNS),
+        "quantized weights": quantized_table(),
     }
     for table in bh.TABLES:
-        elsewhere = [*bh.ROUTING_COLUMNS]
-        if table in (bh.GENERATION, bh.SCORES, bh.TASKS):
+        elsewhere = [*bh.ROUTING_COLUMNS, *bh.COMPUTE_COLUMNS]
+        if table in (bh.GENERATION, bh.SCORES, bh.TASKS, bh.THROUGHPUT):
             elsewhere += in_all
         own = [column for column in table.columns if column not in elsewhere]
         tables[f"columns of {table.file}"] = columns_table(own)
@@ -8728,7 +8739,8 @@ def test_a_run_leaves_what_is_declared(mock_model, tmp_path):
     """The files of a run, an earlier one set aside, are those that the manual lists; so are the results."""
     for resume in (True, False):
         runner = mock_runner(mock_model, tmp_path)
-        frame = runner.run_full_experiment_suite(CONFIGS, PROMPTS[:2], 2, resume=resume)
+        options = {"resume": resume, "generate_batch": 2}
+        frame = runner.run_full_experiment_suite(CONFIGS, PROMPTS[:2], 2, **options)
         bh.write_report(frame, tmp_path)
     left = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
     declared = {*bh.RUN_FILES, *bh.KEPT_FILES, "earlier_1"} - {bh.EARLIER.format(number="N")}
@@ -9268,6 +9280,667 @@ def test_embedded_nulls_of_text_and_of_sampled_text_agree(embedded):
             ]
             means.append(torch.stack(counts).double().mean().item())
         assert abs(means[0] - means[1]) < 0.1, name
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 19. Compute, phases, throughput of a batch, quantised weights
+# ---------------------------------------------------------------------------------------------------------
+
+# What a token costs
+
+
+def cost_of(model):
+    layers = bh.find_moe_layers(model)
+    return bh.ModelCost.of(model, [layer.experts for layer in layers], layers[0].num_experts)
+
+
+def meta_olmoe(**changes):
+    """OLMoE-1B-7B as published, in bfloat16, without memory; and its cost."""
+    import transformers
+
+    config = transformers.OlmoeConfig(**{"intermediate_size": 1024, **changes})
+    with torch.device("meta"):
+        model = transformers.OlmoeForCausalLM(config).bfloat16()
+    return bh.ModelCost.of(model, [layer.mlp.experts for layer in model.model.layers], config.num_experts)
+
+
+def test_published_shape_of_olmoe():
+    """1.3 B active of 6.9 B parameters, counted by hand; and the bounds of speed that follow."""
+    hidden, wide, layers, experts, words = 2048, 1024, 16, 64, 50304
+    expert = 3 * hidden * wide
+    attention = 4 * hidden**2 + 2 * hidden  # and the norms of queries and keys
+    norms = 2 * hidden
+    rest = layers * (attention + norms + experts * hidden) + hidden + 2 * words * hidden
+    cost = meta_olmoe()
+    assert cost.total_parameters == rest + layers * experts * expert == 6_919_161_856
+    assert cost.shared_parameters == rest
+    assert cost.expert_parameters.tolist() == [expert] * layers
+    assert cost.expert_flops.tolist() == [2 * expert] * layers
+    active = rest + 8 * layers * expert
+    assert active == 1_282_017_280
+    assert cost.shared_bytes == 2 * (rest - (words - 1) * hidden)  # one row of the embedding
+    read = {k: cost.bytes_read(np.full(layers, float(k))) for k in (8, 6, 5, 4, 2)}
+    assert read[8] == 2 * (active - (words - 1) * hidden)
+    assert [round(read[8] / read[k], 2) for k in (6, 5, 4, 2)] == [1.21, 1.34, 1.52, 2.05]
+
+
+def test_a_tied_embedding_counts_once():
+    """And is read in full: it is the head."""
+    plain = meta_olmoe()
+    tied = meta_olmoe(tie_word_embeddings=True)
+    table = 50304 * 2048
+    assert plain.total_parameters - tied.total_parameters == table
+    assert plain.shared_parameters - tied.shared_parameters == table
+    assert plain.shared_bytes - tied.shared_bytes == 2 * 2048  # the row of the table that is no head
+
+
+COSTED = {
+    "olmoe": {},
+    "qwen3_moe": {},
+    "mixtral": {},
+    "deepseek_v3": {"first_k_dense_replace": 1, "mlp_layer_types": ["dense", "sparse"]},
+    "gpt_oss": {},
+    "cohere2_moe": {},  # tied
+}
+
+
+@pytest.fixture(scope="module", params=COSTED)
+def costed(request):
+    """A tiny model of an architecture."""
+    with pytest.MonkeyPatch.context() as patch:
+        fields = {name: value for name, value in COSTED[request.param].items() if value is not None}
+        patch.setattr(sys.modules[__name__], "TINY", TINY | fields)
+        classes = dict(declared_architectures())
+        model = tiny_of(request.param, classes[request.param])
+    model.set_experts_implementation("eager")
+    return model
+
+
+def test_cost_is_what_takes_part(costed):
+    """Parameters and bytes, against gradients: what one token's logits depend on was read, whole tensors, of
+    experts those that ran, of an embedding table that is no head the rows that were looked up."""
+    cost = cost_of(costed)
+    layers = bh.find_moe_layers(costed)
+    costed.zero_grad()
+    costed(input_ids=torch.tensor([[7]]), use_cache=False).logits.sum().backward()
+    of_experts = {id(p) for layer in layers for p in layer.experts.parameters()}
+    head = costed.get_output_embeddings().weight
+    tables = {id(m.weight) for m in costed.modules() if isinstance(m, nn.Embedding) and m.weight is not head}
+    read = 0
+    experts_read = 0
+    for name, parameter in costed.named_parameters():
+        assert parameter.grad is not None, f"{name} takes no part"
+        rows = parameter.grad.flatten(1).any(1).sum().item() if parameter.ndim > 1 else None
+        if id(parameter) in of_experts:
+            experts_read += rows * parameter[0].numel()
+        elif id(parameter) in tables:
+            read += rows * parameter.shape[1]
+        else:
+            read += parameter.numel()
+    own_k = np.full(len(layers), float(layers[0].own_k))
+    assert own_k @ cost.expert_parameters == experts_read
+    assert cost.shared_bytes == 4 * read
+    assert cost.bytes_read(own_k) == 4 * (read + experts_read)
+    total = cost.shared_parameters + layers[0].num_experts * cost.expert_parameters.sum()
+    assert cost.total_parameters == total == sum(p.numel() for p in costed.parameters())
+    costed.zero_grad()
+
+
+def test_flops_of_experts_are_those_that_torch_counts(costed):
+    """Without biases, which torch does not count."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layers = bh.find_moe_layers(costed)
+    counted = []
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for layer in layers:
+            counter = FlopCounterMode(display=False)
+            enter = layer.experts.register_forward_pre_hook(
+                lambda *_, counter=counter: counter.__enter__() and None
+            )
+            leave = layer.experts.register_forward_hook(
+                lambda *_, counter=counter: counter.__exit__(None, None, None)
+            )
+            stack.callback(enter.remove)
+            stack.callback(leave.remove)
+            counted.append(counter)
+        costed(input_ids=torch.tensor([[7]]), use_cache=False)
+    cost = cost_of(costed)
+    for place, layer in enumerate(layers):
+        named = layer.experts.named_parameters()
+        biases = sum(p.numel() for name, p in named if "bias" in name) / layer.num_experts
+        flops = layer.own_k * (cost.expert_flops[place] - biases)
+        assert counted[place].get_total_flops() == flops > 0
+
+
+def test_what_stands_in_is_counted(tiny):
+    """Effective experts, by layer; with one of the two layers left alone."""
+    model, tokenizer = tiny.model, tiny.tokenizer
+    calibration = bh.calibrate(model, tokenizer, seed=0, outputs=True)
+    config = {"method": "topk", "k": 2, "stand_in": "mean", "layers": [1]}
+    layers = bh.find_moe_layers(model)
+    with bh.patched_routing(model, config, calibration) as recorder:
+        logits_of(model, sample_ids())
+    routing = recorder.total()
+    share = layers[1].hidden_size / layers[1].expert_size
+    assert routing.effective_experts == pytest.approx([4, 2 + 2 * share])
+    cost = cost_of(model)
+    row = cost.row(routing, routing)
+    of_experts = (6 + 2 * share) * layers[0].expert_size
+    assert row["active_expert_parameters"] == pytest.approx(of_experts)
+    assert row["active_parameters"] == pytest.approx(cost.shared_parameters + of_experts)
+    assert row["expert_flops_per_token"] == pytest.approx(2 * of_experts)
+    assert row["weight_bytes_per_token"] == pytest.approx(cost.shared_bytes + 4 * of_experts)
+    assert list(row) == [column.name for column in bh.COMPUTE_COLUMNS]
+
+
+def test_a_vision_tower_is_not_active():
+    """Only the decoder and the head of a model that also sees."""
+
+    class Seeing(MockMoE):
+        def __init__(self):
+            super().__init__(8)
+            self.vision_tower = nn.Linear(10, 10)
+
+        def get_decoder(self):
+            return self.text
+
+        def get_output_embeddings(self):
+            return None
+
+    model = Seeing()
+    model.text = nn.ModuleList([part for name, part in model.named_children() if name != "vision_tower"])
+    plain = cost_of(MockMoE(8))
+    cost = cost_of(model)
+    assert cost.total_parameters == plain.total_parameters + 110
+    assert cost.shared_parameters == plain.shared_parameters
+    assert cost.shared_bytes == plain.shared_bytes
+
+
+# Prefill and decoding apart
+
+
+@pytest.mark.parametrize("kept_calls", [1, 256])
+def test_prefill_and_decoding_are_told_apart(tiny, monkeypatch, kept_calls):
+    """Against a hook that counts for itself; also where sums are taken in between."""
+    monkeypatch.setattr(bh.RoutingRecorder, "MAX_CALLS", kept_calls)
+    seen = []
+
+    def count(module, args, output):
+        seen.append((output[1] != 0).sum(1))
+
+    run = bh.PromptRun(tiny.model, tiny.tokenizer, "a small boat", 5, None, 0)
+    with bh.patched_routing(tiny.model, FLAT) as recorder:
+        hook = tiny.layers[0].router.register_forward_hook(count)
+        run.generate()
+        hook.remove()
+        prefill, decoding = recorder.phases()
+    assert [len(counts) for counts in seen] == [run.num_input_tokens, 1, 1, 1, 1]
+    for phase, counts in ((prefill, seen[0]), (decoding, torch.cat(seen[1:]))):
+        assert phase.counts[0].tolist() == counts.bincount(minlength=17).tolist()
+    total = recorder.total()
+    assert_same_sums(prefill + decoding, total)
+    recorder.start()
+    assert not any(phase.counts.any() for phase in recorder.phases())
+
+
+def test_sums_are_brought_over_at_once(tiny):
+    """One transfer, whatever the number of layers and rows."""
+
+    class Transfers(torch.overrides.TorchFunctionMode):
+        number = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.number += func is torch.Tensor.cpu
+            return func(*args, **(kwargs or {}))
+
+    with bh.patched_routing(tiny.model, FLAT) as recorder:
+        recorder.start(rows=2)
+        logits_of(tiny.model, sample_ids())
+    with Transfers() as transfers:
+        recorder.statistics()
+    assert transfers.number == 1
+
+
+def test_rows_have_both_phases_and_the_cost(tiny, tmp_path):
+    model = tiny.model
+    runner = bh.BHExperimentRunner("x", tmp_path, model=model, tokenizer=tiny.tokenizer)
+    row = runner.run_single_experiment("bh", FLAT, PROMPTS[0], 6)
+    prompt = row["num_input_tokens"]
+    both = (prompt * row["prefill_experts"] + 5 * row["decode_experts"]) / (prompt + 5)
+    assert row["avg_experts_per_token"] == pytest.approx(both)
+    size = tiny.layers[0].expert_size
+    of_experts = 2 * row["avg_experts_per_token"] * size
+    assert row["active_expert_parameters"] == pytest.approx(of_experts)
+    decoded = runner.cost.shared_bytes + 4 * 2 * row["decode_experts"] * size
+    assert row["weight_bytes_per_token"] == pytest.approx(decoded)
+    row = runner.run_single_experiment("bh", FLAT, PROMPTS[0], 1)
+    assert row["prefill_experts"] == row["avg_experts_per_token"]
+    assert row["decode_experts"] is row["weight_bytes_per_token"] is None
+
+
+# Throughput of a batch
+
+
+def test_a_batch_is_its_prompts_together(tiny):
+    """Padding counts nowhere; the routing of a batch is that of its prompts one by one, and so are its texts,
+    in float32 on a model this small."""
+    texts = ["a small boat on the river", "he", "said, and left"]
+    runs = [bh.PromptRun(tiny.model, tiny.tokenizer, text, 5, None, 0) for text in texts]
+    with bh.patched_routing(tiny.model, FLAT) as recorder:
+        alone = [run.generate() for run in runs]
+        together = recorder.total()
+        recorder.start(rows=3)
+        batch = bh.PromptRun.together(runs)
+        generation = batch.generate()
+        rows = recorder.statistics()
+        prefill, decoding = recorder.phases()
+    in_batch = functools.reduce(bh.RoutingStatistics.__add__, rows)
+    for name in ("counts", "use", "unchosen"):
+        assert np.array_equal(getattr(in_batch, name), getattr(together, name)), name
+    assert in_batch.mass == pytest.approx(together.mass, rel=1e-6)  # rounding
+    lengths = [run.num_input_tokens for run in runs]
+    assert prefill.counts.sum(1).tolist() == [sum(lengths)] * 2
+    assert decoding.counts.sum(1).tolist() == [3 * 4] * 2
+    assert [row.counts[0].sum() for row in rows] == [length + 4 for length in lengths]
+    assert torch.equal(generation.tokens, alone[0].tokens)
+    clock = generation.clock
+    assert clock["tokens_per_sec"] == pytest.approx(3 * 5 / clock["inference_time_sec"])
+    assert batch.num_input_tokens == max(lengths)
+    assert batch.inputs["attention_mask"].sum(1).tolist() == lengths
+    assert all(batch.inputs["attention_mask"][:, -1] == 1)
+
+
+def test_distinct_experts(tiny):
+    """Of a batch, against sets; dropped ones do not count."""
+    picked = []
+
+    def look(module, args, output):
+        _, weights, indices = output
+        picked.append(len({int(expert) for expert in indices[weights != 0]}))
+
+    with bh.patched_routing(tiny.model, {**FLAT, "max_k": 2}):
+        hook = tiny.layers[1].router.register_forward_hook(look)
+        with bh.counting_distinct_experts(tiny.layers) as counts:
+            for rows in (1, 3):
+                logits_of(tiny.model, sample_ids(rows, 5))
+        hook.remove()
+    assert [int(number) for number in counts[1]] == picked
+    assert len(counts[0]) == 2
+    logits_of(tiny.model, sample_ids())
+    assert len(counts[0]) == 2  # the hook is gone
+
+
+def read_throughput(folder):
+    return bh.read_table(bh.THROUGHPUT, folder)
+
+
+def test_throughput_of_a_suite(tiny_folder, tmp_path, monkeypatch):
+    """A table of its own: in turns, resumed, measured anew for another batch, and gone when not asked for."""
+    only_plots(monkeypatch)
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(prompt) for prompt in PROMPTS))
+    configs = {"two": {"method": "topk", "k": 2}, "bh": FLAT}
+    (tmp_path / "configs.json").write_text(json.dumps(configs))
+    options = ["--prompts", tmp_path / "prompts.jsonl", "--routing-configs", tmp_path / "configs.json"]
+    options += ["--configs", "two,bh", "--max-tokens", 4]
+    turns = []
+    routed = bh.BHExperimentRunner._routed
+
+    def watched(self, config):
+        turns.append(config)
+        return routed(self, config)
+
+    monkeypatch.setattr(bh.BHExperimentRunner, "_routed", watched)
+    folder = tmp_path / "out"
+    assert cli(tiny_folder, folder, *options, "--generate-batch", 5) == 0
+    frame = read_throughput(folder)
+    names = ["topk_4", "two", "bh"]  # and the model's own
+    assert frame["config_name"].tolist() == names
+    assert frame["status"].tolist() == ["ok"] * 3
+    assert frame[
+        ["batch_size", "num_prompts", "repeats", "max_new_tokens"]
+    ].drop_duplicates().values.tolist() == [[5, 3, bh.THROUGHPUT_REPEATS, 4]]
+    assert turns[-3 * (1 + bh.THROUGHPUT_REPEATS) :] == turns[-3:] * (1 + bh.THROUGHPUT_REPEATS)
+    assert (frame[["tokens_per_sec", "decode_sec_per_step"]] > 0).all(axis=None)
+    by_name = frame.set_index("config_name")
+    assert by_name.loc["topk_4", "decode_experts"] == 4
+    assert (frame["distinct_experts"] >= frame["decode_experts"]).all()
+    assert by_name.loc["two", "distinct_experts"] < by_name.loc["topk_4", "distinct_experts"] <= 16
+    report = (folder / "REPORT.md").read_text()
+    assert "### Throughput of a batch" in report
+    entries = bh.analyze_results(bh.Results.read(folder).generation, folder)["throughput"]
+    assert [(entry["configuration"], entry["batch_size"]) for entry in entries] == [
+        (name, size) for size in (1, 5) for name in names
+    ]
+    assert [entry["speedup"] for entry in entries if entry["configuration"] == "topk_4"] == [1, 1]
+    assert all(entry["allowed_speedup"] >= 1 for entry in entries)
+
+    runner = bh.BHExperimentRunner(str(tiny_folder), folder, device="cpu", use_fp16=False)
+    suite = functools.partial(runner.run_full_experiment_suite, configs, PROMPTS, 4)
+    suite(generate_batch=5)
+    pd.testing.assert_frame_equal(runner.results.throughput, frame)  # nothing was measured again
+    suite(generate_batch=2)
+    assert runner.results.throughput["batch_size"].tolist() == [2] * 3
+    suite()
+    assert len(runner.results.throughput) == 0
+    assert not (folder / bh.THROUGHPUT.file).exists()
+
+
+def test_a_failed_batch_is_a_row(mock_model, tmp_path, monkeypatch):
+    """The others go on, the run fails, and the report says why."""
+    together = bh.PromptRun.generate
+    layers = bh.find_moe_layers(mock_model)
+
+    def fail(self):
+        if len(self.inputs["input_ids"]) > 1 and layers[0].router.top_k == 2:
+            raise RuntimeError("no room")
+        return together(self)
+
+    monkeypatch.setattr(bh.PromptRun, "generate", fail)
+    configs = {**CONFIGS, "topk_2": {"method": "topk", "k": 2}}
+    results = run_suite(mock_model, tmp_path, configs, PROMPTS[:2], generate_batch=3)
+    frame = results.throughput.set_index("config_name")
+    assert frame["status"].to_dict() == {"topk_8": "ok", "bh_flat": "ok", "topk_2": "error"}
+    assert frame.loc["topk_2", "error"] == "RuntimeError: no room"
+    assert results.num_failed == 1
+    only_plots(monkeypatch)
+    bh.write_report(results.generation, tmp_path)
+    report = (tmp_path / "REPORT.md").read_text()
+    assert "| `topk_2` | batch of 3 | RuntimeError: no room |" in report
+
+
+def test_a_prompt_that_does_not_fit_fails_the_batch_only(mock_model, tmp_path):
+    prompts = [PROMPTS[0], {"id": "long", "text": "word " * 200}]
+    runner = mock_runner(mock_model, tmp_path)
+    runner.context = 100
+    frame = runner.run_full_experiment_suite(CONFIGS, prompts, 2, generate_batch=2)
+    assert frame["status"].tolist() == ["ok", "ok", "error", "error"]
+    assert runner.results.throughput["status"].tolist() == ["error"] * 2
+    assert runner.results.throughput["error"].str.contains("prompt 'long' has").all()
+
+
+def test_one_new_token_has_no_step(mock_model, tmp_path):
+    frame = run_suite(mock_model, tmp_path, CONFIGS, PROMPTS[:1], 1, generate_batch=2).throughput
+    assert frame["status"].tolist() == ["ok"] * 2
+    steps = ["decode_sec_per_step", "decode_experts", "distinct_experts", "weight_bytes_per_step"]
+    assert frame[steps].isna().all(axis=None)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--generate-batch", "1"], "--generate-batch 1: it must be a whole number of at least 2"),
+    (["--generate-batch", "4", "--tasks", "x"], "--generate-batch and --tasks exclude each other"),
+    (["--generate-batch", "4", "--text", "x"], "--generate-batch and --text without --prompts or --dataset"),
+])  # fmt: skip
+def test_batches_that_cannot_be(options, message, tmp_path, capsys):
+    assert bh.main(["--model", "nowhere", "--output", str(tmp_path), *options]) == 2
+    assert message in error_lines(capsys)[0]
+
+
+def test_a_batch_needs_prompts(mock_model, tmp_path):
+    texts = [text_item("t", range(10))]
+    with pytest.raises(bh.UserError, match="generate_batch 2: there is no prompt to be continued"):
+        mock_runner(mock_model, tmp_path).run_full_experiment_suite(
+            CONFIGS, [], texts=texts, generate_batch=2
+        )
+
+
+# Analysis and report
+
+
+def results_with_cost(bytes_per_token, seconds):
+    """Two configurations on three prompts: bytes read and seconds a decoded token, by configuration."""
+    results = invented_results(tuple(bytes_per_token), prompts=3)
+    frame = results.generation
+    frame["weight_bytes_per_token"] = frame["config_name"].map(bytes_per_token).astype(float)
+    frame["decode_sec_per_token"] = frame["config_name"].map(seconds)
+    frame["total_parameters"] = 6.9e9
+    frame["active_parameters"] = frame["weight_bytes_per_token"] / 2
+    frame["active_expert_parameters"] = 0.8e9
+    frame["expert_flops_per_token"] = 1.6e9
+    frame["prefill_experts"] = 5.0
+    frame["decode_experts"] = 4.5
+    return results
+
+
+def test_allowed_and_measured_speed(tmp_path):
+    results = results_with_cost({"topk_8": 2.4e9, "bh_strict": 1.6e9}, {"topk_8": 0.03, "bh_strict": 0.024})
+    compute = analysis_of(results, tmp_path)["compute"]
+    assert list(compute) == ["topk_8", "bh_strict"]
+    assert compute["bh_strict"]["allowed_speedup"] == pytest.approx(1.5)
+    assert compute["bh_strict"]["decode_speedup"] == pytest.approx(1.25)
+    assert compute["topk_8"]["allowed_speedup"] == compute["topk_8"]["decode_speedup"] == 1
+    analysis = bh.analyze_results(results.generation, tmp_path)
+    baseline, other = bh.compute_sentences(analysis)
+    uses = "uses 1.20 B of 6.90 B parameters and 1.60 GFLOP in its experts"
+    assert baseline == f"A token under `topk_8` {uses}, and 2.40 GB of weights are read to decode one."
+    assert other.endswith(
+        "and 1.60 GB of weights are read to decode one: that allows 1.50 times the speed of `topk_8`, 1.25 "
+        "times was measured."
+    )
+    report = report_of(results, tmp_path)
+    assert "| `bh_strict` | 800.00 M | 800.00 M | 1.60 GFLOP | 1.60 GB | 1.50 | 1.25 |" in report
+    assert "| `bh_strict` | 5.00 | 4.50 | 100.0 | 24.00 |" in report
+
+
+def test_cost_of_scored_text(mock_model, tmp_path):
+    """Without generation the table is of the scored text; nothing is timed."""
+    texts = [text_item(name, range(3, 20)) for name in "ab"]
+    runner = mock_runner(mock_model, tmp_path)
+    frame = runner.run_full_experiment_suite(CONFIGS, [], texts=texts)
+    compute = bh.analyze_results(frame, tmp_path)["compute"]
+    assert {"topk_8", "bh_flat", "topk_1"} < set(compute)
+    assert compute["topk_1"]["allowed_speedup"] > compute["bh_flat"]["allowed_speedup"] > 1
+    assert compute["bh_flat"]["decode_speedup"] is compute["bh_flat"]["prefill_experts"] is None
+    path = bh.generate_markdown_report(frame, bh.analyze_results(frame, tmp_path), tmp_path / "REPORT.md")
+    assert "experts in prefill" not in path.read_text()
+
+
+def test_results_without_the_cost_have_no_table_of_it(tmp_path):
+    """As those of older scripts."""
+    results = invented_results()
+    analysis = analysis_of(results, tmp_path)
+    assert (analysis["compute"], analysis["throughput"]) == ({}, [])
+    assert bh.compute_sentences(analysis) == []
+    assert "## Compute" not in report_of(results, tmp_path)
+
+
+@pytest.mark.parametrize(("number", "units", "text"), [
+    (0.0, bh.BYTES, "0.00 B"), (999.0, bh.BYTES, "999.00 B"), (999.7, bh.BYTES, "1.00 kB"),
+    (6_919_161_856, bh.PARAMETERS, "6.92 B"), (5e15, bh.FLOPS, "5000.00 TFLOP"), (None, bh.BYTES, ""),
+    (12.0, bh.PARAMETERS, "12.00"),
+])  # fmt: skip
+def test_numbers_with_units(number, units, text):
+    assert bh.scaled(number, units) == text
+
+
+# Quantised weights
+
+
+def plain_folder(kind, folder):
+    """A tiny model with random weights whose sizes are multiples of 32, and a tokenizer."""
+    import transformers
+
+    shape = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "intermediate_size": 32, "num_experts_per_tok": 4,
+             "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": None,
+             "eos_token_id": 0}  # fmt: skip
+    torch.manual_seed(0)
+    if kind == "olmoe":
+        model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**shape, num_experts=8))
+    else:
+        model = transformers.GptOssForCausalLM(
+            transformers.GptOssConfig(**shape, head_dim=32, num_local_experts=8)
+        )
+    for layer in bh.find_moe_layers(model):
+        nn.init.normal_(layer.router.weight, std=0.5)
+        for parameter in layer.experts.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    model.bfloat16().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def rewrite_weights(folder, change, settings):
+    """Put what `change` makes of each tensor in its place, and the quantisation into config.json."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    changed = {}
+    for name, tensor in load_file(path).items():
+        changed |= change(name, tensor)
+    save_file(changed, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+
+
+UNQUANTIZED = ["lm_head", "model.embed_tokens", *(f"model.layers.{layer}.mlp.gate" for layer in range(2))]
+
+
+def fp8_tensors(name, tensor):
+    """Blocks of 32 x 32, each with its scale, of the linear layers and the experts."""
+    if tensor.ndim != 2 or name.removesuffix(".weight") in UNQUANTIZED:
+        return {name: tensor}
+    rows, columns = tensor.shape
+    blocks = tensor.float().view(rows // 32, 32, columns // 32, 32)
+    scale = blocks.abs().amax((1, 3)) / 448
+    small = (blocks / scale[:, None, :, None]).view(rows, columns).to(torch.float8_e4m3fn)
+    return {name: small, f"{name}_scale_inv": scale}
+
+
+def mxfp4_tensors(name, tensor):
+    """Random 4-bit numbers, 32 to a scale, for the experts; [E, in, out] is stored by its columns."""
+    if not name.endswith(("gate_up_proj", "experts.down_proj")):
+        return {name: tensor}
+    experts, rows, columns = tensor.shape
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(256, (experts, columns, rows // 32, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(123, 126, (experts, columns, rows // 32), generator=generator, dtype=torch.uint8)
+    return {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+
+def quantized_folder(name, folder):
+    """A folder with a tiny model in a format, as a user would download it."""
+    import transformers
+
+    if name == "fp8":
+        plain_folder("olmoe", folder)
+        settings = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic",
+                    "modules_to_not_convert": UNQUANTIZED}  # fmt: skip
+        rewrite_weights(folder, fp8_tensors, settings)
+    elif name == "mxfp4":
+        plain_folder("gpt_oss", folder)
+        spared = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+        rewrite_weights(folder, mxfp4_tensors, {"quant_method": "mxfp4", "modules_to_not_convert": spared})
+    else:
+        if name.startswith("torchao"):
+            quantization = pytest.importorskip("torchao.quantization")
+            weights = {
+                "torchao-int8": quantization.Int8WeightOnlyConfig,
+                "torchao-int8-activations": quantization.Int8DynamicActivationInt8WeightConfig,
+                "torchao-float8": quantization.Float8WeightOnlyConfig,
+            }
+            how = transformers.TorchAoConfig(weights[name]())
+        else:
+            pytest.importorskip("bitsandbytes")
+            options = {
+                "bitsandbytes-8": {"load_in_8bit": True},
+                "bitsandbytes-fp4": {"load_in_4bit": True},
+                "bitsandbytes-nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+                                     "bnb_4bit_use_double_quant": True},
+            }  # fmt: skip
+            how = transformers.BitsAndBytesConfig(**options[name])
+        plain_folder("olmoe", folder / "plain")
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        model = load(folder / "plain", quantization_config=how, device_map="cpu", dtype=torch.bfloat16)
+        model.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+QUANTIZED = {
+    **dict.fromkeys(("fp8", "mxfp4"), ("float32", "bfloat16")),
+    **dict.fromkeys(("bitsandbytes-8", "bitsandbytes-fp4", "bitsandbytes-nf4"), ("float32",)),
+    **dict.fromkeys(("torchao-int8", "torchao-int8-activations", "torchao-float8"), ("float32",)),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_weights_are_taken(name, tmp_path):
+    """What the manual lists: keeping all is bit-identical, dropped is the native smaller K (in 16 bits but
+    for rounding), the model is restored, and a runner generates."""
+    folder = quantized_folder(name, tmp_path / "model")
+    assert name.split("-")[0] in bh.QUANTIZED_WEIGHTS
+    for dtype in QUANTIZED[name]:
+        model, tokenizer = bh.load_model(str(folder), torch.device("cpu"), getattr(torch, dtype))
+        architecture = Architecture(model)
+        architecture.check_keeping_all()
+        exact = next(model.parameters()).dtype == torch.float32
+        for k in range(1, architecture.own_k):
+            routed, _ = architecture.routed(fixed(k, architecture.own_k), k)
+            native, _ = architecture.native(k)
+            error = ((routed - native).abs().max() / native.abs().max()).item()
+            assert error < (1e-5 if exact else 0.02), k
+            assert (routed - architecture.before).abs().max() > 0.05 * native.abs().max(), k
+        architecture.check_restored()
+        runner = bh.BHExperimentRunner("x", tmp_path / dtype, model=model, tokenizer=tokenizer)
+        row = runner.run_single_experiment("bh", FLAT, PROMPTS[0], 3)
+        assert (row["status"], row["num_output_tokens"]) == ("ok", 3)
+        assert row["total_parameters"] == bh.ModelCost.of(model, [], 1).total_parameters
+    if name in ("fp8", "mxfp4"):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("packed", ["bitsandbytes-8", "bitsandbytes-nf4", "torchao-int8"])
+def test_quantized_weights_are_counted_as_what_they_stand_for(packed, tmp_path):
+    """As many parameters as unpacked, in fewer bytes."""
+    folder = quantized_folder(packed, tmp_path / "model")
+    model, _ = bh.load_model(str(folder), torch.device("cpu"), torch.bfloat16)
+    plain, _ = bh.load_model(str(folder / "plain"), torch.device("cpu"), torch.bfloat16)
+    cost = cost_of(model)
+    plain_cost = cost_of(plain)
+    assert cost.total_parameters == plain_cost.total_parameters
+    assert cost.shared_bytes < plain_cost.shared_bytes
+
+
+@pytest.mark.parametrize(("method", "settings"), [
+    ("bitsandbytes", {"load_in_8bit": True}), ("torchao", {"quant_type": "int8"}), ("gptq", {"bits": 4}),
+    ("no_such_format", {}),
+])  # fmt: skip
+def test_quantized_weights_without_their_library(method, settings, tmp_path, capsys):
+    """Refused in one line, before anything runs."""
+    if importlib.util.find_spec({"gptq": "gptqmodel"}.get(method, method)):
+        pytest.skip(f"{method} is installed")
+    plain_folder("olmoe", tmp_path / "model")
+    settings = {"quant_method": method, **settings}
+    rewrite_weights(tmp_path / "model", lambda name, tensor: {name: tensor}, settings)
+    assert cli(tmp_path / "model", tmp_path / "out") == 2
+    lines = error_lines(capsys)
+    assert len(lines) == 1
+    assert "cannot be loaded: " in lines[0]
+
+
+def test_packed_experts_of_torchao(tmp_path):
+    """Where torchao lacks an operation for the experts, the model is refused in one line."""
+    quantization = pytest.importorskip("torchao.quantization")
+    refused = {}
+    for kind in (quantization.Int8Tensor, quantization.Float8Tensor):
+        for implementation in ("eager", "grouped_mm", "batched_mm"):
+            model = build("olmoe-eager").bfloat16()
+            for layer in model.model.layers:
+                for name in ("gate_up_proj", "down_proj"):
+                    weight = getattr(layer.mlp.experts, name).data
+                    packed = kind.from_hp(weight, granularity=quantization.PerRow())
+                    setattr(layer.mlp.experts, name, nn.Parameter(packed, requires_grad=False))
+            model.set_experts_implementation(implementation)
+            try:
+                bh.find_moe_layers(model)
+            except bh.UserError as error:
+                refused[kind.__name__, implementation] = str(error)
+    assert not any("\n" in message for message in refused.values())
+    assert set(refused) == {
+        ("Int8Tensor", "grouped_mm"),
+        ("Int8Tensor", "batched_mm"),
+        ("Float8Tensor", "batched_mm"),
+    }
 
 
 if __name__ == "__main__":
