@@ -73,10 +73,13 @@ import collections
 import contextlib
 import copy
 import csv
+import dataclasses
 import difflib
 import errno
 import functools
+import gzip
 import hashlib
+import html
 import importlib
 import importlib.util
 import io
@@ -2556,6 +2559,57 @@ class RoutingStatistics:
         return cls(counts, use, unchosen[:, 0], mass[:, 0], config, tuple(layers))
 
 
+def _packed(values: np.ndarray) -> str:
+    """Whole numbers as text for a checkpoint."""
+    return base64.b85encode(zlib.compress(values.tobytes())).decode()
+
+
+def _unpacked(text: str, kind: str) -> np.ndarray:
+    """What `_packed` wrote: [n] of a numpy type."""
+    return np.frombuffer(zlib.decompress(base64.b85decode(text)), kind)
+
+
+MASS_STEPS = 2**16 - 1  # gate mass of a single token is kept in such steps: 2 bytes
+
+
+@dataclass(frozen=True)
+class TokenRouting:
+    """What was decided for each token of a text, in L layers.
+
+    ids [n or n + 1]: the tokens; one that comes last was written or predicted, but never routed. counts [n,
+    L]: experts that ran. mass [n, L]: gate mass of these, in 1 / MASS_STEPS. num_given: how many tokens were
+    given; the others were written, or predicted.
+    """
+
+    ids: np.ndarray
+    counts: np.ndarray
+    mass: np.ndarray
+    num_given: int
+
+    def pack(self) -> dict[str, Any]:
+        """As plain data for a checkpoint: about a byte a token and layer for the counts, two for the mass."""
+        return {
+            "num_given": self.num_given,
+            "ids": _packed(self.ids.astype("<i4")),
+            "counts": _packed(self.counts.T.astype("<u2")),
+            "mass": _packed(self.mass.T.astype("<u2")),
+        }
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any], num_layers: int) -> TokenRouting:
+        """What `pack` made."""
+        counts = _unpacked(packed["counts"], "<u2").reshape(num_layers, -1).T.astype(np.int64)
+        mass = _unpacked(packed["mass"], "<u2").reshape(num_layers, -1).T.astype(np.int64)
+        return cls(_unpacked(packed["ids"], "<i4"), counts, mass, packed["num_given"])
+
+    def of_text(self, ids: Any, num_given: int) -> TokenRouting | None:
+        """The same with all ids of its text [n + 1]; None where it is not of all of them but the last."""
+        ids = np.asarray(ids)
+        if not np.array_equal(self.ids, ids[:-1]):
+            return None
+        return dataclasses.replace(self, ids=ids, num_given=num_given)
+
+
 @dataclass
 class _Call:
     """One forward pass of the model, as the recorder keeps it until it is summed."""
@@ -2564,6 +2618,41 @@ class _Call:
     shape: tuple[int, int] | None  # B, S
     outputs: dict[int, tuple]  # place of the layer -> (logits [T, E], weights [T, K], indices [T, K])
     wanted: dict[int, Tensor]  # place of the layer -> counts [T] before floor and cap
+    ids: Tensor | None = None  # [B, S]
+
+    def is_whole(self, num_layers: int) -> bool:
+        """Whether every layer saw every token of it."""
+        tokens = -1 if self.ids is None else self.ids.numel()
+        return [len(output[0]) for output in self.outputs.values()] == [tokens] * num_layers
+
+
+@dataclass(frozen=True)
+class _KeptTokens:
+    """What was decided for the tokens of some calls, where it was computed."""
+
+    shapes: list[tuple[int, int]]  # B, S of each call
+    ids: Tensor  # [N]
+    is_token: Tensor  # [N], False for padding
+    decided: list[Tensor]  # of each layer: counts and gate mass in 1 / MASS_STEPS, int32 [2, N]
+
+    def calls(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each call: ids [B, S], is_token [B, S] and what was decided [L, 2, B, S]."""
+        ids = self.ids.cpu().numpy()
+        is_token = self.is_token.cpu().numpy()
+        decided = np.stack([layer.cpu().numpy() for layer in self.decided])  # [L, 2, N]
+        start = 0
+        for shape in self.shapes:
+            part = slice(start, start + math.prod(shape))
+            of_call = decided[:, :, part].reshape(*decided.shape[:2], *shape)
+            yield ids[part].reshape(shape), is_token[part].reshape(shape), of_call
+            start = part.stop
+
+
+def _joined_text(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenRouting:
+    """A text from its parts, one of each call: ids [n] and what was decided [L, 2, n]."""
+    decided = np.concatenate([part for _, part in parts], axis=2)
+    ids = np.concatenate([ids for ids, _ in parts])
+    return TokenRouting(ids, decided[:, 0].T, decided[:, 1].T, num_given=len(parts[0][0]))
 
 
 class _LayerSums:
@@ -2581,19 +2670,25 @@ class _LayerSums:
 
     def add(
         self, output: tuple[Tensor, Tensor, Tensor], wanted: Tensor | None, row: Tensor, is_token: Tensor
-    ) -> None:
+    ) -> tuple[Tensor, Tensor]:
         """Add N tokens. output: logits [N, E], weights [N, K], indices [N, K]. wanted: counts [N] before
-        floor and cap. row: of the batch [N]. is_token: False for padding [N]."""
+        floor and cap. row: of the batch [N]. is_token: False for padding [N].
+
+        Returns how many experts ran for each token [N], and their gate mass [N].
+        """
         first, weights, indices = output
         ran = (weights != 0) & is_token[:, None]  # [N, K]
         gates = self.layer.logits(first).float().softmax(-1)
         mass = gates.gather(-1, indices.clamp(max=gates.shape[-1] - 1)).double()  # [N, K]
-        self._count(self.counts, (row, ran.sum(-1)), is_token)
+        number = ran.sum(-1)  # [N]
+        kept_mass = (mass * ran).sum(-1)  # [N]
+        self._count(self.counts, (row, number), is_token)
         token, slot = ran.nonzero(as_tuple=True)
         self._count(self.use, (row[token], indices[token, slot]), torch.ones_like(token))
-        self._count(self.mass, (row,), (mass * ran).sum(-1).mul(MASS_UNIT).round())
+        self._count(self.mass, (row,), kept_mass.mul(MASS_UNIT).round())
         if wanted is not None:
             self._count(self.unchosen, (row,), (wanted == 0) & is_token)
+        return number, kept_mass
 
     @staticmethod
     def _count(sums: Tensor, place: tuple[Tensor, ...], number: Tensor) -> None:
@@ -2605,7 +2700,11 @@ class RoutingRecorder:
 
     A hook only keeps what it sees; the sums are taken on the layer's device once for many calls, so that
     recording costs decoding next to nothing and never waits for a GPU. Padding, by the attention mask that
-    the model was given, is not counted. In a notebook it shows itself as a table by layer.
+    the model was given, is not counted. In a notebook it shows itself as a table by layer; where `view` is
+    set, also as the texts that were read and written, each token shaded by its experts.
+
+    After `keep_tokens` also what was decided for each single token is kept, on the device until it is asked
+    for: memory O(L) a token.
     """
 
     MAX_CALLS = 256  # what is kept at most before it is summed
@@ -2614,6 +2713,8 @@ class RoutingRecorder:
     def __init__(self, layers: Sequence[MoELayer], config: Config):
         self.config = config
         self.layers = list(layers)
+        self.view: Callable[[Sequence[TokenRouting]], str] | None = None  # texts -> HTML
+        self._most_kept: float = 0  # tokens
         self.start()
 
     def start(self, rows: int | None = None) -> None:
@@ -2622,6 +2723,11 @@ class RoutingRecorder:
         self._calls: list[_Call] = []
         self._tokens = 0
         self._sums = [_LayerSums(layer, rows or 1) for layer in self.layers]
+        self._kept: list[_KeptTokens] = []
+
+    def keep_tokens(self, most: float = math.inf) -> None:
+        """Keep what is decided for each token from now on; no more begins when `most` tokens are kept."""
+        self._most_kept = most
 
     def watch_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook for the model: a new call begins."""
@@ -2632,7 +2738,7 @@ class RoutingRecorder:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             mask = None
         shape = None if ids is None else tuple(ids.shape[:2])
-        self._calls.append(_Call(mask, shape, {}, {}))
+        self._calls.append(_Call(mask, shape, {}, {}, ids if self._most_kept else None))
         self._tokens += 0 if ids is None else ids.numel()
 
     def _call(self, place: int) -> _Call:
@@ -2663,6 +2769,9 @@ class RoutingRecorder:
         calls = self._calls
         self._calls = []
         self._tokens = 0
+        keeps = sum(len(kept.ids) for kept in self._kept) < self._most_kept
+        keeps = keeps and len(calls) > 0 and all(call.is_whole(len(self.layers)) for call in calls)
+        decided = []  # of each layer
         for place, sums in enumerate(self._sums):
             seen = [call for call in calls if place in call.outputs]
             if not seen:
@@ -2674,7 +2783,14 @@ class RoutingRecorder:
             row = torch.cat([self._row_of_tokens(call, place) for call in seen])
             is_token = torch.cat([self._is_token(call, place) for call in seen])
             device = sums.counts.device
-            sums.add(output, wanted, row.to(device), is_token.to(device))
+            number, mass = sums.add(output, wanted, row.to(device), is_token.to(device))
+            if keeps:
+                steps = mass.mul(MASS_STEPS).round().clamp(max=MASS_STEPS)
+                decided.append(torch.stack([number.int(), steps.int()]))
+        if keeps:
+            shapes = [call.shape for call in calls]
+            ids = torch.cat([call.ids.reshape(-1) for call in calls])
+            self._kept.append(_KeptTokens(shapes, ids, is_token, decided))
 
     def _row_of_tokens(self, call: _Call, place: int) -> Tensor:
         """The row of the batch that each token [T] is in; 0 where rows are not told apart."""
@@ -2706,12 +2822,31 @@ class RoutingRecorder:
         """What was seen since the start."""
         return functools.reduce(RoutingStatistics.__add__, self.statistics())
 
+    def texts(self) -> list[TokenRouting]:
+        """The texts whose tokens were kept, each row of a batch by itself, in the order they were begun.
+
+        A call with one token a row goes on with the texts of the call before; any other begins new ones.
+        """
+        self._flush()
+        texts: list[list[tuple[np.ndarray, np.ndarray]]] = []
+        current: list[list[tuple[np.ndarray, np.ndarray]]] = []  # those that the latest call is of
+        for kept in self._kept:
+            for ids, is_token, decided in kept.calls():
+                rows, length = ids.shape
+                if length > 1 or rows != len(current):
+                    current = [[] for _ in range(rows)]
+                    texts += current
+                for row, parts in enumerate(current):
+                    parts.append((ids[row][is_token[row]], decided[:, :, row][:, :, is_token[row]]))
+        return [_joined_text(parts) for parts in texts]
+
     def summary(self) -> pd.DataFrame:
         """What was seen since the start, one row a layer: LAYER_COLUMNS."""
         return self.total().by_layer()
 
     def _repr_html_(self) -> str:
-        return self.summary().to_html(float_format="{:.3f}".format)
+        table = self.summary().to_html(float_format="{:.3f}".format)
+        return table if self.view is None else self.view(self.texts()) + table
 
 
 def _asked_candidates(layers: Sequence[MoELayer], config: Config) -> list[int]:
@@ -3506,7 +3641,68 @@ EXPERT_COUNTS = Table(
         _RUN_ID,
     ),
 )
-TABLES = (GENERATION, SCORES, TASKS, LAYER_STATISTICS, EXPERT_USAGE, EXPERT_COUNTS)
+_TOKEN = (
+    Column("position", int, "place of the token in its text, from 0"),
+    Column("phase", str, "`prompt`: given; `new`: written; `scored`: predicted"),
+    Column("token_id", int, "number of the token"),
+    Column("token", str,
+           "its text; that of a character of several tokens stands with the first of them"),
+    Column("token_kinds", str, "its kinds, see `token_kinds.csv`"),
+)  # fmt: skip
+_SAMPLE = Column("sample", int, "which sample of a generated text, from 0")
+TOKEN_COUNTS = Table(
+    "token_counts.csv",
+    "a configuration, a prompt (and a sample of its text) and a token of the text",
+    (
+        _CONFIG_NAME,
+        Column("prompt_id", str, "name of the prompt"),
+        _SAMPLE,
+        *_TOKEN,
+        Column("avg_experts", float, "mean over layers of how many experts ran; empty for the last token"),
+        Column("experts_by_layer", str, "how many ran in each MoE layer, in order"),
+        _RUN_ID,
+    ),
+)
+TOKEN_KINDS = Table(
+    "token_kinds.csv",
+    "a configuration, a kind of measurement, a document and a kind of token",
+    (
+        _CONFIG_NAME,
+        _KIND,
+        Column("document", str, "the prompt, or what a window was cut from"),
+        Column("token_kind", str, "kind of token"),
+        Column("tokens", int, "tokens of this kind"),
+        Column("avg_experts", float, "mean over these and the layers of how many experts ran"),
+        Column("other_tokens", int, "all other tokens of the document"),
+        Column("other_avg_experts", float, "mean over these"),
+        _RUN_ID,
+    ),
+)
+TABLES = (
+    *(GENERATION, SCORES, TASKS),
+    *(LAYER_STATISTICS, EXPERT_USAGE, EXPERT_COUNTS),
+    *(TOKEN_COUNTS, TOKEN_KINDS),
+)
+# Written on demand, and not as a plain CSV: it has a row for every decision.
+TOKEN_LOG = Table(
+    "token_log",
+    "a configuration, a prompt or window of text, a token and a layer",
+    (
+        _RUN_ID,
+        _CONFIG_NAME,
+        _KIND,
+        Column("item_id", str, "name of the prompt or window"),
+        _SAMPLE,
+        *_TOKEN,
+        _LAYER,
+        Column("num_experts", int, "how many experts ran"),
+        Column("gate_mass", float, f"their share of softmax(router logits), in steps of 1/{MASS_STEPS}"),
+    ),
+)
+TOKEN_LOG_FILES = {  # the first one that can be written is
+    f"{TOKEN_LOG.file}.parquet": f"with --token-log, a row: {TOKEN_LOG.row}",
+    f"{TOKEN_LOG.file}.csv.gz": "the same, where pyarrow is not installed",
+}
 
 # A spreadsheet would run a cell that begins like this; one more quote in front makes it text, and goes again.
 _FORMULA = re.compile(r"(?='*[=+\-@\t\r])")
@@ -3844,6 +4040,499 @@ class LayerTables:
             write_table(LAYER_STATISTICS, self._layer_rows(), folder)
             write_table(EXPERT_USAGE, self._usage_rows(), folder)
             write_table(EXPERT_COUNTS, self._count_rows(), folder)
+
+
+# What each token got
+
+
+# Kinds of tokens, in the words of the manual. A token has one of the middle four or, where it is a special
+# token or white space, none of them.
+TOKEN_KIND_WORDS = {
+    "first_position": "the first token of a text",
+    "word_start": "has a letter, and begins with white space or follows a token that ends in neither letter "
+    "nor digit",
+    "word_continuation": "any other token with a letter",
+    "digits": "has a digit, and no letter",
+    "punctuation": "has other visible characters only",
+    "rare": "occurs once in all texts of its kind that were run under the configuration",
+    "frequent": "one of the most frequent, which together make up half of these texts",
+}
+
+
+def word_kind(text: str, before: str) -> str:
+    """The kind of a token by its text and that of the token before it; empty for white space."""
+    if any(character.isalpha() for character in text):
+        begins = text[0].isspace() or not before[-1:].isalnum()
+        return "word_start" if begins else "word_continuation"
+    if any(character.isnumeric() for character in text):
+        return "digits"
+    return "punctuation" if text.strip() else ""
+
+
+class TokenTexts:
+    """What tokens stand for, of any tokenizer that can decode: each is decoded behind a letter, so that the
+    space before a word is seen also where the tokenizer drops it at the beginning of a text."""
+
+    LONGEST = 8  # tokens that a character is looked for in
+    UNKNOWN = "\ufffd"  # what part of a character is decoded to
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.special = set(getattr(tokenizer, "all_special_ids", ()))
+        self.anchor = list(tokenizer("a", add_special_tokens=False)["input_ids"])[-1:]
+        self.anchor_text = self._decode(self.anchor)
+        self._one = functools.lru_cache(maxsize=None)(lambda token: self._behind_anchor([token]))
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _behind_anchor(self, ids: Sequence[int]) -> str:
+        text = self._decode([*self.anchor, *ids])
+        behind = text[len(self.anchor_text) :]
+        return behind if behind and text.startswith(self.anchor_text) else self._decode(ids)
+
+    def _character(self, ids: Sequence[int]) -> tuple[str, int]:
+        """The character that `ids` begin with in the middle of, and how many of them it takes."""
+        for length in range(2, min(len(ids), self.LONGEST) + 1):
+            text = self._behind_anchor(ids[:length])
+            if self.UNKNOWN not in text:
+                return text, length
+        return self._one(ids[0]), 1
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token; a character of several stands with the first, and the others are empty."""
+        ids = [int(token) for token in ids]
+        texts: list[str] = []
+        while len(texts) < len(ids):
+            text = self._one(ids[len(texts)])
+            length = 1
+            if self.UNKNOWN in text:
+                text, length = self._character(ids[len(texts) :])
+            texts += [text] + [""] * (length - 1)
+        return texts
+
+    def word_kinds(self, ids: Sequence[int], texts: Sequence[str]) -> list[str]:
+        """`word_kind` of each token; empty for special ones."""
+        kinds = []
+        before = ""
+        for token, text in zip(ids, texts, strict=True):
+            is_special = int(token) in self.special
+            kinds.append("" if is_special else word_kind(text, before))
+            if text:
+                before = "" if is_special else text
+        return kinds
+
+
+@dataclass(frozen=True)
+class RoutedText:
+    """A text under a configuration, and what each of its tokens got. item: the prompt or window."""
+
+    config_name: str
+    kind: str
+    item: str
+    sample: int
+    category: str
+    document: str
+    routing: TokenRouting
+
+    def phases(self) -> list[str]:
+        given = self.routing.num_given
+        follows = "new" if self.kind == "generation" else "scored"
+        return ["prompt"] * given + [follows] * (len(self.routing.ids) - given)
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """Which tokens are rare and which are frequent, in the texts of a configuration."""
+
+    rare: np.ndarray
+    frequent: np.ndarray
+
+    @classmethod
+    def of(cls, counts: Mapping[int, int]) -> Frequencies:
+        ids = np.array(sorted(counts, key=lambda token: (-counts[token], token)))
+        number = np.array([counts[token] for token in ids.tolist()])
+        before = number.cumsum() - number  # tokens that are more frequent
+        return cls(ids[number == 1], ids[before < number.sum() / 2])
+
+
+class TokenTables:
+    """What each token of a run got: two tables and, on demand, a log with a row a token and layer.
+
+    texts: called for a pass over the texts, of which one at a time is held in memory.
+    """
+
+    LOGGED_TOGETHER = 100_000  # rows
+
+    def __init__(
+        self,
+        texts: Callable[[], Iterator[RoutedText]],
+        token_texts: TokenTexts,
+        layers: Sequence[MoELayer],
+        run_id: str,
+    ):
+        self.texts = texts
+        self.token_texts = token_texts
+        self.layers = np.array([layer.index for layer in layers])
+        self.run_id = run_id
+        self.frequencies = self._frequencies()
+
+    def _frequencies(self) -> dict[tuple[str, str], Frequencies]:
+        """(configuration, kind) -> which of its tokens are rare and frequent."""
+        counts: dict[tuple[str, str], collections.Counter[int]] = collections.defaultdict(collections.Counter)
+        for text in self.texts():
+            counts[text.config_name, text.kind].update(text.routing.ids[: len(text.routing.counts)].tolist())
+        return {key: Frequencies.of(numbers) for key, numbers in counts.items()}
+
+    def _is_of_kind(self, text: RoutedText, word_kinds: Sequence[str]) -> dict[str, np.ndarray]:
+        """Kind of token -> which of the tokens [n] are of it."""
+        ids = text.routing.ids
+        frequencies = self.frequencies[text.config_name, text.kind]
+        words = np.array(word_kinds)
+        is_of_kind = {kind: words == kind for kind in TOKEN_KIND_WORDS}
+        is_of_kind["first_position"] = np.arange(len(ids)) == 0
+        is_of_kind["rare"] = np.isin(ids, frequencies.rare)
+        is_of_kind["frequent"] = np.isin(ids, frequencies.frequent)
+        return is_of_kind
+
+    def _tokens(self, text: RoutedText) -> pd.DataFrame:
+        """The tokens of a text, one row each: what the table and the log say of them."""
+        ids = text.routing.ids
+        texts = self.token_texts.texts(ids)
+        is_of_kind = self._is_of_kind(text, self.token_texts.word_kinds(ids, texts))
+        kinds = [
+            " ".join(kind for kind in TOKEN_KIND_WORDS if is_of_kind[kind][place])
+            for place in range(len(ids))
+        ]
+        return pd.DataFrame(
+            {
+                "position": np.arange(len(ids)),
+                "phase": text.phases(),
+                "token_id": ids,
+                "token": texts,
+                "token_kinds": kinds,
+            }
+        )
+
+    def _count_rows(self) -> Iterator[Row]:
+        for text in self.texts():
+            if text.kind != "generation":
+                continue
+            about = {"config_name": text.config_name, "prompt_id": text.item, "sample": text.sample}
+            counts = text.routing.counts
+            for place, token in enumerate(self._tokens(text).to_dict("records")):
+                row = about | token | {"run_id": self.run_id}
+                if place < len(counts):
+                    row["avg_experts"] = float(counts[place].mean())
+                    row["experts_by_layer"] = " ".join(map(str, counts[place].tolist()))
+                yield row
+
+    def _kind_rows(self) -> Iterator[Row]:
+        # (configuration, kind, document) -> for each kind of token, and for all: tokens, and their experts
+        # in all layers
+        sums: dict[tuple[str, str, str], np.ndarray] = {}
+        for text in self.texts():
+            experts = text.routing.counts.sum(1)  # [n]
+            ids = text.routing.ids
+            word_kinds = self.token_texts.word_kinds(ids, self.token_texts.texts(ids))
+            is_of_kind = self._is_of_kind(text, word_kinds)
+            flags = np.array([*is_of_kind.values(), np.ones(len(ids), bool)])[:, : len(experts)]
+            key = (text.config_name, text.kind, text.document)
+            sums[key] = sums.get(key, 0) + np.stack([flags.sum(1), flags @ experts], axis=1)
+        for (name, kind, document), of_document in sums.items():
+            about = {"config_name": name, "kind": kind, "document": document, "run_id": self.run_id}
+            *of_kinds, of_all = of_document
+            for token_kind, of_kind in zip(TOKEN_KIND_WORDS, of_kinds, strict=True):
+                row = about | {"token_kind": token_kind}
+                for prefix, (tokens, experts) in (("", of_kind), ("other_", of_all - of_kind)):
+                    row[f"{prefix}tokens"] = int(tokens)
+                    if tokens:
+                        row[f"{prefix}avg_experts"] = float(experts / (tokens * len(self.layers)))
+                yield row
+
+    def _log_frames(self) -> Iterator[pd.DataFrame]:
+        """The rows of the log, so many together that writing them pays."""
+        frames = []
+        for text in self.texts():
+            counts = text.routing.counts
+            num_layers = len(self.layers)
+            tokens = self._tokens(text)[: len(counts)]
+            frame = tokens.loc[tokens.index.repeat(num_layers)]
+            about = {"config_name": text.config_name, "kind": text.kind, "item_id": text.item}
+            frame = frame.assign(
+                **about,
+                run_id=self.run_id,
+                sample=text.sample,
+                layer=np.tile(self.layers, len(counts)),
+                num_experts=counts.reshape(-1),
+                gate_mass=text.routing.mass.reshape(-1) / MASS_STEPS,
+            )
+            frames.append(frame[TOKEN_LOG.names])
+            if sum(map(len, frames)) >= self.LOGGED_TOGETHER:
+                yield pd.concat(frames, ignore_index=True)
+                frames = []
+        if frames:
+            yield pd.concat(frames, ignore_index=True)
+
+    def write(self, folder: Path, with_log: bool) -> None:
+        """Write the tables, and the log if it is asked for; what this run does not have goes."""
+        for name in (TOKEN_COUNTS.file, TOKEN_KINDS.file, *TOKEN_LOG_FILES):
+            (folder / name).unlink(missing_ok=True)
+        kinds = {kind for _, kind in self.frequencies}
+        if "generation" in kinds:
+            write_table(TOKEN_COUNTS, self._count_rows(), folder)
+        if kinds:
+            write_table(TOKEN_KINDS, self._kind_rows(), folder)
+        if kinds and with_log:
+            write_token_log(self._log_frames(), folder)
+
+
+def _write_parquet(frames: Iterable[pd.DataFrame], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {str: pa.string(), int: pa.int32(), float: pa.float32()}
+    schema = pa.schema([(column.name, types[column.kind]) for column in TOKEN_LOG.columns])
+    with pq.ParquetWriter(path, schema) as writer:
+        for frame in frames:
+            writer.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
+
+
+def _write_csv_gz(frames: Iterable[pd.DataFrame], path: Path) -> None:
+    texts = [column.name for column in TOKEN_LOG.columns if column.kind is str]
+    # Without a name and a time in it the file is the same whenever the same is written.
+    with open(path, "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+        packed.write((",".join(f'"{name}"' for name in TOKEN_LOG.names) + "\n").encode())
+        for frame in frames:
+            safe = frame.assign(**{name: frame[name].map(_csv_cell) for name in texts})
+            lines = safe.to_csv(
+                index=False,
+                header=False,
+                quoting=csv.QUOTE_NONNUMERIC,
+                lineterminator="\n",
+                float_format="%.6f",
+            )
+            packed.write(lines.encode())
+
+
+def write_token_log(frames: Iterable[pd.DataFrame], folder: Path) -> Path:
+    """Write TOKEN_LOG, whole or not at all: as parquet where pyarrow is installed, else as csv.gz."""
+    parquet, csv_gz = TOKEN_LOG_FILES
+    has_pyarrow = importlib.util.find_spec("pyarrow") is not None
+    path = folder / (parquet if has_pyarrow else csv_gz)
+    with replacing(path) as part:
+        if has_pyarrow:
+            _write_parquet(frames, part)
+        else:
+            _write_csv_gz(frames, part)
+    logger.info(f"token log: {path}" + ("" if has_pyarrow else "; with pyarrow installed it is parquet"))
+    return path
+
+
+def read_token_log(folder: str | Path) -> pd.DataFrame:
+    """What a run with token_log wrote: TOKEN_LOG, a row a token and layer. Raises UserError where it is
+    missing, or parquet that nothing installed here can read."""
+    parquet, csv_gz = (Path(folder) / name for name in TOKEN_LOG_FILES)
+    if parquet.exists():
+        if importlib.util.find_spec("pyarrow") is None:
+            raise UserError(f"{parquet} needs pyarrow: pip install pyarrow")
+        return pd.read_parquet(parquet)
+    if not csv_gz.exists():
+        raise UserError(f"{folder} holds no token log: run the experiments with --token-log")
+    return fit_table(read_csv(csv_gz, TOKEN_LOG.columns), TOKEN_LOG)
+
+
+# The view of the same: texts as HTML, each token shaded by its experts
+
+
+VIEWED_TOKENS = 2000  # that `BHExperimentRunner.routing` keeps for a notebook
+VIEW_LIMIT = 900_000  # characters of HTML; prompts beyond that are only counted
+VIEWED_AT_FIRST = 4  # configurations that are shown without being selected
+_SHADES = 10
+
+
+@dataclass(frozen=True)
+class ViewedText:
+    """A text to be shown. experts, by_layer: of each token, its mean number of experts and their numbers by
+    layer in words; NaN and empty for one that was not routed."""
+
+    name: str  # of the prompt
+    category: str
+    config_name: str
+    tokens: list[str]
+    experts: np.ndarray
+    by_layer: list[str]
+    num_given: int
+
+
+def _shown_token(text: str) -> str:
+    """The text of a token in HTML: nothing of it acts, and line ends and odd characters are seen."""
+    if not text:
+        return "·"  # the rest of a character whose first token shows all of it
+    lines = text.replace("\r\n", "\n").split("\n")
+    shown = "↵".join(html.escape(_visible(line)) for line in lines)
+    return f"{shown}\n" if len(lines) > 1 else shown
+
+
+class _TokenView:
+    """The HTML of `token_view_html`; shades go from the fewest to the most experts of all texts in it."""
+
+    def __init__(self, texts: Sequence[ViewedText]):
+        self.by_prompt: dict[str, list[ViewedText]] = collections.defaultdict(list)
+        for text in texts:
+            self.by_prompt[text.name].append(text)
+        self.configs = list(dict.fromkeys(text.config_name for text in texts))
+        experts = np.concatenate([text.experts for text in texts])
+        self.low = float(np.nanmin(experts))
+        self.high = float(np.nanmax(experts))
+        # What adapts is what one wants to see.
+        spread = {name: [] for name in self.configs}
+        for text in texts:
+            spread[text.config_name].append(np.nanmax(text.experts) - np.nanmin(text.experts))
+        adapting = [name for name in self.configs if max(spread[name]) > 0]
+        fixed = [name for name in self.configs if name not in adapting]
+        self.configs = [*adapting, *fixed]
+        self.shown = set(self.configs[:VIEWED_AT_FIRST])
+
+    def shade(self, experts: float) -> int:
+        share = (experts - self.low) / (self.high - self.low) if self.high > self.low else 1.0
+        return min(int(share * _SHADES), _SHADES - 1)
+
+    def token(self, text: str, experts: float, by_layer: str) -> str:
+        shown = _shown_token(text)
+        if math.isnan(experts):
+            return f"<u>{shown}</u>"
+        return f'<u class="s{self.shade(experts)}" title="{experts:.2f}: {by_layer}">{shown}</u>'
+
+    def text(self, text: ViewedText) -> str:
+        tokens = [self.token(*of) for of in zip(text.tokens, text.experts, text.by_layer, strict=True)]
+        given = "".join(tokens[: text.num_given])
+        written = "".join(tokens[text.num_given :])
+        mean = float(np.nanmean(text.experts))
+        return (
+            f'<div class="c{self.configs.index(text.config_name)}">'
+            f"<code>{html.escape(text.config_name)}</code> {mean:.2f} experts per token and layer"
+            f"<p><i>{given}</i>{written}</p></div>\n"
+        )
+
+    def prompt(self, name: str, is_open: bool) -> str:
+        texts = self.by_prompt[name]
+        parts = sorted(texts, key=lambda text: self.configs.index(text.config_name))
+        summary = html.escape(_visible(f"{texts[0].category}: {name}" if texts[0].category else name))
+        opened = " open" if is_open else ""
+        return f"<details{opened}><summary>{summary}</summary>\n{''.join(map(self.text, parts))}</details>\n"
+
+    def legend(self) -> str:
+        swatches = "".join(f'<u class="s{number}">&nbsp;&nbsp;</u>' for number in range(_SHADES))
+        return (
+            f'<p class="legend">experts that ran for a token, mean over layers: {self.low:.2f} {swatches} '
+            f"{self.high:.2f}. <i>The prompt is in italics</i>, what was written follows. Pointing at a "
+            "token shows its mean, then its number in each layer from 0; the last one was never routed.</p>\n"
+        )
+
+    def choice(self) -> str:
+        """Which configurations are shown: boxes to tick, which work by style alone."""
+        boxes = []
+        for number, name in enumerate(self.configs):
+            ticked = " checked" if name in self.shown else ""
+            label = f"<code>{html.escape(name)}</code>"
+            boxes.append(f'<label><input type="checkbox" class="i{number}"{ticked}>{label}</label>')
+        return f'<p class="choice">{" ".join(boxes)}</p>\n' if len(boxes) > 1 else ""
+
+    def style(self) -> str:
+        """All of it is for this fragment only. Shades let the page's own colours through, light or dark."""
+        shades = "".join(
+            f".bh-tokens .s{number}{{background:rgba(1,115,178,{0.06 * number:.2f})}}"
+            for number in range(_SHADES)
+        )
+        hidden = "".join(
+            f".bh-tokens:has(.i{number}:not(:checked)) .c{number}{{display:none}}"
+            for number in range(len(self.configs))
+        )
+        return f"<style>{_VIEW_STYLE}{shades}{hidden}</style>\n"
+
+    def html(self) -> str:
+        """Prompts in order; the first of each category is open. Where there is not room for all, each
+        category has its share."""
+        category = {name: texts[0].category for name, texts in self.by_prompt.items()}
+        rank: dict[str, int] = {}  # of a prompt in its category
+        for name in self.by_prompt:
+            rank[name] = sum(category[other] == category[name] for other in rank)
+        parts: dict[str, str] = {}
+        room = VIEW_LIMIT
+        for name in sorted(self.by_prompt, key=rank.__getitem__):
+            part = self.prompt(name, is_open=rank[name] == 0)
+            room -= len(part.encode())
+            if parts and room < 0:
+                break
+            parts[name] = part
+        left_out = len(self.by_prompt) - len(parts)
+        more = f"<p>{left_out} more prompts are in <code>{TOKEN_COUNTS.file}</code>.</p>" if left_out else ""
+        body = "".join(parts[name] for name in self.by_prompt if name in parts)
+        head = self.style() + self.legend() + self.choice()
+        return f'<div class="bh-tokens">\n{head}{body}{more}</div>\n'
+
+
+_VIEW_STYLE = (
+    ".bh-tokens p{margin:.2em 0 .8em}"
+    ".bh-tokens details{border-top:1px solid rgba(128,128,128,.4);padding:.4em 0}"
+    ".bh-tokens summary{cursor:pointer;font-weight:600}"
+    ".bh-tokens details p{white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7;overflow:hidden}"
+    ".bh-tokens div,.bh-tokens .legend,.bh-tokens .choice{font-size:.9em}"
+    ".bh-tokens details div{margin:.5em 0 0}"
+    ".bh-tokens label{display:inline-block;margin-right:.8em}"
+    ".bh-tokens u{text-decoration:none;border-radius:2px}"
+    ".bh-tokens u[title]:hover{outline:1px solid}"
+)
+
+
+def token_view_html(texts: Sequence[ViewedText]) -> str:
+    """Texts as a fragment of HTML, each token shaded by its mean number of experts; empty without any.
+
+    It needs no script, carries its own style, and nothing in the texts acts as markup.
+    """
+    texts = [text for text in texts if not np.isnan(text.experts).all()]
+    return _TokenView(texts).html() if texts else ""
+
+
+def view_texts(config_name: str, token_texts: TokenTexts, texts: Sequence[TokenRouting]) -> str:
+    """`token_view_html` of what a recorder kept, for a notebook."""
+    viewed = []
+    for number, text in enumerate(texts, 1):
+        by_layer = [" ".join(map(str, counts)) for counts in text.counts.tolist()]
+        tokens = token_texts.texts(text.ids)
+        experts = text.counts.mean(1)
+        viewed.append(
+            ViewedText(f"text {number}", "", config_name, tokens, experts, by_layer, text.num_given)
+        )
+    return token_view_html(viewed)
+
+
+def viewed_texts(counts: pd.DataFrame, categories: Mapping[str, str]) -> list[ViewedText]:
+    """The texts of TOKEN_COUNTS, of several samples the first. categories: of the prompts, by name."""
+    texts = []
+    first = counts[counts["sample"] == 0]
+    for (name, prompt), rows in first.groupby(["config_name", "prompt_id"], sort=False):
+        texts.append(
+            ViewedText(
+                name=prompt,
+                category=categories.get(prompt, ""),
+                config_name=name,
+                tokens=rows["token"].tolist(),
+                experts=rows["avg_experts"].to_numpy(float),
+                by_layer=rows["experts_by_layer"].tolist(),
+                num_given=int((rows["phase"] == "prompt").sum()),
+            )
+        )
+    return texts
+
+
+def token_view(results: Results, folder: Path) -> str:
+    """`token_view_html` of a run, from the table that it left in `folder`."""
+    generation = results.generation
+    counts = read_side_table(TOKEN_COUNTS, folder, run_ids(generation))
+    categories = dict(zip(generation["prompt_id"], generation["prompt_category"], strict=True))
+    return token_view_html(viewed_texts(counts, categories))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4420,8 +5109,10 @@ class ScoredBatch:
     are not scored. Positions are those that predict a token which is scored in some row: [B, S - first].
     """
 
-    def __init__(self, model: nn.Module, items: Sequence[TextItem]):
+    def __init__(self, model: nn.Module, items: Sequence[TextItem], keeps_tokens: bool = False):
+        """keeps_tokens: rows also have what was decided for each token, a `TokenRouting`."""
         device = input_device(model)
+        self.keeps_tokens = keeps_tokens
         texts = [torch.as_tensor(item.token_ids, dtype=torch.int64) for item in items]
         self.model = model
         self.items = list(items)
@@ -4462,10 +5153,15 @@ class ScoredBatch:
         """Mean NLL of each text, nats per token, as the model is routed now: [B]."""
         return self._nll_of(self._log_probabilities())
 
+    def _start(self, recorder: RoutingRecorder) -> None:
+        recorder.start(rows=len(self.items))
+        if self.keeps_tokens:
+            recorder.keep_tokens()
+
     @torch.inference_mode()
     def score_own(self, recorder: RoutingRecorder) -> None:
         """Score by the model's own routing, in which it is patched now: what the others are compared with."""
-        recorder.start(rows=len(self.items))
+        self._start(recorder)
         log_probabilities = self._log_probabilities()
         size = len(self.items)
         agreement = {"kl_to_own": [0.0] * size, "top1_agreement": [1.0] * size}
@@ -4478,7 +5174,7 @@ class ScoredBatch:
     @torch.inference_mode()
     def score(self, recorder: RoutingRecorder) -> list[dict[str, Any]]:
         """Score as the model is routed now: for each text [B] the columns of SCORES, and `routing`."""
-        recorder.start(rows=len(self.items))
+        self._start(recorder)
         log_probabilities = self._log_probabilities()
         nll = self._nll_of(log_probabilities)
         # KL(own || this) in one pass: exactly 0 for equal scores; rounding may take it below.
@@ -4495,10 +5191,14 @@ class ScoredBatch:
         self, nll: list[float], agreement: Mapping[str, list[float]], recorder: RoutingRecorder
     ) -> list[dict[str, Any]]:
         rows = []
+        texts = recorder.texts() if self.keeps_tokens else []
         for place, (item, tokens, routing) in enumerate(
             zip(self.items, self.is_scored.sum(1).tolist(), recorder.statistics(), strict=True)
         ):
             bits_per_byte = None
+            kept = None
+            if len(texts) == len(self.items):
+                kept = texts[place].of_text(item.token_ids, item.context)
             if item.num_bytes:
                 bits_per_byte = nll[place] * tokens / (math.log(2) * item.num_bytes)
             row = {
@@ -4509,6 +5209,7 @@ class ScoredBatch:
                 "bits_per_byte": bits_per_byte,
                 "batch_size": len(self.items),
                 "routing": routing,
+                "tokens": kept,
             }
             row |= {name: values[place] for name, values in agreement.items()}
             rows.append(row | routing.row())
@@ -4723,6 +5424,7 @@ AUTO_BATCH_TOKENS = 8192  # what --batch-size auto begins with; halved whenever 
 # What a run leaves in its folder, in the words of the manual. These are set aside together:
 RUN_FILES: dict[str, str] = {
     **{table.file: f"a row: {table.row}" for table in TABLES},
+    **TOKEN_LOG_FILES,
     TASK_RESULTS: "with --tasks: what lm-evaluation-harness reports, by configuration and task",
     NULL_DIAGNOSTICS: "do the nulls hold on the scored text?",
     "analysis_summary.json": "summaries, tests and verdicts; strict JSON, null with a reason where a test "
@@ -4767,6 +5469,7 @@ RUN_IDENTITY: dict[str, str] = {  # argument -> BY_ROW, NOTHING, or the entry of
     # run_full_experiment_suite, run_tasks
     **dict.fromkeys(("routing_configs", "test_prompts", "texts", "num_samples", "tasks"), BY_ROW),
     "max_new_tokens": "max_new_tokens",
+    "token_log": "token_log",  # its rows have more in the checkpoint
     "num_fewshot": "num_fewshot",
     "limit": "limit",
     "include_path": "task_files",
@@ -4784,6 +5487,7 @@ class SuitePlan:
     texts: Sequence[TextItem]
     new_tokens: int
     num_samples: int
+    token_log: bool  # whether what every token of the texts got is kept
 
     def keys(self) -> dict[str, list[Key]]:
         """The rows it will have, by kind, in the order of their tables."""
@@ -4929,6 +5633,8 @@ class BHExperimentRunner:
             known = suites()["all"]
             config = known[_choice("configuration", name, tuple(known))]
         with self._routed(self._resolve(name, config)) as recorder:
+            recorder.keep_tokens(VIEWED_TOKENS)
+            recorder.view = functools.partial(view_texts, name, TokenTexts(self.tokenizer))
             yield recorder
 
     def generate(self, text: str, max_new_tokens: int = DEFAULT_MAX_TOKENS) -> str:
@@ -5186,8 +5892,10 @@ class BHExperimentRunner:
         """The row of a prompt that is continued under one configuration."""
         row = self._prompt_row(name, config, prompt, sample, run.new_tokens)
         with self._routed(config) as recorder:
+            recorder.keep_tokens()
             generation = run.generate()
             routing = recorder.total()
+            texts = recorder.texts()
         # The model's own routing runs again by itself: what the others are compared with, and, beside its
         # first run, the noise floor.
         own = run.own
@@ -5195,6 +5903,9 @@ class BHExperimentRunner:
             row["repeat_inference_time_sec"] = own.clock["inference_time_sec"]
         text = run.decode(generation.tokens)
         generated = GeneratedText(text, generation.tokens, own.tokens)
+        ids = torch.cat([run.inputs["input_ids"][0], generation.tokens]).cpu()
+        # A model without a cache reads the whole text for each token: the last time it read all of it.
+        tokens = texts[-1].of_text(ids, run.num_input_tokens) if texts else None
         return {
             **row,
             **generation.clock,
@@ -5205,6 +5916,7 @@ class BHExperimentRunner:
             "num_input_tokens": run.num_input_tokens,
             "num_output_tokens": len(generation.tokens),
             "routing": routing.pack(),
+            "tokens": tokens and tokens.pack(),
         }
 
     def _prompt_row(
@@ -5287,10 +5999,11 @@ class BHExperimentRunner:
                 with self._routed(config):
                     again = batch.nll()
                 measured = [row | {"repeat_nll": nll} for row, nll in zip(measured, again, strict=True)]
-        return [
-            self._score_row(name, config, item) | row | {"routing": row["routing"].pack()}
-            for item, row in zip(batch.items, measured, strict=True)
-        ]
+        rows = []
+        for item, row in zip(batch.items, measured, strict=True):
+            packed = {"routing": row["routing"].pack(), "tokens": row["tokens"] and row["tokens"].pack()}
+            rows.append(self._score_row(name, config, item) | row | packed)
+        return rows
 
     def _rows_or_failures(
         self, batch: ScoredBatch, name: str, config: Config, repeats: bool
@@ -5311,7 +6024,8 @@ class BHExperimentRunner:
                 logger.info(f"a batch of {len(batch.items)} failed ({type(error).__name__}): one by one")
         rows = []
         for item in batch.items:
-            rows += self._rows_or_failures(ScoredBatch(self.model, [item]), name, config, repeats)
+            single = ScoredBatch(self.model, [item], batch.keeps_tokens)
+            rows += self._rows_or_failures(single, name, config, repeats)
         return rows
 
     def _score_unit(self, plan: SuitePlan, texts: Sequence[TextItem], repeats: bool, saver: _Saver) -> None:
@@ -5336,7 +6050,7 @@ class BHExperimentRunner:
         """Score texts in one batch, under every configuration that is not done; whether the memory was
         enough."""
         try:
-            batch = ScoredBatch(self.model, texts)
+            batch = ScoredBatch(self.model, texts, plan.token_log)
             for name, config in plan.scoring.items():
                 if any(saver.lacks(("score", name, text.id)) for text in texts):
                     for row in self._rows_or_failures(batch, name, config, repeats):
@@ -5374,6 +6088,7 @@ class BHExperimentRunner:
         retry_failed: bool = False,
         fail_fast: bool = False,
         baseline: str | None = None,
+        token_log: bool = False,
     ) -> pd.DataFrame:
         """Continue every prompt and score every text under every configuration.
 
@@ -5386,14 +6101,18 @@ class BHExperimentRunner:
         output folder holds is not run again; without, it is set aside. A failed experiment becomes a row with
         status "error"; retry_failed tries the earlier ones again, fail_fast stops at the first. num_samples:
         texts to sample for each prompt. baseline: the configuration that the others will be compared with;
-        refused where it is not one of them. Ctrl-C keeps what is finished and is passed on. Under `accelerate
+        refused where it is not one of them. token_log: what every token got in every layer is also written to
+        a file, see `read_token_log`. Ctrl-C keeps what is finished and is passed on. Under `accelerate
         launch` each process runs its share.
         """
-        plan = self._plan(routing_configs, test_prompts, max_new_tokens, texts, num_samples, baseline)
+        plan = self._plan(
+            routing_configs, test_prompts, max_new_tokens, texts, num_samples, baseline, token_log
+        )
         settings = {**self.settings, "max_new_tokens": plan.new_tokens}
         keys = plan.keys()
         run_id = fingerprint(strict_json([settings, plan.configs, plan.scoring, plan.inputs(), keys]))
-        with self._opened(settings, resume) as checkpoint:
+        # It is no part of the run's name: the other tables are the same with it and without.
+        with self._opened(settings | {"token_log": token_log}, resume) as checkpoint:
             self._check_rows(checkpoint, plan.scoring, plan.inputs())
             self._say_what_was_added(plan.configs, routing_configs)
             done = checkpoint.done(retry_failed)
@@ -5411,7 +6130,7 @@ class BHExperimentRunner:
             if pending:
                 self._warm_up(plan)
             self._run_units(plan, _Saver(checkpoint, done, fail_fast))
-            return self._finish(checkpoint, plan.scoring, keys, run_id).generation
+            return self._finish(checkpoint, plan.scoring, keys, run_id, token_log=token_log).generation
 
     def _plan(
         self,
@@ -5421,6 +6140,7 @@ class BHExperimentRunner:
         texts: Sequence[TextItem],
         num_samples: int,
         baseline: str | None,
+        token_log: bool,
     ) -> SuitePlan:
         """What a suite will measure, checked."""
         prompts = [resolve_prompt(p) for p in (TEST_PROMPTS if test_prompts is None else test_prompts)]
@@ -5435,7 +6155,7 @@ class BHExperimentRunner:
         check_ids([text.id for text in scored])
         configs = self._configs(routing_configs, baseline)
         scoring = self._with_static_ladder(configs) if scored else configs
-        return SuitePlan(configs, scoring, prompts, scored, new_tokens, num_samples)
+        return SuitePlan(configs, scoring, prompts, scored, new_tokens, num_samples, token_log)
 
     def _calibrate_for(self, configs: Configs) -> None:
         """Calibrate if a configuration needs it; a mistake in what was asked for ends the run here."""
@@ -5610,6 +6330,7 @@ class BHExperimentRunner:
         keys: Mapping[str, Sequence[Key]],
         run_id: str,
         how: Mapping[str, Any] | None = None,
+        token_log: bool = False,
     ) -> Results:
         """When all processes are done the first one writes the tables; each returns them as they stand there.
 
@@ -5628,6 +6349,10 @@ class BHExperimentRunner:
                 else:
                     (self.output_dir / table.file).unlink(missing_ok=True)
             layer_tables.write(self.output_dir)
+            texts = functools.partial(self._routed_texts, checkpoint, keys)
+            TokenTables(texts, TokenTexts(self.tokenizer), self.layers, run_id).write(
+                self.output_dir, token_log
+            )
             if how is not None:
                 reports: dict[str, dict[str, Any]] = {name: {} for name in configs}
                 for row in checkpoint.rows(keys["task"]):
@@ -5654,6 +6379,24 @@ class BHExperimentRunner:
                     category, document = COUNTED_BY[part["kind"]]
                     layer_tables.add(name, part["kind"], part[category], part[document], routing)
                 yield part
+
+    def _routed_texts(
+        self, checkpoint: Checkpoint, keys: Mapping[str, Sequence[Key]]
+    ) -> Iterator[RoutedText]:
+        """The finished texts of a run of which is kept what each token got, one after the other."""
+        for kind in ("generation", "score"):
+            for row in checkpoint.rows(keys.get(kind, ())):
+                if row.get("tokens"):
+                    category, document = COUNTED_BY[kind]
+                    yield RoutedText(
+                        config_name=row["config_name"],
+                        kind=kind,
+                        item=row_key(row)[2],
+                        sample=row.get("sample", 0),
+                        category=row[category],
+                        document=row[document],
+                        routing=TokenRouting.unpack(row["tokens"], len(self.layers)),
+                    )
 
     def _save_checkpoint(self) -> None:
         """Force everything finished so far to the disk."""
@@ -8331,6 +9074,7 @@ OPTIONS = (
     Option("limit", f"rows of --dataset to take; {DEFAULT_LIMIT} if not given", int, metavar="N",
            needs="dataset", least=1),
     Option("random-rows", "draw the rows of --dataset by --seed, not the first ones", None, needs="dataset"),
+    Option("token-log", f"write a row for {TOKEN_LOG.row} to {' or '.join(TOKEN_LOG_FILES)}", None),
     Option("tasks", "comma-separated tasks or groups of lm-evaluation-harness, instead of prompts", _names,
            metavar="NAMES"),
     Option("num-fewshot", "examples in the context of --tasks; a task's own if not given", int, metavar="N",
@@ -8418,6 +9162,8 @@ def _check_exclusions(args: argparse.Namespace, given: Mapping[str, Any]) -> Non
             raise UserError(f"{both[0]} and {both[1]} exclude each other: a run takes its items from one")
     if args.tasks and args.do_sample:
         raise UserError("--tasks and --do-sample exclude each other: a task says itself how to generate")
+    if args.tasks and args.token_log:
+        raise UserError("--tasks and --token-log exclude each other: tokens of tasks are not told apart")
     if args.device_map and args.device != "auto":
         raise UserError(f"--device {args.device} and --device-map exclude each other")
 
@@ -8549,7 +9295,13 @@ def measure(args: argparse.Namespace) -> Results | None:
     else:
         samples = args.num_samples or 1
         runner.run_full_experiment_suite(
-            configs, prompts, args.max_tokens, texts=texts, num_samples=samples, **options
+            configs,
+            prompts,
+            args.max_tokens,
+            texts=texts,
+            num_samples=samples,
+            token_log=args.token_log,
+            **options,
         )
     return runner.results if runner.processes.rank == 0 else None
 
