@@ -4347,8 +4347,12 @@ def read_token_log(folder: str | Path) -> pd.DataFrame:
 
 VIEWED_TOKENS = 2000  # that `BHExperimentRunner.routing` keeps for a notebook
 VIEW_LIMIT = 900_000  # characters of HTML; prompts beyond that are only counted
-VIEWED_AT_FIRST = 4  # configurations that are shown without being selected
+VIEWED_AT_FIRST = 3  # configurations that are shown without being selected
 _SHADES = 10
+_SHADED_FROM_TO = (
+    0.05,
+    0.95,
+)  # quantiles of the tokens' experts: a few odd tokens must not blanch the others
 
 
 @dataclass(frozen=True)
@@ -4369,34 +4373,29 @@ def _shown_token(text: str) -> str:
     """The text of a token in HTML: nothing of it acts, and line ends and odd characters are seen."""
     if not text:
         return "·"  # the rest of a character whose first token shows all of it
-    lines = text.replace("\r\n", "\n").split("\n")
-    shown = "↵".join(html.escape(_visible(line)) for line in lines)
-    return f"{shown}\n" if len(lines) > 1 else shown
+    return "↵".join(html.escape(_visible(line)) for line in text.replace("\r\n", "\n").split("\n"))
 
 
 class _TokenView:
-    """The HTML of `token_view_html`; shades go from the fewest to the most experts of all texts in it."""
+    """The HTML of `token_view_html`; all texts in it have the same scale of shades."""
 
     def __init__(self, texts: Sequence[ViewedText]):
         self.by_prompt: dict[str, list[ViewedText]] = collections.defaultdict(list)
         for text in texts:
             self.by_prompt[text.name].append(text)
-        self.configs = list(dict.fromkeys(text.config_name for text in texts))
-        experts = np.concatenate([text.experts for text in texts])
-        self.low = float(np.nanmin(experts))
-        self.high = float(np.nanmax(experts))
-        # What adapts is what one wants to see.
-        spread = {name: [] for name in self.configs}
+        experts: dict[str, list[np.ndarray]] = collections.defaultdict(list)  # by configuration
         for text in texts:
-            spread[text.config_name].append(np.nanmax(text.experts) - np.nanmin(text.experts))
-        adapting = [name for name in self.configs if max(spread[name]) > 0]
-        fixed = [name for name in self.configs if name not in adapting]
-        self.configs = [*adapting, *fixed]
+            experts[text.config_name].append(text.experts)
+        # What adapts is what one wants to see, so it comes first.
+        adapting = [name for name, parts in experts.items() if np.nanstd(np.concatenate(parts)) > 0]
+        self.configs = [*adapting, *(name for name in experts if name not in adapting)]
         self.shown = set(self.configs[:VIEWED_AT_FIRST])
+        scaled = [part for name in adapting or experts for part in experts[name]]
+        self.low, self.high = np.nanquantile(np.concatenate(scaled), _SHADED_FROM_TO).tolist()
 
     def shade(self, experts: float) -> int:
         share = (experts - self.low) / (self.high - self.low) if self.high > self.low else 1.0
-        return min(int(share * _SHADES), _SHADES - 1)
+        return min(max(int(share * _SHADES), 0), _SHADES - 1)
 
     def token(self, text: str, experts: float, by_layer: str) -> str:
         shown = _shown_token(text)
@@ -4406,6 +4405,9 @@ class _TokenView:
 
     def text(self, text: ViewedText) -> str:
         tokens = [self.token(*of) for of in zip(text.tokens, text.experts, text.by_layer, strict=True)]
+        for place, (token, follows) in enumerate(itertools.pairwise(text.tokens)):
+            if token.endswith("\n") and not follows.startswith("\n"):  # empty lines would only take room
+                tokens[place] += "\n"
         given = "".join(tokens[: text.num_given])
         written = "".join(tokens[text.num_given :])
         mean = float(np.nanmean(text.experts))
@@ -4425,9 +4427,10 @@ class _TokenView:
     def legend(self) -> str:
         swatches = "".join(f'<u class="s{number}">&nbsp;&nbsp;</u>' for number in range(_SHADES))
         return (
-            f'<p class="legend">experts that ran for a token, mean over layers: {self.low:.2f} {swatches} '
-            f"{self.high:.2f}. <i>The prompt is in italics</i>, what was written follows. Pointing at a "
-            "token shows its mean, then its number in each layer from 0; the last one was never routed.</p>\n"
+            '<p class="legend">Experts that ran for a token, mean over layers: '
+            f"<span>≤ {self.low:.1f} {swatches} ≥ {self.high:.1f}.</span> "
+            "<i>The prompt is in italics</i>, what was written follows. Pointing at a token shows its mean, "
+            "then its number in each layer from 0. The last token was never routed.</p>\n"
         )
 
     def choice(self) -> str:
@@ -4442,7 +4445,7 @@ class _TokenView:
     def style(self) -> str:
         """All of it is for this fragment only. Shades let the page's own colours through, light or dark."""
         shades = "".join(
-            f".bh-tokens .s{number}{{background:rgba(1,115,178,{0.06 * number:.2f})}}"
+            f".bh-tokens .s{number}{{background:rgba(40,150,220,{0.07 * number:.2f})}}"
             for number in range(_SHADES)
         )
         hidden = "".join(
@@ -4482,6 +4485,7 @@ _VIEW_STYLE = (
     ".bh-tokens details div{margin:.5em 0 0}"
     ".bh-tokens label{display:inline-block;margin-right:.8em}"
     ".bh-tokens u{text-decoration:none;border-radius:2px}"
+    ".bh-tokens .legend span{white-space:nowrap}"
     ".bh-tokens u[title]:hover{outline:1px solid}"
 )
 
