@@ -3647,7 +3647,7 @@ _TOKEN = (
     Column("token_id", int, "number of the token"),
     Column("token", str,
            "its text; that of a character of several tokens stands with the first of them"),
-    Column("token_kinds", str, "its kinds, see `token_kinds.csv`"),
+    Column("token_kinds", str, "its kinds, as in `token_kinds.csv`, separated by spaces"),
 )  # fmt: skip
 _SAMPLE = Column("sample", int, "which sample of a generated text, from 0")
 TOKEN_COUNTS = Table(
@@ -4045,17 +4045,26 @@ class LayerTables:
 # What each token got
 
 
-# Kinds of tokens, in the words of the manual. A token has one of the middle four or, where it is a special
-# token or white space, none of them.
-TOKEN_KIND_WORDS = {
-    "first_position": "the first token of a text",
-    "word_start": "has a letter, and begins with white space or follows a token that ends in neither letter "
-    "nor digit",
-    "word_continuation": "any other token with a letter",
-    "digits": "has a digit, and no letter",
-    "punctuation": "has other visible characters only",
-    "rare": "occurs once in all texts of its kind that were run under the configuration",
-    "frequent": "one of the most frequent, which together make up half of these texts",
+@dataclass(frozen=True)
+class TokenKind:
+    """A kind of token: what the report calls such tokens, and which they are."""
+
+    title: str
+    words: str
+
+
+# A token has one of the four kinds in the middle; or none, where it is a special token or white space.
+KINDS_OF_TOKENS = {
+    "first_position": TokenKind("first positions", "the first token of each text"),
+    "word_start": TokenKind(
+        "beginnings of words",
+        "tokens with a letter that begin with white space, or after one that ends in no letter or digit",
+    ),
+    "word_continuation": TokenKind("continuations of words", "all other tokens with a letter"),
+    "digits": TokenKind("digits", "tokens with a digit and no letter"),
+    "punctuation": TokenKind("punctuation", "tokens with no letter or digit, but something to be seen"),
+    "rare": TokenKind("rare tokens", "those that occur once in all texts of the configuration"),
+    "frequent": TokenKind("frequent tokens", "the most frequent ones, which make up half of these texts"),
 }
 
 
@@ -4189,7 +4198,7 @@ class TokenTables:
         ids = text.routing.ids
         frequencies = self.frequencies[text.config_name, text.kind]
         words = np.array(word_kinds)
-        is_of_kind = {kind: words == kind for kind in TOKEN_KIND_WORDS}
+        is_of_kind = {kind: words == kind for kind in KINDS_OF_TOKENS}
         is_of_kind["first_position"] = np.arange(len(ids)) == 0
         is_of_kind["rare"] = np.isin(ids, frequencies.rare)
         is_of_kind["frequent"] = np.isin(ids, frequencies.frequent)
@@ -4201,8 +4210,7 @@ class TokenTables:
         texts = self.token_texts.texts(ids)
         is_of_kind = self._is_of_kind(text, self.token_texts.word_kinds(ids, texts))
         kinds = [
-            " ".join(kind for kind in TOKEN_KIND_WORDS if is_of_kind[kind][place])
-            for place in range(len(ids))
+            " ".join(kind for kind in KINDS_OF_TOKENS if is_of_kind[kind][place]) for place in range(len(ids))
         ]
         return pd.DataFrame(
             {
@@ -4242,7 +4250,7 @@ class TokenTables:
         for (name, kind, document), of_document in sums.items():
             about = {"config_name": name, "kind": kind, "document": document, "run_id": self.run_id}
             *of_kinds, of_all = of_document
-            for token_kind, of_kind in zip(TOKEN_KIND_WORDS, of_kinds, strict=True):
+            for token_kind, of_kind in zip(KINDS_OF_TOKENS, of_kinds, strict=True):
                 row = about | {"token_kind": token_kind}
                 for prefix, (tokens, experts) in (("", of_kind), ("other_", of_all - of_kind)):
                     row[f"{prefix}tokens"] = int(tokens)
@@ -4486,6 +4494,7 @@ _VIEW_STYLE = (
     ".bh-tokens label{display:inline-block;margin-right:.8em}"
     ".bh-tokens u{text-decoration:none;border-radius:2px}"
     ".bh-tokens .legend span{white-space:nowrap}"
+    ".bh-tokens .legend u{border:solid rgba(128,128,128,.5);border-width:1px 0;border-radius:0}"
     ".bh-tokens u[title]:hover{outline:1px solid}"
 )
 
@@ -7235,6 +7244,33 @@ def summarize_layers(table: pd.DataFrame) -> dict[str, Any]:
     return summary
 
 
+def compare_token_kinds(table: pd.DataFrame, configs: Configs) -> list[dict[str, Any]]:
+    """Do tokens of a kind get more experts than all others? Of scored text, where a run logged its tokens,
+    else of what was generated.
+
+    table: TOKEN_KINDS. An entry for each configuration whose rule adapts and each kind of token: in each
+    document that has both, the mean of this kind minus that of all other tokens; a `paired_comparison` over
+    documents, BH-adjusted over all entries.
+    """
+    measured = "score" if (table["kind"] == "score").any() else "generation"
+    rows = table[table["kind"] == measured].set_index("document")
+    tests = []
+    for (name, token_kind), documents in rows.groupby(["config_name", "token_kind"], sort=False):
+        rule = RULES.get(configs.get(name, {}).get("method"))
+        if rule is None or rule.is_static:
+            continue
+        both = documents[(documents["tokens"] > 0) & (documents["other_tokens"] > 0)]
+        about = {
+            "configuration": name,
+            "kind": measured,
+            "token_kind": token_kind,
+            "token_share": documents["tokens"].sum() / documents[["tokens", "other_tokens"]].sum().sum(),
+        }
+        tests.append(about | paired_comparison(both["other_avg_experts"], both["avg_experts"]))
+    adjust_p_values(tests)
+    return tests
+
+
 def _hypothesis_value(analysis: Mapping[str, Any], name: str, quantity: str) -> float | None:
     """What was measured of a quantity that the earlier attempt expected something of."""
     tests = analysis["statistical_tests"].get(name, {})
@@ -7295,9 +7331,9 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
     Returns a dict with baseline, own_k, n_rows, n_failed, n_prompts, configurations, summary_by_config,
     summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), verdict
     (`quality_verdicts`), shuffle_effects, field (`compare_field`), task_fields (`compare_field_on_tasks`),
-    noise_floor, tasks (`compare_tasks`), null_diagnostics, layers (`summarize_layers`) and hypotheses. Raises
-    UserError for a table that is none of this script's, for a baseline that is not in it, and when no row is
-    left.
+    noise_floor, tasks (`compare_tasks`), null_diagnostics, layers (`summarize_layers`), token_kinds
+    (`compare_token_kinds`) and hypotheses. Raises UserError for a table that is none of this script's, for a
+    baseline that is not in it, and when no row is left.
     """
     folder = Path(output_dir)
     results = results_beside(df, folder)
@@ -7332,6 +7368,7 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
         "tasks": compare_tasks(done.tasks, baseline, task_report),
         "null_diagnostics": read_side_file(folder / NULL_DIAGNOSTICS, runs) or None,
         "layers": summarize_layers(read_side_table(LAYER_STATISTICS, folder, runs)),
+        "token_kinds": compare_token_kinds(read_side_table(TOKEN_KINDS, folder, runs), configs),
     }
     analysis = strict_json(analysis | {"hypotheses": check_hypotheses(analysis)})
     write_json(folder / "analysis_summary.json", analysis)
@@ -8114,6 +8151,18 @@ REPORT_TABLES: dict[str, tuple[ReportColumn, ...]] = {
         ReportColumn("categories diverge, bits", "category_divergence_bits", ".3f"),
         ReportColumn("diverge in layers", "diverging", "s"),
     ),
+    "token_kinds": (
+        _CONFIGURATION,
+        ReportColumn("kind of token", "words", "s"),
+        ReportColumn("share of tokens", "token_share", ".1%"),
+        ReportColumn("experts", "mean", ".2f"),
+        ReportColumn("all others", "mean_baseline", ".2f"),
+        ReportColumn("difference", "mean_difference", "+.2f"),
+        ReportColumn("95 % interval", "ci95", "+.2f to +.2f"),
+        ReportColumn("p adjusted", "p_value_adjusted", "p"),
+        ReportColumn("units", "n_units", "d"),
+        ReportColumn("significant", "is_significant", "s"),
+    ),
     "tests": (
         _CONFIGURATION,
         ReportColumn("quantity", "title", "s"),
@@ -8306,6 +8355,56 @@ def shuffle_sentences(analysis: Mapping[str, Any]) -> list[str]:
             f"{show(effect, 'mean_difference', '+.4f')} nats per token (95 % interval "
             f"{show(effect, 'ci95', '+.4f to +.4f')}, adjusted p {show(effect, 'p_value_adjusted', 'p')})."
         )
+    return sentences
+
+
+MOST_TOKEN_KINDS = 3  # configurations whose kinds of tokens the report shows; all are in the analysis
+
+
+def _kind_title(entry: Mapping[str, Any]) -> str:
+    """The kind of token of an entry in words."""
+    return KINDS_OF_TOKENS[entry["token_kind"]].title
+
+
+def token_definitions() -> str:
+    """What the kinds of tokens are."""
+    text = "; ".join(f"{kind.title}: {kind.words}" for kind in KINDS_OF_TOKENS.values())
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def token_source(analysis: Mapping[str, Any]) -> str:
+    """Which texts the kinds of tokens were looked at in."""
+    kinds = {entry["kind"] for entry in analysis["token_kinds"]}
+    return "the scored text" if kinds == {"score"} else "the prompts and what was written after them"
+
+
+def shown_token_kinds(analysis: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Configuration -> its entries of `compare_token_kinds`, for the first configurations."""
+    by_config: dict[str, list[Mapping[str, Any]]] = collections.defaultdict(list)
+    for entry in analysis["token_kinds"]:
+        by_config[entry["configuration"]].append(entry)
+    return dict(itertools.islice(by_config.items(), MOST_TOKEN_KINDS))
+
+
+def token_kind_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """Which kinds of tokens get more experts than all others, and which fewer."""
+    sentences = []
+    for name, entries in shown_token_kinds(analysis).items():
+        tested = [entry for entry in entries if entry["significant"] is not None]
+        if not tested:
+            continue
+        entries = sorted(tested, key=lambda entry: -entry["mean_difference"])
+        more = [entry for entry in entries if entry["significant"] and entry["mean_difference"] > 0]
+        fewer = [entry for entry in entries[::-1] if entry["significant"] and entry["mean_difference"] < 0]
+        parts = []
+        for word, group in (("more experts than other tokens get", more), ("fewer get", fewer)):
+            if group:
+                kinds = [f"{_kind_title(entry)} ({entry['mean_difference']:+.2f})" for entry in group]
+                parts.append(f"{word} {', '.join(kinds)}")
+        undecided = [_kind_title(entry) for entry in entries if not entry["significant"]]
+        if undecided:
+            parts.append(f"not shown to differ: {', '.join(undecided)}")
+        sentences.append(f"Under `{name}`, {'; '.join(parts)}.")
     return sentences
 
 
@@ -8591,6 +8690,15 @@ def layer_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def token_kind_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for entries in shown_token_kinds(analysis).values():
+        for entry in entries:
+            shown = {"words": _kind_title(entry), "is_significant": significance(entry)}
+            rows.append({**entry, **shown})
+    return rows
+
+
 def summary_rows(analysis: Mapping[str, Any], rows: pd.DataFrame) -> list[dict[str, Any]]:
     """rows: of the table that the summary is about."""
     summaries = []
@@ -8821,6 +8929,21 @@ layers it is more than chance (permutation test, adjusted p below {{ level }}).{
 
 {% endif %}
 
+{% if token_kinds %}
+## Which tokens get many experts
+
+{{ bullets(token_findings) }}
+
+{{ table("token_kinds", token_kinds) }}
+
+Of {{ token_source }}. In each document, the mean over tokens and layers of how many experts ran for tokens \
+of this kind minus that for all other tokens; Student's interval over the documents that have both, a prompt \
+being its own; p BH-adjusted over all {{ n_token_tests }} such tests of this run (all are in \
+`analysis_summary.json`). {{ token_definitions }} Every token is in `token_counts.csv`.
+
+{{ few_units(token_kinds) }}
+{% endif %}
+
 ## Statistical tests
 
 {% if tests %}
@@ -8924,6 +9047,11 @@ def report_context(
         "summary": summary_rows(analysis, measured),
         "layers": layers,
         "diverging": any("diverging" in row for row in layers),
+        "token_kinds": token_kind_rows(analysis),
+        "token_findings": token_kind_sentences(analysis),
+        "token_source": token_source(analysis),
+        "token_definitions": token_definitions(),
+        "n_token_tests": len(analysis["token_kinds"]),
         "tests": test_rows(analysis),
         "category_table": category_table(analysis, distinct(measured["config_name"])),
         "undrawn": [
