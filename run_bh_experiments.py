@@ -4063,8 +4063,8 @@ KINDS_OF_TOKENS = {
     "word_continuation": TokenKind("continuations of words", "all other tokens with a letter"),
     "digits": TokenKind("digits", "tokens with a digit and no letter"),
     "punctuation": TokenKind("punctuation", "tokens with no letter or digit, but something to be seen"),
-    "rare": TokenKind("rare tokens", "those that occur once in all texts of the configuration"),
-    "frequent": TokenKind("frequent tokens", "the most frequent ones, which make up half of these texts"),
+    "rare": TokenKind("rare tokens", "those that occur once in all that was generated, or scored, under it"),
+    "frequent": TokenKind("frequent tokens", "the most frequent ones, which make up half of that"),
 }
 
 
