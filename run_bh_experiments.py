@@ -4063,7 +4063,9 @@ KINDS_OF_TOKENS = {
     "word_continuation": TokenKind("continuations of words", "all other tokens with a letter"),
     "digits": TokenKind("digits", "tokens with a digit and no letter"),
     "punctuation": TokenKind("punctuation", "tokens with no letter or digit, but something to be seen"),
-    "rare": TokenKind("rare tokens", "those that occur once in all that was generated, or scored, under it"),
+    "rare": TokenKind(
+        "rare tokens", "those that occur once in all that a configuration generated, or scored"
+    ),
     "frequent": TokenKind("frequent tokens", "the most frequent ones, which make up half of that"),
 }
 
@@ -4485,10 +4487,11 @@ class _TokenView:
 
 
 _VIEW_STYLE = (
+    ".bh-tokens{overflow-wrap:anywhere}"
     ".bh-tokens p{margin:.2em 0 .8em}"
     ".bh-tokens details{border-top:1px solid rgba(128,128,128,.4);padding:.4em 0}"
     ".bh-tokens summary{cursor:pointer;font-weight:600}"
-    ".bh-tokens details p{white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7;overflow:hidden}"
+    ".bh-tokens details p{white-space:pre-wrap;line-height:1.7;overflow:hidden}"
     ".bh-tokens div,.bh-tokens .legend,.bh-tokens .choice{font-size:.9em}"
     ".bh-tokens details div{margin:.5em 0 0}"
     ".bh-tokens label{display:inline-block;margin-right:.8em}"
@@ -6362,7 +6365,8 @@ class BHExperimentRunner:
                 else:
                     (self.output_dir / table.file).unlink(missing_ok=True)
             layer_tables.write(self.output_dir)
-            texts = functools.partial(self._routed_texts, checkpoint, keys)
+            kinds = ("generation", "score") if token_log else ("generation",)
+            texts = functools.partial(self._routed_texts, checkpoint, keys, kinds)
             TokenTables(texts, TokenTexts(self.tokenizer), self.layers, run_id).write(
                 self.output_dir, token_log
             )
@@ -6394,10 +6398,10 @@ class BHExperimentRunner:
                 yield part
 
     def _routed_texts(
-        self, checkpoint: Checkpoint, keys: Mapping[str, Sequence[Key]]
+        self, checkpoint: Checkpoint, keys: Mapping[str, Sequence[Key]], kinds: Sequence[str]
     ) -> Iterator[RoutedText]:
         """The finished texts of a run of which is kept what each token got, one after the other."""
-        for kind in ("generation", "score"):
+        for kind in kinds:
             for row in checkpoint.rows(keys.get(kind, ())):
                 if row.get("tokens"):
                     category, document = COUNTED_BY[kind]
