@@ -2618,12 +2618,7 @@ class _Call:
     shape: tuple[int, int] | None  # B, S
     outputs: dict[int, tuple]  # place of the layer -> (logits [T, E], weights [T, K], indices [T, K])
     wanted: dict[int, Tensor]  # place of the layer -> counts [T] before floor and cap
-    ids: Tensor | None = None  # [B, S]
-
-    def is_whole(self, num_layers: int) -> bool:
-        """Whether every layer saw every token of it."""
-        tokens = -1 if self.ids is None else self.ids.numel()
-        return [len(output[0]) for output in self.outputs.values()] == [tokens] * num_layers
+    ids: Tensor | None = None  # [B, S], where tokens are kept
 
 
 @dataclass(frozen=True)
@@ -2763,15 +2758,24 @@ class RoutingRecorder:
 
         return observe
 
+    def _keeps(self, calls: Sequence[_Call]) -> bool:
+        """Whether what is decided for each token of these calls is to be kept, and can be."""
+        num_kept = sum(len(kept.ids) for kept in self._kept)
+        return bool(calls) and num_kept < self._most_kept and all(map(self._is_whole, calls))
+
+    def _is_whole(self, call: _Call) -> bool:
+        """Whether every layer saw every token of the call."""
+        tokens = -1 if call.ids is None else call.ids.numel()
+        return [len(output[0]) for output in call.outputs.values()] == [tokens] * len(self.layers)
+
     @torch.no_grad()
     def _flush(self) -> None:
         """Add what was kept to the sums."""
         calls = self._calls
         self._calls = []
         self._tokens = 0
-        keeps = sum(len(kept.ids) for kept in self._kept) < self._most_kept
-        keeps = keeps and len(calls) > 0 and all(call.is_whole(len(self.layers)) for call in calls)
-        decided = []  # of each layer
+        keeps = self._keeps(calls)
+        decided = []  # of each layer, for the tokens of these calls
         for place, sums in enumerate(self._sums):
             seen = [call for call in calls if place in call.outputs]
             if not seen:
@@ -4240,7 +4244,8 @@ class TokenTables:
     def _kind_rows(self) -> Iterator[Row]:
         # (configuration, kind, document) -> for each kind of token, and for all: tokens, and their experts
         # in all layers
-        sums: dict[tuple[str, str, str], np.ndarray] = {}
+        sums: dict[tuple[str, str, str], np.ndarray]
+        sums = collections.defaultdict(lambda: np.zeros((len(KINDS_OF_TOKENS) + 1, 2), dtype=np.int64))
         for text in self.texts():
             experts = text.routing.counts.sum(1)  # [n]
             ids = text.routing.ids
@@ -4248,7 +4253,7 @@ class TokenTables:
             is_of_kind = self._is_of_kind(text, word_kinds)
             flags = np.array([*is_of_kind.values(), np.ones(len(ids), bool)])[:, : len(experts)]
             key = (text.config_name, text.kind, text.document)
-            sums[key] = sums.get(key, 0) + np.stack([flags.sum(1), flags @ experts], axis=1)
+            sums[key] += np.stack([flags.sum(1), flags @ experts], axis=1)
         for (name, kind, document), of_document in sums.items():
             about = {"config_name": name, "kind": kind, "document": document, "run_id": self.run_id}
             *of_kinds, of_all = of_document
@@ -4286,15 +4291,17 @@ class TokenTables:
 
     def write(self, folder: Path, with_log: bool) -> None:
         """Write the tables, and the log if it is asked for; what this run does not have goes."""
-        for name in (TOKEN_COUNTS.file, TOKEN_KINDS.file, *TOKEN_LOG_FILES):
-            (folder / name).unlink(missing_ok=True)
         kinds = {kind for _, kind in self.frequencies}
+        written = []
         if "generation" in kinds:
-            write_table(TOKEN_COUNTS, self._count_rows(), folder)
+            written.append(write_table(TOKEN_COUNTS, self._count_rows(), folder))
         if kinds:
-            write_table(TOKEN_KINDS, self._kind_rows(), folder)
+            written.append(write_table(TOKEN_KINDS, self._kind_rows(), folder))
         if kinds and with_log:
-            write_token_log(self._log_frames(), folder)
+            written.append(write_token_log(self._log_frames(), folder))
+        for name in (TOKEN_COUNTS.file, TOKEN_KINDS.file, *TOKEN_LOG_FILES):
+            if folder / name not in written:
+                (folder / name).unlink(missing_ok=True)
 
 
 def _write_parquet(frames: Iterable[pd.DataFrame], path: Path) -> None:
