@@ -77,7 +77,9 @@ import dataclasses
 import difflib
 import errno
 import functools
+import gzip
 import hashlib
+import html
 import importlib
 import importlib.util
 import io
@@ -2872,6 +2874,57 @@ class ModelCost:
         return row
 
 
+def _packed(values: np.ndarray) -> str:
+    """Whole numbers as text for a checkpoint."""
+    return base64.b85encode(zlib.compress(values.tobytes())).decode()
+
+
+def _unpacked(text: str, kind: str) -> np.ndarray:
+    """What `_packed` wrote: [n] of a numpy type."""
+    return np.frombuffer(zlib.decompress(base64.b85decode(text)), kind)
+
+
+MASS_STEPS = 2**16 - 1  # gate mass of a single token is kept in such steps: 2 bytes
+
+
+@dataclass(frozen=True)
+class TokenRouting:
+    """What was decided for each token of a text, in L layers.
+
+    ids [n or n + 1]: the tokens; one that comes last was written or predicted, but never routed. counts [n,
+    L]: experts that ran. mass [n, L]: gate mass of these, in 1 / MASS_STEPS. num_given: how many tokens were
+    given; the others were written, or predicted.
+    """
+
+    ids: np.ndarray
+    counts: np.ndarray
+    mass: np.ndarray
+    num_given: int
+
+    def pack(self) -> dict[str, Any]:
+        """As plain data for a checkpoint: about a byte a token and layer for the counts, two for the mass."""
+        return {
+            "num_given": self.num_given,
+            "ids": _packed(self.ids.astype("<i4")),
+            "counts": _packed(self.counts.T.astype("<u2")),
+            "mass": _packed(self.mass.T.astype("<u2")),
+        }
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any], num_layers: int) -> TokenRouting:
+        """What `pack` made."""
+        counts = _unpacked(packed["counts"], "<u2").reshape(num_layers, -1).T.astype(np.int64)
+        mass = _unpacked(packed["mass"], "<u2").reshape(num_layers, -1).T.astype(np.int64)
+        return cls(_unpacked(packed["ids"], "<i4"), counts, mass, packed["num_given"])
+
+    def of_text(self, ids: Any, num_given: int) -> TokenRouting | None:
+        """The same with all ids of its text [n + 1]; None where it is not of all of them but the last."""
+        ids = np.asarray(ids)
+        if not np.array_equal(self.ids, ids[:-1]):
+            return None
+        return dataclasses.replace(self, ids=ids, num_given=num_given)
+
+
 @dataclass
 class _Call:
     """One forward pass of the model, as the recorder keeps it until it is summed."""
@@ -2881,6 +2934,36 @@ class _Call:
     phase: int  # 0 for the first since the start, a prefill where text is generated; 1 for the others
     outputs: dict[int, tuple]  # place of the layer -> (logits [T, E], weights [T, K], indices [T, K])
     wanted: dict[int, Tensor]  # place of the layer -> counts [T] before floor and cap
+    ids: Tensor | None = None  # [B, S], where tokens are kept
+
+
+@dataclass(frozen=True)
+class _KeptTokens:
+    """What was decided for the tokens of some calls, where it was computed."""
+
+    shapes: list[tuple[int, int]]  # B, S of each call
+    ids: Tensor  # [N]
+    is_token: Tensor  # [N], False for padding
+    decided: list[Tensor]  # of each layer: counts and gate mass in 1 / MASS_STEPS, int32 [2, N]
+
+    def calls(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each call: ids [B, S], is_token [B, S] and what was decided [L, 2, B, S]."""
+        ids = self.ids.cpu().numpy()
+        is_token = self.is_token.cpu().numpy()
+        decided = np.stack([layer.cpu().numpy() for layer in self.decided])  # [L, 2, N]
+        start = 0
+        for shape in self.shapes:
+            part = slice(start, start + math.prod(shape))
+            of_call = decided[:, :, part].reshape(*decided.shape[:2], *shape)
+            yield ids[part].reshape(shape), is_token[part].reshape(shape), of_call
+            start = part.stop
+
+
+def _joined_text(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenRouting:
+    """A text from its parts, one of each call: ids [n] and what was decided [L, 2, n]."""
+    decided = np.concatenate([part for _, part in parts], axis=2)
+    ids = np.concatenate([ids for ids, _ in parts])
+    return TokenRouting(ids, decided[:, 0].T, decided[:, 1].T, num_given=len(parts[0][0]))
 
 
 class _LayerSums:
@@ -2902,20 +2985,26 @@ class _LayerSums:
         wanted: Tensor | None,
         place: tuple[Tensor, Tensor],
         is_token: Tensor,
-    ) -> None:
+    ) -> tuple[Tensor, Tensor]:
         """Add N tokens. output: logits [N, E], weights [N, K], indices [N, K]. wanted: counts [N] before
-        floor and cap. place: phase [N] and row of the batch [N]. is_token: False for padding [N]."""
+        floor and cap. place: phase [N] and row of the batch [N]. is_token: False for padding [N].
+
+        Returns how many experts ran for each token [N], and their gate mass [N].
+        """
         phase, row = place
         first, weights, indices = output
         ran = (weights != 0) & is_token[:, None]  # [N, K]
         gates = self.layer.logits(first).float().softmax(-1)
         mass = gates.gather(-1, indices.clamp(max=gates.shape[-1] - 1)).double()  # [N, K]
-        self._count(self.counts, (phase, row, ran.sum(-1)), is_token)
+        number = ran.sum(-1)  # [N]
+        kept_mass = (mass * ran).sum(-1)  # [N]
+        self._count(self.counts, (phase, row, number), is_token)
         token, slot = ran.nonzero(as_tuple=True)
         self._count(self.use, (phase[token], row[token], indices[token, slot]), torch.ones_like(token))
-        self._count(self.mass, (phase, row), (mass * ran).sum(-1).mul(MASS_UNIT).round())
+        self._count(self.mass, (phase, row), kept_mass.mul(MASS_UNIT).round())
         if wanted is not None:
             self._count(self.unchosen, (phase, row), (wanted == 0) & is_token)
+        return number, kept_mass
 
     @staticmethod
     def _count(sums: Tensor, place: tuple[Tensor, ...], number: Tensor) -> None:
@@ -2927,7 +3016,11 @@ class RoutingRecorder:
 
     A hook only keeps what it sees; the sums are taken on the layer's device once for many calls, so that
     recording costs decoding next to nothing and never waits for a GPU. Padding, by the attention mask that
-    the model was given, is not counted. In a notebook it shows itself as a table by layer.
+    the model was given, is not counted. In a notebook it shows itself as a table by layer; where `view` is
+    set, also as the texts that were read and written, each token shaded by its experts.
+
+    After `keep_tokens` also what was decided for each single token is kept, on the device until it is asked
+    for: memory O(L) a token.
     """
 
     MAX_CALLS = 256  # what is kept at most before it is summed
@@ -2936,6 +3029,8 @@ class RoutingRecorder:
     def __init__(self, layers: Sequence[MoELayer], config: Config):
         self.config = config
         self.layers = list(layers)
+        self.view: Callable[[Sequence[TokenRouting]], str] | None = None  # texts -> HTML
+        self._most_kept: float = 0  # tokens
         self.start()
 
     def start(self, rows: int | None = None) -> None:
@@ -2945,6 +3040,11 @@ class RoutingRecorder:
         self._calls: list[_Call] = []
         self._tokens = 0
         self._sums = [_LayerSums(layer, rows or 1) for layer in self.layers]
+        self._kept: list[_KeptTokens] = []
+
+    def keep_tokens(self, most: float = math.inf) -> None:
+        """Keep what is decided for each token from now on; no more begins when `most` tokens are kept."""
+        self._most_kept = most
 
     def watch_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook for the model: a new call begins."""
@@ -2955,11 +3055,13 @@ class RoutingRecorder:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             mask = None
         shape = None if ids is None else tuple(ids.shape[:2])
-        self._begin_call(mask, shape)
+        self._begin_call(mask, shape, ids if self._most_kept else None)
         self._tokens += 0 if ids is None else ids.numel()
 
-    def _begin_call(self, mask: Tensor | None, shape: tuple[int, int] | None) -> None:
-        self._calls.append(_Call(mask, shape, self._phase, {}, {}))
+    def _begin_call(
+        self, mask: Tensor | None, shape: tuple[int, int] | None, ids: Tensor | None = None
+    ) -> None:
+        self._calls.append(_Call(mask, shape, self._phase, {}, {}, ids))
         self._phase = 1
 
     def _call(self, place: int) -> _Call:
@@ -2984,12 +3086,24 @@ class RoutingRecorder:
 
         return observe
 
+    def _keeps(self, calls: Sequence[_Call]) -> bool:
+        """Whether what is decided for each token of these calls is to be kept, and can be."""
+        num_kept = sum(len(kept.ids) for kept in self._kept)
+        return bool(calls) and num_kept < self._most_kept and all(map(self._is_whole, calls))
+
+    def _is_whole(self, call: _Call) -> bool:
+        """Whether every layer saw every token of the call."""
+        tokens = -1 if call.ids is None else call.ids.numel()
+        return [len(output[0]) for output in call.outputs.values()] == [tokens] * len(self.layers)
+
     @torch.no_grad()
     def _flush(self) -> None:
         """Add what was kept to the sums."""
         calls = self._calls
         self._calls = []
         self._tokens = 0
+        keeps = self._keeps(calls)
+        decided = []  # of each layer, for the tokens of these calls
         for place, sums in enumerate(self._sums):
             seen = [call for call in calls if place in call.outputs]
             if not seen:
@@ -3002,7 +3116,14 @@ class RoutingRecorder:
             phase = torch.cat([torch.full((len(call.outputs[place][0]),), call.phase) for call in seen])
             is_token = torch.cat([self._is_token(call, place) for call in seen])
             device = sums.counts.device
-            sums.add(output, wanted, (phase.to(device), row.to(device)), is_token.to(device))
+            number, mass = sums.add(output, wanted, (phase.to(device), row.to(device)), is_token.to(device))
+            if keeps:
+                steps = mass.mul(MASS_STEPS).round().clamp(max=MASS_STEPS)
+                decided.append(torch.stack([number.int(), steps.int()]))
+        if keeps:
+            shapes = [call.shape for call in calls]
+            ids = torch.cat([call.ids.reshape(-1) for call in calls])
+            self._kept.append(_KeptTokens(shapes, ids, is_token, decided))
 
     def _row_of_tokens(self, call: _Call, place: int) -> Tensor:
         """The row of the batch that each token [T] is in; 0 where rows are not told apart."""
@@ -3059,12 +3180,31 @@ class RoutingRecorder:
         """What was seen since the start."""
         return functools.reduce(RoutingStatistics.__add__, self.statistics())
 
+    def texts(self) -> list[TokenRouting]:
+        """The texts whose tokens were kept, each row of a batch by itself, in the order they were begun.
+
+        A call with one token a row goes on with the texts of the call before; any other begins new ones.
+        """
+        self._flush()
+        texts: list[list[tuple[np.ndarray, np.ndarray]]] = []
+        current: list[list[tuple[np.ndarray, np.ndarray]]] = []  # those that the latest call is of
+        for kept in self._kept:
+            for ids, is_token, decided in kept.calls():
+                rows, length = ids.shape
+                if length > 1 or rows != len(current):
+                    current = [[] for _ in range(rows)]
+                    texts += current
+                for row, parts in enumerate(current):
+                    parts.append((ids[row][is_token[row]], decided[:, :, row][:, :, is_token[row]]))
+        return [_joined_text(parts) for parts in texts]
+
     def summary(self) -> pd.DataFrame:
         """What was seen since the start, one row a layer: LAYER_COLUMNS."""
         return self.total().by_layer()
 
     def _repr_html_(self) -> str:
-        return self.summary().to_html(float_format="{:.3f}".format)
+        table = self.summary().to_html(float_format="{:.3f}".format)
+        return table if self.view is None else self.view(self.texts()) + table
 
 
 @contextlib.contextmanager
@@ -3967,7 +4107,68 @@ EXPERT_COUNTS = Table(
         _RUN_ID,
     ),
 )
-TABLES = (GENERATION, SCORES, TASKS, THROUGHPUT, LAYER_STATISTICS, EXPERT_USAGE, EXPERT_COUNTS)
+_TOKEN = (
+    Column("position", int, "place of the token in its text, from 0"),
+    Column("phase", str, "`prompt`: given; `new`: written; `scored`: predicted"),
+    Column("token_id", int, "number of the token"),
+    Column("token", str,
+           "its text; that of a character of several tokens stands with the first of them"),
+    Column("token_kinds", str, "its kinds, as in `token_kinds.csv`, separated by spaces"),
+)  # fmt: skip
+_SAMPLE = Column("sample", int, "which sample of a generated text, from 0")
+TOKEN_COUNTS = Table(
+    "token_counts.csv",
+    "a configuration, a prompt (and a sample of its text) and a token of the text",
+    (
+        _CONFIG_NAME,
+        Column("prompt_id", str, "name of the prompt"),
+        _SAMPLE,
+        *_TOKEN,
+        Column("avg_experts", float, "mean over layers of how many experts ran; empty for the last token"),
+        Column("experts_by_layer", str, "how many ran in each MoE layer, in order"),
+        _RUN_ID,
+    ),
+)
+TOKEN_KINDS = Table(
+    "token_kinds.csv",
+    "a configuration, a kind of measurement, a document and a kind of token",
+    (
+        _CONFIG_NAME,
+        _KIND,
+        Column("document", str, "the prompt, or what a window was cut from"),
+        Column("token_kind", str, "kind of token"),
+        Column("tokens", int, "tokens of this kind"),
+        Column("avg_experts", float, "mean over these and the layers of how many experts ran"),
+        Column("other_tokens", int, "all other tokens of the document"),
+        Column("other_avg_experts", float, "mean over these"),
+        _RUN_ID,
+    ),
+)
+TABLES = (
+    *(GENERATION, SCORES, TASKS, THROUGHPUT),
+    *(LAYER_STATISTICS, EXPERT_USAGE, EXPERT_COUNTS),
+    *(TOKEN_COUNTS, TOKEN_KINDS),
+)
+# Written on demand, and not as a plain CSV: it has a row for every decision.
+TOKEN_LOG = Table(
+    "token_log",
+    "a configuration, a prompt or window of text, a token and a layer",
+    (
+        _RUN_ID,
+        _CONFIG_NAME,
+        _KIND,
+        Column("item_id", str, "name of the prompt or window"),
+        _SAMPLE,
+        *_TOKEN,
+        _LAYER,
+        Column("num_experts", int, "how many experts ran"),
+        Column("gate_mass", float, f"their share of softmax(router logits), in steps of 1/{MASS_STEPS}"),
+    ),
+)
+TOKEN_LOG_FILES = {  # the first one that can be written is
+    f"{TOKEN_LOG.file}.parquet": f"with --token-log, a row: {TOKEN_LOG.row}",
+    f"{TOKEN_LOG.file}.csv.gz": "the same, where pyarrow is not installed",
+}
 
 # A spreadsheet would run a cell that begins like this; one more quote in front makes it text, and goes again.
 _FORMULA = re.compile(r"(?='*[=+\-@\t\r])")
@@ -4309,6 +4510,518 @@ class LayerTables:
             write_table(LAYER_STATISTICS, self._layer_rows(), folder)
             write_table(EXPERT_USAGE, self._usage_rows(), folder)
             write_table(EXPERT_COUNTS, self._count_rows(), folder)
+
+
+# What each token got
+
+
+@dataclass(frozen=True)
+class TokenKind:
+    """A kind of token: what the report calls such tokens, and which they are."""
+
+    title: str
+    words: str
+
+
+# A token has one of the four kinds in the middle; or none, where it is a special token or white space.
+KINDS_OF_TOKENS = {
+    "first_position": TokenKind("first positions", "the first token of each text"),
+    "word_start": TokenKind(
+        "beginnings of words",
+        "tokens with a letter that begin with white space, or after one that ends in no letter or digit",
+    ),
+    "word_continuation": TokenKind("continuations of words", "all other tokens with a letter"),
+    "digits": TokenKind("digits", "tokens with a digit and no letter"),
+    "punctuation": TokenKind("punctuation", "tokens with no letter or digit, but something to be seen"),
+    "rare": TokenKind(
+        "rare tokens", "those that occur once in all that a configuration generated, or scored"
+    ),
+    "frequent": TokenKind("frequent tokens", "the most frequent ones, which make up half of that"),
+}
+
+
+def word_kind(text: str, before: str) -> str:
+    """The kind of a token by its text and that of the token before it; empty for white space."""
+    if any(character.isalpha() for character in text):
+        begins = text[0].isspace() or not before[-1:].isalnum()
+        return "word_start" if begins else "word_continuation"
+    if any(character.isnumeric() for character in text):
+        return "digits"
+    return "punctuation" if text.strip() else ""
+
+
+class TokenTexts:
+    """What tokens stand for, of any tokenizer that can decode: each is decoded behind a letter, so that the
+    space before a word is seen also where the tokenizer drops it at the beginning of a text."""
+
+    LONGEST = 8  # tokens that a character is looked for in
+    UNKNOWN = "\ufffd"  # what part of a character is decoded to
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.special = set(getattr(tokenizer, "all_special_ids", ()))
+        self.anchor = list(tokenizer("a", add_special_tokens=False)["input_ids"])[-1:]
+        self.anchor_text = self._decode(self.anchor)
+        self._one = functools.lru_cache(maxsize=None)(lambda token: self._behind_anchor([token]))
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _behind_anchor(self, ids: Sequence[int]) -> str:
+        text = self._decode([*self.anchor, *ids])
+        behind = text[len(self.anchor_text) :]
+        return behind if behind and text.startswith(self.anchor_text) else self._decode(ids)
+
+    def _character(self, ids: Sequence[int]) -> tuple[str, int]:
+        """The character that `ids` begin with in the middle of, and how many of them it takes."""
+        for length in range(2, min(len(ids), self.LONGEST) + 1):
+            text = self._behind_anchor(ids[:length])
+            if self.UNKNOWN not in text:
+                return text, length
+        return self._one(ids[0]), 1
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token; a character of several stands with the first, and the others are empty."""
+        ids = [int(token) for token in ids]
+        texts: list[str] = []
+        while len(texts) < len(ids):
+            text = self._one(ids[len(texts)])
+            length = 1
+            if self.UNKNOWN in text:
+                text, length = self._character(ids[len(texts) :])
+            texts += [text] + [""] * (length - 1)
+        return texts
+
+    def word_kinds(self, ids: Sequence[int], texts: Sequence[str]) -> list[str]:
+        """`word_kind` of each token; empty for special ones."""
+        kinds = []
+        before = ""
+        for token, text in zip(ids, texts, strict=True):
+            is_special = int(token) in self.special
+            kinds.append("" if is_special else word_kind(text, before))
+            if text:
+                before = "" if is_special else text
+        return kinds
+
+
+@dataclass(frozen=True)
+class RoutedText:
+    """A text under a configuration, and what each of its tokens got. item: the prompt or window."""
+
+    config_name: str
+    kind: str
+    item: str
+    sample: int
+    category: str
+    document: str
+    routing: TokenRouting
+
+    def phases(self) -> list[str]:
+        given = self.routing.num_given
+        follows = "new" if self.kind == "generation" else "scored"
+        return ["prompt"] * given + [follows] * (len(self.routing.ids) - given)
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """Which tokens are rare and which are frequent, in the texts of a configuration."""
+
+    rare: np.ndarray
+    frequent: np.ndarray
+
+    @classmethod
+    def of(cls, counts: Mapping[int, int]) -> Frequencies:
+        ids = np.array(sorted(counts, key=lambda token: (-counts[token], token)))
+        number = np.array([counts[token] for token in ids.tolist()])
+        before = number.cumsum() - number  # tokens that are more frequent
+        return cls(ids[number == 1], ids[before < number.sum() / 2])
+
+
+class TokenTables:
+    """What each token of a run got: two tables and, on demand, a log with a row a token and layer.
+
+    texts: called for a pass over the texts, of which one at a time is held in memory.
+    """
+
+    LOGGED_TOGETHER = 100_000  # rows
+
+    def __init__(
+        self,
+        texts: Callable[[], Iterator[RoutedText]],
+        token_texts: TokenTexts,
+        layers: Sequence[MoELayer],
+        run_id: str,
+    ):
+        self.texts = texts
+        self.token_texts = token_texts
+        self.layers = np.array([layer.index for layer in layers])
+        self.run_id = run_id
+        self.frequencies = self._frequencies()
+
+    def _frequencies(self) -> dict[tuple[str, str], Frequencies]:
+        """(configuration, kind) -> which of its tokens are rare and frequent."""
+        counts: dict[tuple[str, str], collections.Counter[int]] = collections.defaultdict(collections.Counter)
+        for text in self.texts():
+            counts[text.config_name, text.kind].update(text.routing.ids[: len(text.routing.counts)].tolist())
+        return {key: Frequencies.of(numbers) for key, numbers in counts.items()}
+
+    def _is_of_kind(self, text: RoutedText, word_kinds: Sequence[str]) -> dict[str, np.ndarray]:
+        """Kind of token -> which of the tokens [n] are of it."""
+        ids = text.routing.ids
+        frequencies = self.frequencies[text.config_name, text.kind]
+        words = np.array(word_kinds)
+        is_of_kind = {kind: words == kind for kind in KINDS_OF_TOKENS}
+        is_of_kind["first_position"] = np.arange(len(ids)) == 0
+        is_of_kind["rare"] = np.isin(ids, frequencies.rare)
+        is_of_kind["frequent"] = np.isin(ids, frequencies.frequent)
+        return is_of_kind
+
+    def _tokens(self, text: RoutedText) -> pd.DataFrame:
+        """The tokens of a text, one row each: what the table and the log say of them."""
+        ids = text.routing.ids
+        texts = self.token_texts.texts(ids)
+        is_of_kind = self._is_of_kind(text, self.token_texts.word_kinds(ids, texts))
+        kinds = [
+            " ".join(kind for kind in KINDS_OF_TOKENS if is_of_kind[kind][place]) for place in range(len(ids))
+        ]
+        return pd.DataFrame(
+            {
+                "position": np.arange(len(ids)),
+                "phase": text.phases(),
+                "token_id": ids,
+                "token": texts,
+                "token_kinds": kinds,
+            }
+        )
+
+    def _count_rows(self) -> Iterator[Row]:
+        for text in self.texts():
+            if text.kind != "generation":
+                continue
+            about = {"config_name": text.config_name, "prompt_id": text.item, "sample": text.sample}
+            counts = text.routing.counts
+            for place, token in enumerate(self._tokens(text).to_dict("records")):
+                row = about | token | {"run_id": self.run_id}
+                if place < len(counts):
+                    row["avg_experts"] = float(counts[place].mean())
+                    row["experts_by_layer"] = " ".join(map(str, counts[place].tolist()))
+                yield row
+
+    def _kind_rows(self) -> Iterator[Row]:
+        # (configuration, kind, document) -> for each kind of token, and for all: tokens, and their experts
+        # in all layers
+        sums: dict[tuple[str, str, str], np.ndarray]
+        sums = collections.defaultdict(lambda: np.zeros((len(KINDS_OF_TOKENS) + 1, 2), dtype=np.int64))
+        for text in self.texts():
+            experts = text.routing.counts.sum(1)  # [n]
+            ids = text.routing.ids
+            word_kinds = self.token_texts.word_kinds(ids, self.token_texts.texts(ids))
+            is_of_kind = self._is_of_kind(text, word_kinds)
+            flags = np.array([*is_of_kind.values(), np.ones(len(ids), bool)])[:, : len(experts)]
+            key = (text.config_name, text.kind, text.document)
+            sums[key] += np.stack([flags.sum(1), flags @ experts], axis=1)
+        for (name, kind, document), of_document in sums.items():
+            about = {"config_name": name, "kind": kind, "document": document, "run_id": self.run_id}
+            *of_kinds, of_all = of_document
+            for token_kind, of_kind in zip(KINDS_OF_TOKENS, of_kinds, strict=True):
+                row = about | {"token_kind": token_kind}
+                for prefix, (tokens, experts) in (("", of_kind), ("other_", of_all - of_kind)):
+                    row[f"{prefix}tokens"] = int(tokens)
+                    if tokens:
+                        row[f"{prefix}avg_experts"] = float(experts / (tokens * len(self.layers)))
+                yield row
+
+    def _log_frames(self) -> Iterator[pd.DataFrame]:
+        """The rows of the log, so many together that writing them pays."""
+        frames = []
+        for text in self.texts():
+            counts = text.routing.counts
+            num_layers = len(self.layers)
+            tokens = self._tokens(text)[: len(counts)]
+            frame = tokens.loc[tokens.index.repeat(num_layers)]
+            about = {"config_name": text.config_name, "kind": text.kind, "item_id": text.item}
+            frame = frame.assign(
+                **about,
+                run_id=self.run_id,
+                sample=text.sample,
+                layer=np.tile(self.layers, len(counts)),
+                num_experts=counts.reshape(-1),
+                gate_mass=text.routing.mass.reshape(-1) / MASS_STEPS,
+            )
+            frames.append(frame[TOKEN_LOG.names])
+            if sum(map(len, frames)) >= self.LOGGED_TOGETHER:
+                yield pd.concat(frames, ignore_index=True)
+                frames = []
+        if frames:
+            yield pd.concat(frames, ignore_index=True)
+
+    def write(self, folder: Path, with_log: bool) -> None:
+        """Write the tables, and the log if it is asked for; what this run does not have goes."""
+        kinds = {kind for _, kind in self.frequencies}
+        written = []
+        if "generation" in kinds:
+            written.append(write_table(TOKEN_COUNTS, self._count_rows(), folder))
+        if kinds:
+            written.append(write_table(TOKEN_KINDS, self._kind_rows(), folder))
+        if kinds and with_log:
+            written.append(write_token_log(self._log_frames(), folder))
+        for name in (TOKEN_COUNTS.file, TOKEN_KINDS.file, *TOKEN_LOG_FILES):
+            if folder / name not in written:
+                (folder / name).unlink(missing_ok=True)
+
+
+def _write_parquet(frames: Iterable[pd.DataFrame], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {str: pa.string(), int: pa.int32(), float: pa.float32()}
+    schema = pa.schema([(column.name, types[column.kind]) for column in TOKEN_LOG.columns])
+    with pq.ParquetWriter(path, schema) as writer:
+        for frame in frames:
+            writer.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
+
+
+def _write_csv_gz(frames: Iterable[pd.DataFrame], path: Path) -> None:
+    texts = [column.name for column in TOKEN_LOG.columns if column.kind is str]
+    # Without a name and a time in it the file is the same whenever the same is written.
+    with open(path, "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+        packed.write((",".join(f'"{name}"' for name in TOKEN_LOG.names) + "\n").encode())
+        for frame in frames:
+            safe = frame.assign(**{name: frame[name].map(_csv_cell) for name in texts})
+            lines = safe.to_csv(
+                index=False,
+                header=False,
+                quoting=csv.QUOTE_NONNUMERIC,
+                lineterminator="\n",
+                float_format="%.6f",
+            )
+            packed.write(lines.encode())
+
+
+def write_token_log(frames: Iterable[pd.DataFrame], folder: Path) -> Path:
+    """Write TOKEN_LOG, whole or not at all: as parquet where pyarrow is installed, else as csv.gz."""
+    parquet, csv_gz = TOKEN_LOG_FILES
+    has_pyarrow = importlib.util.find_spec("pyarrow") is not None
+    path = folder / (parquet if has_pyarrow else csv_gz)
+    with replacing(path) as part:
+        if has_pyarrow:
+            _write_parquet(frames, part)
+        else:
+            _write_csv_gz(frames, part)
+    logger.info(f"token log: {path}" + ("" if has_pyarrow else "; with pyarrow installed it is parquet"))
+    return path
+
+
+def read_token_log(folder: str | Path) -> pd.DataFrame:
+    """What a run with token_log wrote: TOKEN_LOG, a row a token and layer. Raises UserError where it is
+    missing, or parquet that nothing installed here can read."""
+    parquet, csv_gz = (Path(folder) / name for name in TOKEN_LOG_FILES)
+    if parquet.exists():
+        if importlib.util.find_spec("pyarrow") is None:
+            raise UserError(f"{parquet} needs pyarrow: pip install pyarrow")
+        return pd.read_parquet(parquet)
+    if not csv_gz.exists():
+        raise UserError(f"{folder} holds no token log: run the experiments with --token-log")
+    return fit_table(read_csv(csv_gz, TOKEN_LOG.columns), TOKEN_LOG)
+
+
+# The view of the same: texts as HTML, each token shaded by its experts
+
+
+VIEWED_TOKENS = 2000  # that `BHExperimentRunner.routing` keeps for a notebook
+VIEW_LIMIT = 900_000  # characters of HTML; prompts beyond that are only counted
+VIEWED_AT_FIRST = 3  # configurations that are shown without being selected
+_SHADES = 10
+_SHADED_FROM_TO = (
+    0.05,
+    0.95,
+)  # quantiles of the tokens' experts: a few odd tokens must not blanch the others
+
+
+@dataclass(frozen=True)
+class ViewedText:
+    """A text to be shown. experts, by_layer: of each token, its mean number of experts and their numbers by
+    layer in words; NaN and empty for one that was not routed."""
+
+    name: str  # of the prompt
+    category: str
+    config_name: str
+    tokens: list[str]
+    experts: np.ndarray
+    by_layer: list[str]
+    num_given: int
+
+
+def _shown_token(text: str) -> str:
+    """The text of a token in HTML: nothing of it acts, and line ends and odd characters are seen."""
+    if not text:
+        return "·"  # the rest of a character whose first token shows all of it
+    return "↵".join(html.escape(_visible(line)) for line in text.replace("\r\n", "\n").split("\n"))
+
+
+class _TokenView:
+    """The HTML of `token_view_html`; all texts in it have the same scale of shades."""
+
+    def __init__(self, texts: Sequence[ViewedText]):
+        self.by_prompt: dict[str, list[ViewedText]] = collections.defaultdict(list)
+        for text in texts:
+            self.by_prompt[text.name].append(text)
+        experts: dict[str, list[np.ndarray]] = collections.defaultdict(list)  # by configuration
+        for text in texts:
+            experts[text.config_name].append(text.experts)
+        # What adapts is what one wants to see, so it comes first.
+        adapting = [name for name, parts in experts.items() if np.nanstd(np.concatenate(parts)) > 0]
+        self.configs = [*adapting, *(name for name in experts if name not in adapting)]
+        self.shown = set(self.configs[:VIEWED_AT_FIRST])
+        scaled = [part for name in adapting or experts for part in experts[name]]
+        self.low, self.high = np.nanquantile(np.concatenate(scaled), _SHADED_FROM_TO).tolist()
+
+    def shade(self, experts: float) -> int:
+        share = (experts - self.low) / (self.high - self.low) if self.high > self.low else 1.0
+        return min(max(int(share * _SHADES), 0), _SHADES - 1)
+
+    def token(self, text: str, experts: float, by_layer: str) -> str:
+        shown = _shown_token(text)
+        if math.isnan(experts):
+            return f"<u>{shown}</u>"
+        return f'<u class="s{self.shade(experts)}" title="{experts:.2f}: {by_layer}">{shown}</u>'
+
+    def text(self, text: ViewedText) -> str:
+        tokens = [self.token(*of) for of in zip(text.tokens, text.experts, text.by_layer, strict=True)]
+        for place, (token, follows) in enumerate(itertools.pairwise(text.tokens)):
+            if token.endswith("\n") and not follows.startswith("\n"):  # empty lines would only take room
+                tokens[place] += "\n"
+        given = "".join(tokens[: text.num_given])
+        written = "".join(tokens[text.num_given :])
+        mean = float(np.nanmean(text.experts))
+        return (
+            f'<div class="c{self.configs.index(text.config_name)}">'
+            f"<code>{html.escape(text.config_name)}</code> {mean:.2f} experts per token and layer"
+            f"<p><i>{given}</i>{written}</p></div>\n"
+        )
+
+    def prompt(self, name: str, is_open: bool) -> str:
+        texts = self.by_prompt[name]
+        parts = sorted(texts, key=lambda text: self.configs.index(text.config_name))
+        summary = html.escape(_visible(f"{texts[0].category}: {name}" if texts[0].category else name))
+        opened = " open" if is_open else ""
+        return f"<details{opened}><summary>{summary}</summary>\n{''.join(map(self.text, parts))}</details>\n"
+
+    def legend(self) -> str:
+        swatches = "".join(f'<u class="s{number}">&nbsp;&nbsp;</u>' for number in range(_SHADES))
+        return (
+            '<p class="legend">Experts that ran for a token, mean over layers: '
+            f"<span>≤ {self.low:.1f} {swatches} ≥ {self.high:.1f}.</span> "
+            "<i>The prompt is in italics</i>, what was written follows. Pointing at a token shows its mean, "
+            "then its number in each layer from 0. The last token was never routed.</p>\n"
+        )
+
+    def choice(self) -> str:
+        """Which configurations are shown: boxes to tick, which work by style alone."""
+        boxes = []
+        for number, name in enumerate(self.configs):
+            ticked = " checked" if name in self.shown else ""
+            label = f"<code>{html.escape(name)}</code>"
+            boxes.append(f'<label><input type="checkbox" class="i{number}"{ticked}>{label}</label>')
+        return f'<p class="choice">{" ".join(boxes)}</p>\n' if len(boxes) > 1 else ""
+
+    def style(self) -> str:
+        """All of it is for this fragment only. Shades let the page's own colours through, light or dark."""
+        shades = "".join(
+            f".bh-tokens .s{number}{{background:rgba(40,150,220,{0.07 * number:.2f})}}"
+            for number in range(_SHADES)
+        )
+        hidden = "".join(
+            f".bh-tokens:has(.i{number}:not(:checked)) .c{number}{{display:none}}"
+            for number in range(len(self.configs))
+        )
+        return f"<style>{_VIEW_STYLE}{shades}{hidden}</style>\n"
+
+    def html(self) -> str:
+        """Prompts in order; the first of each category is open. Where there is not room for all, each
+        category has its share."""
+        category = {name: texts[0].category for name, texts in self.by_prompt.items()}
+        rank: dict[str, int] = {}  # of a prompt in its category
+        for name in self.by_prompt:
+            rank[name] = sum(category[other] == category[name] for other in rank)
+        parts: dict[str, str] = {}
+        room = VIEW_LIMIT
+        for name in sorted(self.by_prompt, key=rank.__getitem__):
+            part = self.prompt(name, is_open=rank[name] == 0)
+            room -= len(part.encode())
+            if parts and room < 0:
+                break
+            parts[name] = part
+        left_out = len(self.by_prompt) - len(parts)
+        more = f"<p>{left_out} more prompts are in <code>{TOKEN_COUNTS.file}</code>.</p>" if left_out else ""
+        body = "".join(parts[name] for name in self.by_prompt if name in parts)
+        head = self.style() + self.legend() + self.choice()
+        return f'<div class="bh-tokens">\n{head}{body}{more}</div>\n'
+
+
+_VIEW_STYLE = (
+    ".bh-tokens{overflow-wrap:anywhere}"
+    ".bh-tokens p{margin:.2em 0 .8em}"
+    ".bh-tokens details{border-top:1px solid rgba(128,128,128,.4);padding:.4em 0}"
+    ".bh-tokens summary{cursor:pointer;font-weight:600}"
+    ".bh-tokens details p{white-space:pre-wrap;line-height:1.7;overflow:hidden}"
+    ".bh-tokens div,.bh-tokens .legend,.bh-tokens .choice{font-size:.9em}"
+    ".bh-tokens details div{margin:.5em 0 0}"
+    ".bh-tokens label{display:inline-block;margin-right:.8em}"
+    ".bh-tokens u{text-decoration:none;border-radius:2px}"
+    ".bh-tokens .legend span{white-space:nowrap}"
+    ".bh-tokens .legend u{border:solid rgba(128,128,128,.5);border-width:1px 0;border-radius:0}"
+    ".bh-tokens u[title]:hover{outline:1px solid}"
+)
+
+
+def token_view_html(texts: Sequence[ViewedText]) -> str:
+    """Texts as a fragment of HTML, each token shaded by its mean number of experts; empty without any.
+
+    It needs no script, carries its own style, and nothing in the texts acts as markup.
+    """
+    texts = [text for text in texts if not np.isnan(text.experts).all()]
+    return _TokenView(texts).html() if texts else ""
+
+
+def view_texts(config_name: str, token_texts: TokenTexts, texts: Sequence[TokenRouting]) -> str:
+    """`token_view_html` of what a recorder kept, for a notebook."""
+    viewed = []
+    for number, text in enumerate(texts, 1):
+        by_layer = [" ".join(map(str, counts)) for counts in text.counts.tolist()]
+        tokens = token_texts.texts(text.ids)
+        experts = text.counts.mean(1)
+        viewed.append(
+            ViewedText(f"text {number}", "", config_name, tokens, experts, by_layer, text.num_given)
+        )
+    return token_view_html(viewed)
+
+
+def viewed_texts(counts: pd.DataFrame, categories: Mapping[str, str]) -> list[ViewedText]:
+    """The texts of TOKEN_COUNTS, of several samples the first. categories: of the prompts, by name."""
+    texts = []
+    first = counts[counts["sample"] == 0]
+    for (name, prompt), rows in first.groupby(["config_name", "prompt_id"], sort=False):
+        texts.append(
+            ViewedText(
+                name=prompt,
+                category=categories.get(prompt, ""),
+                config_name=name,
+                tokens=rows["token"].tolist(),
+                experts=rows["avg_experts"].to_numpy(float),
+                by_layer=rows["experts_by_layer"].tolist(),
+                num_given=int((rows["phase"] == "prompt").sum()),
+            )
+        )
+    return texts
+
+
+def token_view(results: Results, folder: Path) -> str:
+    """`token_view_html` of a run, from the table that it left in `folder`."""
+    generation = results.generation
+    counts = read_side_table(TOKEN_COUNTS, folder, run_ids(generation))
+    categories = dict(zip(generation["prompt_id"], generation["prompt_category"], strict=True))
+    return token_view_html(viewed_texts(counts, categories))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4944,8 +5657,10 @@ class ScoredBatch:
     are not scored. Positions are those that predict a token which is scored in some row: [B, S - first].
     """
 
-    def __init__(self, model: nn.Module, items: Sequence[TextItem]):
+    def __init__(self, model: nn.Module, items: Sequence[TextItem], keeps_tokens: bool = False):
+        """keeps_tokens: rows also have what was decided for each token, a `TokenRouting`."""
         device = input_device(model)
+        self.keeps_tokens = keeps_tokens
         texts = [torch.as_tensor(item.token_ids, dtype=torch.int64) for item in items]
         self.model = model
         self.items = list(items)
@@ -4986,10 +5701,15 @@ class ScoredBatch:
         """Mean NLL of each text, nats per token, as the model is routed now: [B]."""
         return self._nll_of(self._log_probabilities())
 
+    def _start(self, recorder: RoutingRecorder) -> None:
+        recorder.start(rows=len(self.items))
+        if self.keeps_tokens:
+            recorder.keep_tokens()
+
     @torch.inference_mode()
     def score_own(self, recorder: RoutingRecorder) -> None:
         """Score by the model's own routing, in which it is patched now: what the others are compared with."""
-        recorder.start(rows=len(self.items))
+        self._start(recorder)
         log_probabilities = self._log_probabilities()
         size = len(self.items)
         agreement = {"kl_to_own": [0.0] * size, "top1_agreement": [1.0] * size}
@@ -5002,7 +5722,7 @@ class ScoredBatch:
     @torch.inference_mode()
     def score(self, recorder: RoutingRecorder) -> list[dict[str, Any]]:
         """Score as the model is routed now: for each text [B] the columns of SCORES, and `routing`."""
-        recorder.start(rows=len(self.items))
+        self._start(recorder)
         log_probabilities = self._log_probabilities()
         nll = self._nll_of(log_probabilities)
         # KL(own || this) in one pass: exactly 0 for equal scores; rounding may take it below.
@@ -5019,10 +5739,14 @@ class ScoredBatch:
         self, nll: list[float], agreement: Mapping[str, list[float]], recorder: RoutingRecorder
     ) -> list[dict[str, Any]]:
         rows = []
+        texts = recorder.texts() if self.keeps_tokens else []
         for place, (item, tokens, routing) in enumerate(
             zip(self.items, self.is_scored.sum(1).tolist(), recorder.statistics(), strict=True)
         ):
             bits_per_byte = None
+            kept = None
+            if len(texts) == len(self.items):
+                kept = texts[place].of_text(item.token_ids, item.context)
             if item.num_bytes:
                 bits_per_byte = nll[place] * tokens / (math.log(2) * item.num_bytes)
             row = {
@@ -5033,6 +5757,7 @@ class ScoredBatch:
                 "bits_per_byte": bits_per_byte,
                 "batch_size": len(self.items),
                 "routing": routing,
+                "tokens": kept,
             }
             row |= {name: values[place] for name, values in agreement.items()}
             rows.append(row | routing.row())
@@ -5248,6 +5973,7 @@ AUTO_BATCH_TOKENS = 8192  # what --batch-size auto begins with; halved whenever 
 # What a run leaves in its folder, in the words of the manual. These are set aside together:
 RUN_FILES: dict[str, str] = {
     **{table.file: f"a row: {table.row}" for table in TABLES},
+    **TOKEN_LOG_FILES,
     TASK_RESULTS: "with --tasks: what lm-evaluation-harness reports, by configuration and task",
     NULL_DIAGNOSTICS: "do the nulls hold on the scored text?",
     "analysis_summary.json": "summaries, tests and verdicts; strict JSON, null with a reason where a test "
@@ -5295,6 +6021,7 @@ RUN_IDENTITY: dict[str, str] = {  # argument -> BY_ROW, NOTHING, or the entry of
     **dict.fromkeys(("routing_configs", "test_prompts", "texts", "num_samples", "tasks"), BY_ROW),
     "max_new_tokens": "max_new_tokens",
     "generate_batch": BY_ROW,
+    "token_log": "token_log",  # its rows have more in the checkpoint
     "num_fewshot": "num_fewshot",
     "limit": "limit",
     "include_path": "task_files",
@@ -5313,6 +6040,7 @@ class SuitePlan:
     new_tokens: int
     num_samples: int
     generate_batch: int | None  # how many prompts are continued together besides, to measure the throughput
+    token_log: bool  # whether what every token of the texts got is kept
 
     @property
     def batch(self) -> list[Prompt]:
@@ -5475,6 +6203,8 @@ class BHExperimentRunner:
             known = suites()["all"]
             config = known[_choice("configuration", name, tuple(known))]
         with self._routed(self._resolve(name, config)) as recorder:
+            recorder.keep_tokens(VIEWED_TOKENS)
+            recorder.view = functools.partial(view_texts, name, TokenTexts(self.tokenizer))
             yield recorder
 
     def generate(self, text: str, max_new_tokens: int = DEFAULT_MAX_TOKENS) -> str:
@@ -5799,8 +6529,10 @@ class BHExperimentRunner:
         """The row of a prompt that is continued under one configuration."""
         row = self._prompt_row(name, config, prompt, sample, run.new_tokens)
         with self._routed(config) as recorder:
+            recorder.keep_tokens()
             generation = run.generate()
             prefill, decoding = recorder.phases()
+            texts = recorder.texts()
         routing = prefill + decoding
         # The model's own routing runs again by itself: what the others are compared with, and, beside its
         # first run, the noise floor.
@@ -5809,6 +6541,9 @@ class BHExperimentRunner:
             row["repeat_inference_time_sec"] = own.clock["inference_time_sec"]
         text = run.decode(generation.tokens)
         generated = GeneratedText(text, generation.tokens, own.tokens)
+        ids = torch.cat([run.inputs["input_ids"][0], generation.tokens]).cpu()
+        # A model without a cache reads the whole text for each token: the last time it read all of it.
+        tokens = texts[-1].of_text(ids, run.num_input_tokens) if texts else None
         return {
             **row,
             **generation.clock,
@@ -5822,6 +6557,7 @@ class BHExperimentRunner:
             "num_input_tokens": run.num_input_tokens,
             "num_output_tokens": len(generation.tokens),
             "routing": routing.pack(),
+            "tokens": tokens and tokens.pack(),
         }
 
     def _prompt_row(
@@ -5968,7 +6704,8 @@ class BHExperimentRunner:
         for item, row in zip(batch.items, measured, strict=True):
             routing = row["routing"]
             cost = self.cost.row(routing, routing)
-            rows.append(self._score_row(name, config, item) | row | cost | {"routing": routing.pack()})
+            packed = {"routing": routing.pack(), "tokens": row["tokens"] and row["tokens"].pack()}
+            rows.append(self._score_row(name, config, item) | row | cost | packed)
         return rows
 
     def _rows_or_failures(
@@ -5990,7 +6727,8 @@ class BHExperimentRunner:
                 logger.info(f"a batch of {len(batch.items)} failed ({type(error).__name__}): one by one")
         rows = []
         for item in batch.items:
-            rows += self._rows_or_failures(ScoredBatch(self.model, [item]), name, config, repeats)
+            single = ScoredBatch(self.model, [item], batch.keeps_tokens)
+            rows += self._rows_or_failures(single, name, config, repeats)
         return rows
 
     def _score_unit(self, plan: SuitePlan, texts: Sequence[TextItem], repeats: bool, saver: _Saver) -> None:
@@ -6015,7 +6753,7 @@ class BHExperimentRunner:
         """Score texts in one batch, under every configuration that is not done; whether the memory was
         enough."""
         try:
-            batch = ScoredBatch(self.model, texts)
+            batch = ScoredBatch(self.model, texts, plan.token_log)
             for name, config in plan.scoring.items():
                 if any(saver.lacks(("score", name, text.id)) for text in texts):
                     for row in self._rows_or_failures(batch, name, config, repeats):
@@ -6054,6 +6792,7 @@ class BHExperimentRunner:
         retry_failed: bool = False,
         fail_fast: bool = False,
         baseline: str | None = None,
+        token_log: bool = False,
     ) -> pd.DataFrame:
         """Continue every prompt and score every text under every configuration.
 
@@ -6069,16 +6808,25 @@ class BHExperimentRunner:
         status "error"; retry_failed tries the earlier ones again, fail_fast stops at the first. num_samples:
         texts to sample for each prompt. generate_batch: so many prompts are continued together as well, for
         the throughput at that batch size, see THROUGHPUT. baseline: the configuration that the others will be
-        compared with; refused where it is not one of them. Ctrl-C keeps what is finished and is passed on.
-        Under `accelerate launch` each process runs its share.
+        compared with; refused where it is not one of them. token_log: what every token got in every layer is
+        also written to a file, see `read_token_log`. Ctrl-C keeps what is finished and is passed on. Under
+        `accelerate launch` each process runs its share.
         """
         plan = self._plan(
-            routing_configs, test_prompts, max_new_tokens, texts, num_samples, generate_batch, baseline
+            routing_configs,
+            test_prompts,
+            max_new_tokens,
+            texts,
+            num_samples,
+            generate_batch,
+            baseline,
+            token_log,
         )
         settings = {**self.settings, "max_new_tokens": plan.new_tokens}
         keys = plan.keys()
         run_id = fingerprint(strict_json([settings, plan.configs, plan.scoring, plan.inputs(), keys]))
-        with self._opened(settings, resume) as checkpoint:
+        # It is no part of the run's name: the other tables are the same with it and without.
+        with self._opened(settings | {"token_log": token_log}, resume) as checkpoint:
             self._check_rows(checkpoint, plan.scoring, plan.inputs())
             self._say_what_was_added(plan.configs, routing_configs)
             done = checkpoint.done(retry_failed)
@@ -6096,7 +6844,7 @@ class BHExperimentRunner:
             if pending:
                 self._warm_up(plan)
             self._run_units(plan, _Saver(checkpoint, done, fail_fast))
-            return self._finish(checkpoint, plan.scoring, keys, run_id).generation
+            return self._finish(checkpoint, plan.scoring, keys, run_id, token_log=token_log).generation
 
     def _plan(
         self,
@@ -6107,6 +6855,7 @@ class BHExperimentRunner:
         num_samples: int,
         generate_batch: int | None,
         baseline: str | None,
+        token_log: bool,
     ) -> SuitePlan:
         """What a suite will measure, checked."""
         if texts is None:
@@ -6129,7 +6878,9 @@ class BHExperimentRunner:
         check_ids([text.id for text in scored])
         configs = self._configs(routing_configs, baseline)
         scoring = self._with_static_ladder(configs) if scored else configs
-        return SuitePlan(configs, scoring, prompts, scored, new_tokens, num_samples, generate_batch)
+        return SuitePlan(
+            configs, scoring, prompts, scored, new_tokens, num_samples, generate_batch, token_log
+        )
 
     def _calibrate_for(self, configs: Configs) -> None:
         """Calibrate if a configuration needs it; a mistake in what was asked for ends the run here."""
@@ -6307,6 +7058,7 @@ class BHExperimentRunner:
         keys: Mapping[str, Sequence[Key]],
         run_id: str,
         how: Mapping[str, Any] | None = None,
+        token_log: bool = False,
     ) -> Results:
         """When all processes are done the first one writes the tables; each returns them as they stand there.
 
@@ -6325,6 +7077,11 @@ class BHExperimentRunner:
                 else:
                     (self.output_dir / table.file).unlink(missing_ok=True)
             layer_tables.write(self.output_dir)
+            kinds = ("generation", "score") if token_log else ("generation",)
+            texts = functools.partial(self._routed_texts, checkpoint, keys, kinds)
+            TokenTables(texts, TokenTexts(self.tokenizer), self.layers, run_id).write(
+                self.output_dir, token_log
+            )
             if how is not None:
                 reports: dict[str, dict[str, Any]] = {name: {} for name in configs}
                 for row in checkpoint.rows(keys["task"]):
@@ -6351,6 +7108,24 @@ class BHExperimentRunner:
                     category, document = COUNTED_BY[part["kind"]]
                     layer_tables.add(name, part["kind"], part[category], part[document], routing)
                 yield part
+
+    def _routed_texts(
+        self, checkpoint: Checkpoint, keys: Mapping[str, Sequence[Key]], kinds: Sequence[str]
+    ) -> Iterator[RoutedText]:
+        """The finished texts of a run of which is kept what each token got, one after the other."""
+        for kind in kinds:
+            for row in checkpoint.rows(keys.get(kind, ())):
+                if row.get("tokens"):
+                    category, document = COUNTED_BY[kind]
+                    yield RoutedText(
+                        config_name=row["config_name"],
+                        kind=kind,
+                        item=row_key(row)[2],
+                        sample=row.get("sample", 0),
+                        category=row[category],
+                        document=row[document],
+                        routing=TokenRouting.unpack(row["tokens"], len(self.layers)),
+                    )
 
     def _save_checkpoint(self) -> None:
         """Force everything finished so far to the disk."""
@@ -7267,6 +8042,33 @@ def summarize_throughput(results: Results, baseline: str) -> list[dict[str, Any]
     return entries
 
 
+def compare_token_kinds(table: pd.DataFrame, configs: Configs) -> list[dict[str, Any]]:
+    """Do tokens of a kind get more experts than all others? Of scored text, where a run logged its tokens,
+    else of what was generated.
+
+    table: TOKEN_KINDS. An entry for each configuration whose rule adapts and each kind of token: in each
+    document that has both, the mean of this kind minus that of all other tokens; a `paired_comparison` over
+    documents, BH-adjusted over all entries.
+    """
+    measured = "score" if (table["kind"] == "score").any() else "generation"
+    rows = table[table["kind"] == measured].set_index("document")
+    tests = []
+    for (name, token_kind), documents in rows.groupby(["config_name", "token_kind"], sort=False):
+        rule = RULES.get(configs.get(name, {}).get("method"))
+        if rule is None or rule.is_static:
+            continue
+        both = documents[(documents["tokens"] > 0) & (documents["other_tokens"] > 0)]
+        about = {
+            "configuration": name,
+            "kind": measured,
+            "token_kind": token_kind,
+            "token_share": documents["tokens"].sum() / documents[["tokens", "other_tokens"]].sum().sum(),
+        }
+        tests.append(about | paired_comparison(both["other_avg_experts"], both["avg_experts"]))
+    adjust_p_values(tests)
+    return tests
+
+
 def _hypothesis_value(analysis: Mapping[str, Any], name: str, quantity: str) -> float | None:
     """What was measured of a quantity that the earlier attempt expected something of."""
     tests = analysis["statistical_tests"].get(name, {})
@@ -7329,8 +8131,9 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
     summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), compute
     (`summarize_compute`), throughput (`summarize_throughput`), verdict (`quality_verdicts`), shuffle_effects,
     field (`compare_field`), task_fields (`compare_field_on_tasks`), quality_margin, noise_floor, tasks
-    (`compare_tasks`), null_diagnostics, layers (`summarize_layers`) and hypotheses. Raises UserError for a
-    table that is none of this script's, for a baseline that is not in it, and when no row is left.
+    (`compare_tasks`), null_diagnostics, layers (`summarize_layers`), token_kinds (`compare_token_kinds`) and
+    hypotheses. Raises UserError for a table that is none of this script's, for a baseline that is not in it,
+    and when no row is left.
     """
     folder = Path(output_dir)
     results = results_beside(df, folder)
@@ -7369,6 +8172,7 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
         "tasks": compare_tasks(done.tasks, baseline, task_report),
         "null_diagnostics": read_side_file(folder / NULL_DIAGNOSTICS, runs) or None,
         "layers": summarize_layers(read_side_table(LAYER_STATISTICS, folder, runs)),
+        "token_kinds": compare_token_kinds(read_side_table(TOKEN_KINDS, folder, runs), configs),
     }
     analysis = strict_json(analysis | {"hypotheses": check_hypotheses(analysis)})
     write_json(folder / "analysis_summary.json", analysis)
@@ -8176,6 +8980,18 @@ REPORT_TABLES: dict[str, tuple[ReportColumn, ...]] = {
         ReportColumn("categories diverge, bits", "category_divergence_bits", ".3f"),
         ReportColumn("diverge in layers", "diverging", "s"),
     ),
+    "token_kinds": (
+        _CONFIGURATION,
+        ReportColumn("kind of token", "words", "s"),
+        ReportColumn("share of tokens", "token_share", ".1%"),
+        ReportColumn("experts", "mean", ".2f"),
+        ReportColumn("all others", "mean_baseline", ".2f"),
+        ReportColumn("difference", "mean_difference", "+.2f"),
+        ReportColumn("95 % interval", "ci95", "+.2f to +.2f"),
+        ReportColumn("p adjusted", "p_value_adjusted", "p"),
+        ReportColumn("units", "n_units", "d"),
+        ReportColumn("significant", "is_significant", "s"),
+    ),
     "tests": (
         _CONFIGURATION,
         ReportColumn("quantity", "title", "s"),
@@ -8368,6 +9184,56 @@ def shuffle_sentences(analysis: Mapping[str, Any]) -> list[str]:
             f"{show(effect, 'mean_difference', '+.4f')} nats per token (95 % interval "
             f"{show(effect, 'ci95', '+.4f to +.4f')}, adjusted p {show(effect, 'p_value_adjusted', 'p')})."
         )
+    return sentences
+
+
+MOST_TOKEN_KINDS = 3  # configurations whose kinds of tokens the report shows; all are in the analysis
+
+
+def _kind_title(entry: Mapping[str, Any]) -> str:
+    """The kind of token of an entry in words."""
+    return KINDS_OF_TOKENS[entry["token_kind"]].title
+
+
+def token_definitions() -> str:
+    """What the kinds of tokens are."""
+    text = "; ".join(f"{kind.title}: {kind.words}" for kind in KINDS_OF_TOKENS.values())
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def token_source(analysis: Mapping[str, Any]) -> str:
+    """Which texts the kinds of tokens were looked at in."""
+    kinds = {entry["kind"] for entry in analysis["token_kinds"]}
+    return "the scored text" if kinds == {"score"} else "the prompts and what was written after them"
+
+
+def shown_token_kinds(analysis: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Configuration -> its entries of `compare_token_kinds`, for the first configurations."""
+    by_config: dict[str, list[Mapping[str, Any]]] = collections.defaultdict(list)
+    for entry in analysis["token_kinds"]:
+        by_config[entry["configuration"]].append(entry)
+    return dict(itertools.islice(by_config.items(), MOST_TOKEN_KINDS))
+
+
+def token_kind_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """Which kinds of tokens get more experts than all others, and which fewer."""
+    sentences = []
+    for name, entries in shown_token_kinds(analysis).items():
+        tested = [entry for entry in entries if entry["significant"] is not None]
+        if not tested:
+            continue
+        entries = sorted(tested, key=lambda entry: -entry["mean_difference"])
+        more = [entry for entry in entries if entry["significant"] and entry["mean_difference"] > 0]
+        fewer = [entry for entry in entries[::-1] if entry["significant"] and entry["mean_difference"] < 0]
+        parts = []
+        for word, group in (("more experts than other tokens get", more), ("fewer get", fewer)):
+            if group:
+                kinds = [f"{_kind_title(entry)} ({entry['mean_difference']:+.2f})" for entry in group]
+                parts.append(f"{word} {', '.join(kinds)}")
+        undecided = [_kind_title(entry) for entry in entries if not entry["significant"]]
+        if undecided:
+            parts.append(f"not shown to differ: {', '.join(undecided)}")
+        sentences.append(f"Under `{name}`, {'; '.join(parts)}.")
     return sentences
 
 
@@ -8740,6 +9606,15 @@ def layer_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def token_kind_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for entries in shown_token_kinds(analysis).values():
+        for entry in entries:
+            shown = {"words": _kind_title(entry), "is_significant": significance(entry)}
+            rows.append({**entry, **shown})
+    return rows
+
+
 def summary_rows(analysis: Mapping[str, Any], rows: pd.DataFrame) -> list[dict[str, Any]]:
     """rows: of the table that the summary is about."""
     summaries = []
@@ -9007,6 +9882,21 @@ layers it is more than chance (permutation test, adjusted p below {{ level }}).{
 
 {% endif %}
 
+{% if token_kinds %}
+## Which tokens get many experts
+
+{{ bullets(token_findings) }}
+
+{{ table("token_kinds", token_kinds) }}
+
+Of {{ token_source }}. In each document, the mean over tokens and layers of how many experts ran for tokens \
+of this kind minus that for all other tokens; Student's interval over the documents that have both, a prompt \
+being its own; p BH-adjusted over all {{ n_token_tests }} such tests of this run (all are in \
+`analysis_summary.json`). {{ token_definitions }} Every token is in `token_counts.csv`.
+
+{{ few_units(token_kinds) }}
+{% endif %}
+
 ## Statistical tests
 
 {% if tests %}
@@ -9119,6 +10009,11 @@ def report_context(
         "repeats": next((int(number) for number in results.throughput["repeats"].dropna()), 0),
         "layers": layers,
         "diverging": any("diverging" in row for row in layers),
+        "token_kinds": token_kind_rows(analysis),
+        "token_findings": token_kind_sentences(analysis),
+        "token_source": token_source(analysis),
+        "token_definitions": token_definitions(),
+        "n_token_tests": len(analysis["token_kinds"]),
         "tests": test_rows(analysis),
         "category_table": category_table(analysis, distinct(measured["config_name"])),
         "undrawn": [
@@ -9286,6 +10181,7 @@ OPTIONS = (
            f"--text, {DEFAULT_TEXT_LIMIT:,} if not given", int, metavar="N", needs="dataset or text",
            least=1),
     Option("random-rows", "draw the rows of --dataset by --seed, not the first ones", None, needs="dataset"),
+    Option("token-log", f"write a row for {TOKEN_LOG.row} to {' or '.join(TOKEN_LOG_FILES)}", None),
     Option("tasks", "comma-separated tasks or groups of lm-evaluation-harness, instead of prompts", _names,
            metavar="NAMES"),
     Option("num-fewshot", "examples in the context of --tasks; a task's own if not given", int, metavar="N",
@@ -9377,13 +10273,16 @@ def _check_exclusions(args: argparse.Namespace, given: Mapping[str, Any]) -> Non
         both = [f"--{name.replace('_', '-')}" for name in sources if name in given]
         if len(both) > 1:
             raise UserError(f"{both[0]} and {both[1]} exclude each other: a run takes its items from one")
-    if args.generate_batch and (args.tasks or (args.text and not (args.prompts or args.dataset))):
+    only_scores = args.text and args.text != [NO_TEXT] and not (args.prompts or args.dataset)
+    if args.generate_batch and (args.tasks or only_scores):
         other = "--tasks" if args.tasks else "--text without --prompts or --dataset"
         raise UserError(
             f"--generate-batch and {other} exclude each other: there is no prompt to be continued"
         )
     if args.tasks and args.do_sample:
         raise UserError("--tasks and --do-sample exclude each other: a task says itself how to generate")
+    if args.tasks and args.token_log:
+        raise UserError("--tasks and --token-log exclude each other: tokens of tasks are not told apart")
     if args.device_map and args.device != "auto":
         raise UserError(f"--device {args.device} and --device-map exclude each other")
 
@@ -9577,6 +10476,7 @@ def measure(args: argparse.Namespace) -> Results | None:
             texts=text.scored,
             num_samples=samples,
             generate_batch=args.generate_batch,
+            token_log=args.token_log,
             **options,
         )
     return runner.results if runner.processes.rank == 0 else None

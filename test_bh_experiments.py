@@ -21,6 +21,7 @@ import dataclasses
 import doctest
 import errno
 import functools
+import gzip
 import hashlib
 import importlib.util
 import inspect
@@ -41,6 +42,7 @@ import threading
 import time
 import warnings
 import zlib
+from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -5296,7 +5298,8 @@ def test_no_resume_sets_everything_aside(mock_model, tmp_path, monkeypatch):
     stay = {bh.LOG_FILE, bh.CALIBRATION_FILE, "notes.txt", ".lock", ".calibration.lock"}
     assert {bh.LOG_FILE, bh.CALIBRATION_FILE} <= set(bh.KEPT_FILES)
     of_run = {name.split("/")[0] for name in before} - stay
-    assert of_run == set(bh.RUN_FILES) - {bh.TASKS.file, bh.TASK_RESULTS} - without_html()
+    unwritten = {bh.TASKS.file, bh.TASK_RESULTS, *bh.TOKEN_LOG_FILES}
+    assert of_run == set(bh.RUN_FILES) - unwritten - without_html()
     for number, tokens in ((1, 3), (2, 2)):  # with other settings, then with the first ones again
         results = run_suite(mock_model, tmp_path, configs, SCORED_PROMPTS[:1], tokens, resume=False)
         assert (len(results.generation), set(results.generation["prompt_id"])) == (3, {"one"})
@@ -6927,8 +6930,9 @@ def an_analysis(**entries):
     nothing = {"n_pairs": 0, "median_ratio": None, "mean_difference": None}
     usual = {"baseline": "topk_8", "own_k": 8, "configurations": configs, "verdict": {}, "tasks": [],
              "statistical_tests": {}, "noise_floor": {"inference_time_sec": nothing, "nll": nothing},
-             "shuffle_effects": {}, "field": {}, "summary_by_config": {}, "hypotheses": [], "n_prompts": 0,
-             "quality_margin": bh.QUALITY_MARGIN, "n_failed": 0, "n_rows": 60}  # fmt: skip
+             "shuffle_effects": {}, "token_kinds": [], "field": {}, "summary_by_config": {},
+             "hypotheses": [], "n_prompts": 0, "quality_margin": bh.QUALITY_MARGIN, "n_failed": 0,
+             "n_rows": 60}  # fmt: skip
     return usual | entries
 
 
@@ -6963,12 +6967,35 @@ def some_scores(sources, categories):
     return pd.DataFrame({"source": sources, "category": categories, "item_id": items}, dtype=object)
 
 
+def a_kind(token_kind, difference, significant=True, configuration="bh_strict"):
+    """An entry of `compare_token_kinds`, as far as its sentence reads it."""
+    return {"configuration": configuration, "token_kind": token_kind, "mean_difference": difference,
+            "significant": significant}  # fmt: skip
+
+
 def with_tests(**tests):
     """An analysis with tests of bh_strict."""
     return an_analysis(statistical_tests={"bh_strict": tests})
 
 
 SENTENCES = {
+    "token_kind_sentences": {
+        "claim": (
+            an_analysis(token_kinds=[a_kind("rare", 0.5), a_kind("digits", -0.25), a_kind("word_start", 1.0),
+                                     a_kind("punctuation", -0.5), a_kind("first_position", 2.0, False)]),
+            ["Under `bh_strict`, more experts than other tokens get beginnings of words (+1.00), rare tokens "
+             "(+0.50); fewer get punctuation (-0.50), digits (-0.25); not shown to differ: first positions."],
+        ),
+        "no claim": (
+            an_analysis(token_kinds=[a_kind("rare", 0.5, False), a_kind("digits", None, None)]),
+            ["Under `bh_strict`, not shown to differ: rare tokens."],
+        ),
+        "nothing to say": (an_analysis(token_kinds=[a_kind("digits", None, None)]), []),
+        "the first three configurations": (
+            an_analysis(token_kinds=[a_kind("rare", 1.0, configuration=name) for name in "abcd"]),
+            [f"Under `{name}`, more experts than other tokens get rare tokens (+1.00)." for name in "abc"],
+        ),
+    },
     "verdict_sentence": {
         "claim": (
             an_analysis(verdict={"topk_8": STATIC, "bh_strict": a_verdict(), "bh_loose": a_verdict("worse")}),
@@ -7540,6 +7567,7 @@ def test_a_key_that_is_missing_raises(tmp_path, monkeypatch):
     assert shown == set(context)
     # With something in every conditional part, so that each is looked at.
     rows = {name: [{"configuration": "x"}] for name in ("tasks", "layers", "failures")}
+    rows["token_kinds"] = [{"words": "x"}]
     leagues = {"league": "x", "task_leagues": {"x": ("x", "x")}}
     full = context | rows | leagues | {"shuffles": ["x"], "diverging": True, "plots": [("x", "X")]}
     before = (tmp_path / "REPORT.md").read_bytes()
@@ -8679,7 +8707,11 @@ def manual_tables():
         "compute columns": columns_table(bh.COMPUTE_COLUMNS),
         "quantized weights": quantized_table(),
     }
-    for table in bh.TABLES:
+    tables["kinds of tokens"] = manual_table(
+        ["kind", "in the report", "tokens"],
+        [[f"`{name}`", kind.title, kind.words] for name, kind in bh.KINDS_OF_TOKENS.items()],
+    )
+    for table in (*bh.TABLES, bh.TOKEN_LOG):
         elsewhere = [*bh.ROUTING_COLUMNS, *bh.COMPUTE_COLUMNS]
         if table in (bh.GENERATION, bh.SCORES, bh.TASKS, bh.THROUGHPUT):
             elsewhere += in_all
@@ -8746,7 +8778,7 @@ def test_a_run_leaves_what_is_declared(mock_model, tmp_path):
     declared = {*bh.RUN_FILES, *bh.KEPT_FILES, "earlier_1"} - {bh.EARLIER.format(number="N")}
     assert left <= declared
     assert declared - left == {bh.SCORES.file, bh.TASKS.file, bh.TASK_RESULTS, bh.NULL_DIAGNOSTICS,
-                               bh.CALIBRATION_FILE}  # fmt: skip
+                               bh.CALIBRATION_FILE, *bh.TOKEN_LOG_FILES}  # fmt: skip
     analysis = json.loads((tmp_path / "analysis_summary.json").read_text(encoding="utf-8"))
     documented = inspect.getdoc(bh.analyze_results)
     assert [key for key in analysis if key not in documented and key != "quality_margin"] == []
@@ -8781,9 +8813,9 @@ def test_requirements_equal_script_header():
 
 
 def test_everything_imported_by_name_is_required():
-    """Also what torch or transformers bring; but for the two libraries that are optional."""
+    """Also what torch or transformers bring; but for the libraries that are optional."""
     required = {re.match(r"[\w-]+", line)[0] for line in requirements()}
-    assert imported_libraries() - {"datasets", "lm_eval"} == required
+    assert imported_libraries() - {"datasets", "lm_eval", "pyarrow"} == required
 
 
 def test_oldest_versions_are_pinned_in_ci():
@@ -9941,6 +9973,443 @@ def test_packed_experts_of_torchao(tmp_path):
         ("Int8Tensor", "batched_mm"),
         ("Float8Tensor", "batched_mm"),
     }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 20. Which token got many experts
+# ---------------------------------------------------------------------------------------------------------
+
+LOGGED_CONFIGS = {"topk_8": {"method": "topk", "k": 4}, "bh": {**FLAT, "max_k": 6}}
+LOGGED_WINDOWS = [
+    text_item(f"w{n}", [3 + (5 * n + 7 * i) % 250 for i in range(length)], f"d{n // 2}")
+    for n, length in enumerate((9, 20, 14, 20, 12))
+]
+
+
+def logged_run(folder, model=None, **options):
+    """A run of a real model with a cache, with what every token got; its runner."""
+    size = options.pop("batch_size", "auto")
+    model = build("olmoe-eager") if model is None else model
+    runner = bh.BHExperimentRunner("m", folder, model=model, tokenizer=byte_tokenizer(), batch_size=size)
+    settings = {"texts": LOGGED_WINDOWS, "token_log": True} | options
+    runner.run_full_experiment_suite(LOGGED_CONFIGS, SCORED_PROMPTS, 4, **settings)
+    return runner
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("logged")
+    runner = logged_run(folder)
+    return SimpleNamespace(folder=folder, runner=runner, log=bh.read_token_log(folder))
+
+
+def token_files(folder):
+    """What a run says of its tokens, byte for byte."""
+    names = (bh.TOKEN_COUNTS.file, bh.TOKEN_KINDS.file, *bh.TOKEN_LOG_FILES)
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+
+
+def test_token_log_agrees_with_counts_and_rows(logged):
+    """Its rows are the decisions that all other tables sum up: as many, each once, with the same numbers."""
+    log = logged.log
+    assert list(log) == bh.TOKEN_LOG.names
+    key = ["config_name", "kind", "item_id", "sample", "position", "layer"]
+    assert not log.duplicated(key).any()
+    counts = bh.read_table(bh.EXPERT_COUNTS, logged.folder)
+    of_log = log.groupby(["config_name", "kind", "layer", "num_experts"]).size()
+    of_table = counts.set_index(["config_name", "kind", "layer", "num_experts"])["tokens"]
+    assert of_log.sort_index().to_dict() == of_table.sort_index().to_dict()
+    assert of_table.index.get_level_values("num_experts").nunique() > 3
+    results = logged.runner.results
+    for kind, item, frame in (
+        ("generation", "prompt_id", results.generation), ("score", "item_id", results.scores)
+    ):  # fmt: skip
+        for row in frame.to_dict("records"):
+            own = log[(log["config_name"] == row["config_name"]) & (log["kind"] == kind)]
+            own = own[own["item_id"] == row[item]]
+            assert own["num_experts"].mean() == pytest.approx(row["avg_experts_per_token"], abs=1e-12)
+            assert own["gate_mass"].mean() == pytest.approx(row["gate_mass_frac"], abs=1e-5)
+            assert own.groupby("layer")["position"].apply(list).map(lambda p: p == list(range(len(p)))).all()
+            if kind == "generation":
+                assert len(own) == 2 * (row["num_input_tokens"] + row["num_output_tokens"] - 1)
+                assert (own["phase"] == "prompt").sum() == 2 * row["num_input_tokens"]
+    assert set(log["run_id"]) == set(results.generation["run_id"])
+
+
+def test_token_counts_are_the_log_by_token(logged):
+    """A row a token of every generated text: its id, text and counts; the last one without counts."""
+    counts = bh.read_table(bh.TOKEN_COUNTS, logged.folder)
+    log = logged.log[logged.log["kind"] == "generation"]
+    results = logged.runner.results.generation
+    for row in results.to_dict("records"):
+        own = counts[
+            (counts["config_name"] == row["config_name"]) & (counts["prompt_id"] == row["prompt_id"])
+        ]
+        assert "".join(own["token"]).startswith(row["prompt_text"])
+        prompt = own[own["phase"] == "prompt"]
+        assert prompt["token_id"].tolist() == byte_tokenizer()(row["prompt_text"])["input_ids"]
+        assert len(own) == len(prompt) + row["num_output_tokens"]
+        assert own["avg_experts"].isna().tolist() == [False] * (len(own) - 1) + [True]
+        decisions = log[(log["config_name"] == row["config_name"]) & (log["item_id"] == row["prompt_id"])]
+        by_layer = [[int(n) for n in cell.split()] for cell in own["experts_by_layer"][:-1]]
+        assert np.array(by_layer).reshape(-1).tolist() == decisions["num_experts"].tolist()
+        assert own["avg_experts"][:-1].tolist() == pytest.approx(np.mean(by_layer, axis=1))
+
+
+def test_kinds_of_tokens_are_summed_by_document(logged):
+    """`token_kinds.csv` from the log alone, with rare and frequent as they are defined."""
+    tokens = logged.log.groupby(
+        ["config_name", "kind", "item_id", "position", "token_id", "token_kinds"], as_index=False
+    )["num_experts"].mean()
+    documents = {item.id: item.document for item in LOGGED_WINDOWS}
+    tokens["document"] = tokens["item_id"].map(lambda item: documents.get(item, item))
+    table = bh.read_table(bh.TOKEN_KINDS, logged.folder)
+    assert set(table["token_kind"]) == set(bh.KINDS_OF_TOKENS)
+    for row in table.to_dict("records"):
+        of_config = tokens[(tokens["config_name"] == row["config_name"]) & (tokens["kind"] == row["kind"])]
+        own = of_config[of_config["document"] == row["document"]]
+        times = of_config["token_id"].value_counts()
+        is_kind = own["token_kinds"].map(lambda kinds, kind=row["token_kind"]: kind in kinds.split())
+        if row["token_kind"] == "rare":
+            assert is_kind.tolist() == (own["token_id"].map(times) == 1).tolist()
+        if row["token_kind"] == "first_position":
+            assert is_kind.tolist() == (own["position"] == 0).tolist()
+        assert (row["tokens"], row["other_tokens"]) == (is_kind.sum(), (~is_kind).sum())
+        for column, part in (("avg_experts", own[is_kind]), ("other_avg_experts", own[~is_kind])):
+            expected = part["num_experts"].mean()
+            assert row[column] == pytest.approx(expected) or math.isnan(row[column] + expected)
+
+
+@pytest.mark.parametrize(
+    ("counts", "rare", "frequent"),
+    [({5: 1, 6: 3, 7: 1, 8: 3}, [5, 7], [6, 8]), ({5: 4, 6: 1}, [6], [5]), ({9: 1, 2: 1}, [2, 9], [2])],
+)
+def test_rare_and_frequent(counts, rare, frequent):
+    """Rare occurs once; the most frequent make up half, and ties are broken by the number of the token."""
+    frequencies = bh.Frequencies.of(counts)
+    assert sorted(frequencies.rare.tolist()) == rare
+    assert sorted(frequencies.frequent.tolist()) == frequent
+
+
+def test_without_the_log_all_else_is_the_same(logged, tmp_path):
+    """Every other table, byte for byte but for clocks; scored tokens are not kept; and its folder is
+    another's."""
+    runner = logged_run(tmp_path, token_log=False)
+    assert_same_results(runner.results, logged.runner.results)
+    for table in (bh.LAYER_STATISTICS, bh.EXPERT_USAGE, bh.EXPERT_COUNTS, bh.TOKEN_COUNTS):
+        assert (tmp_path / table.file).read_bytes() == (logged.folder / table.file).read_bytes()
+    assert set(bh.read_table(bh.TOKEN_KINDS, tmp_path)["kind"]) == {"generation"}
+    assert sorted(token_files(tmp_path)) == [bh.TOKEN_COUNTS.file, bh.TOKEN_KINDS.file]
+    rows = rows_in(tmp_path / "checkpoints" / bh.CHECKPOINT_FILE)
+    assert {row["kind"]: row["tokens"] is None for row in rows} == {"generation": False, "score": True}
+    with pytest.raises(bh.UserError, match="token_log is False there, True here; choose another --output"):
+        logged_run(tmp_path)
+    with pytest.raises(bh.UserError, match="holds no token log: run the experiments with --token-log"):
+        bh.read_token_log(tmp_path)
+
+
+def test_a_batch_of_windows_is_logged_as_one_by_one(logged, tmp_path):
+    """Padding is in no row, and a row of a batch is the text it is of."""
+    logged_run(tmp_path, batch_size=1)
+    pd.testing.assert_frame_equal(bh.read_token_log(tmp_path), logged.log, atol=2e-5)
+    lengths = logged.log[logged.log["layer"] == 0].groupby(["config_name", "item_id"]).size()
+    assert [lengths["bh", item.id] for item in LOGGED_WINDOWS] == [8, 19, 13, 19, 11]
+
+
+def test_killed_runs_end_with_the_same_log(logged, tmp_path):
+    """Killed in the middle of a write, and again while the log is written: what is left is whole, and the
+    run that goes on ends with the same bytes."""
+
+    model = build("olmoe-eager")
+
+    def killed_while_writing():
+        tear_a_write(np.random.default_rng(1))
+        logged_run(tmp_path, model)
+        return 0
+
+    def killed_while_logging():
+        def write(frames, path):
+            path.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        bh._write_parquet = bh._write_csv_gz = write
+        logged_run(tmp_path, model)
+        return 0
+
+    assert ended(in_child(killed_while_writing)) == -signal.SIGKILL
+    finished = keys_by_file(tmp_path)[bh.CHECKPOINT_FILE]
+    assert not token_files(tmp_path)
+    assert ended(in_child(killed_while_logging)) == -signal.SIGKILL
+    assert not [name for name in token_files(tmp_path) if name in bh.TOKEN_LOG_FILES]
+    logged_run(tmp_path, model)
+    assert token_files(tmp_path) == token_files(logged.folder)
+    assert 0 < len(finished) < len(keys_by_file(tmp_path)[bh.CHECKPOINT_FILE])
+
+
+def test_log_without_pyarrow(logged, tmp_path, monkeypatch, caplog):
+    """csv.gz with the same content; a token that a spreadsheet would run is made harmless, and read back."""
+    real = importlib.util.find_spec
+    with monkeypatch.context() as patch:
+        patch.setattr(bh.importlib.util, "find_spec", lambda name: None if name == "pyarrow" else real(name))
+        patch.setattr(bh.TokenTables, "LOGGED_TOGETHER", 50)
+        with caplog.at_level("INFO", bh.logger.name):
+            logged_run(tmp_path)
+        assert "token_log.csv.gz; with pyarrow installed it is parquet" in caplog.text
+        read = bh.read_token_log(tmp_path)
+        (tmp_path / "token_log.parquet").write_bytes(b"")
+        with pytest.raises(bh.UserError, match=r"token_log\.parquet needs pyarrow: pip install pyarrow"):
+            bh.read_token_log(tmp_path)
+    expected = logged.log.assign(token=[text.replace("\0", "\u2400") for text in logged.log["token"]])
+    pd.testing.assert_frame_equal(read, expected, check_dtype=False, atol=2e-6)
+    lines = gzip.decompress((tmp_path / "token_log.csv.gz").read_bytes()).decode()
+    rows = list(csv.DictReader(io.StringIO(lines, newline="")))
+    assert {row["token"] for row in rows if row["token"].endswith(("=", "+"))} <= {"'=", "'+"}
+    assert len(rows) == len(logged.log)
+
+
+# What tokens stand for
+
+
+def sentencepiece_like():
+    """A tokenizer that marks the space before a word, drops it at the beginning, and falls back to bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "▁", "▁the", "▁cat", "s", "a", "▁a", ",", "12", "▁'"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    vocabulary |= {f"<0x{byte:02X}>": len(words) + byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>"), vocabulary
+
+
+def test_texts_of_tokens_of_sentencepiece():
+    """Spaces before words are seen, characters of several bytes stand with their first token."""
+    tokenizer, numbers = sentencepiece_like()
+    euro = [f"<0x{byte:02X}>" for byte in "€".encode()]
+    pieces = ["<s>", "▁the", "▁cat", "s", ",", "12", *euro, "<0xFF>", "▁a"]
+    ids = [numbers[piece] for piece in pieces]
+    token_texts = bh.TokenTexts(tokenizer)
+    texts = token_texts.texts(ids)
+    assert texts == ["<s>", " the", " cat", "s", ",", "12", "€", "", "", "\ufffd", " a"]
+    kinds = token_texts.word_kinds(ids, texts)
+    assert kinds == ["", "word_start", "word_start", "word_continuation", "punctuation", "digits",
+                     "punctuation", "", "", "punctuation", "word_start"]  # fmt: skip
+
+
+def test_texts_of_tokens_of_byte_level_bpe():
+    """The same of the embedded model's tokenizer: together they are the text."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED)
+    text = "The cat’s 27 encyclopaedias, 日本 é\n\n\tx = 3; naïveté"
+    ids = tokenizer(text)["input_ids"]
+    token_texts = bh.TokenTexts(tokenizer)
+    texts = token_texts.texts(ids)
+    assert "".join(texts) == text
+    assert "日" in "".join(texts)
+    kinds = dict(zip(texts, token_texts.word_kinds(ids, texts), strict=True))
+    assert kinds["The"] == kinds[" cat"] == "word_start"
+    assert kinds[","] == "punctuation"
+    assert "word_continuation" in kinds.values()
+    assert "digits" in kinds.values()
+    byte_texts = bh.TokenTexts(byte_tokenizer()).texts(byte_tokenizer()("ab é€")["input_ids"])
+    assert byte_texts == ["a", "b", " ", "é", "", "€", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("text", "before", "kind"),
+    [(" word", "x", "word_start"), ("word", "", "word_start"), ("Word", "(", "word_start"),
+     ("word", " ", "word_start"), ("ing", " walk", "word_continuation"), ("'s", " it", "word_continuation"),
+     ("b", "1", "word_continuation"), (" 12", "x", "digits"), ("½", "", "digits"), (".", "x", "punctuation"),
+     (" (", "x", "punctuation"), ("\n\n", ".", ""), (" ", "a", ""), ("", "a", "")],
+)  # fmt: skip
+def test_kind_of_a_word(text, before, kind):
+    assert bh.word_kind(text, before) == kind
+
+
+# Are they different?
+
+
+def test_kinds_are_compared_within_documents():
+    """The mean difference over documents that have both, of scored text where there is some; what is static
+    or unknown has no test; one adjustment over all."""
+
+    def rows(name, kind, means, token_kind="rare"):
+        return [
+            {"config_name": name, "kind": kind, "document": f"d{n}", "token_kind": token_kind, "tokens": 2,
+             "avg_experts": own, "other_tokens": 6, "other_avg_experts": others, "run_id": "r"}
+            for n, (own, others) in enumerate(means)
+        ]  # fmt: skip
+
+    means = [(5.0, 4.0), (5.5, 4.0), (6.0, 4.0)]
+    absent = {**rows("bh", "score", means)[0], "document": "none", "tokens": 0, "avg_experts": math.nan}
+    table = pd.DataFrame(
+        [*rows("bh", "generation", [(1, 9), (1, 8)]), *rows("bh", "score", means), absent,
+         *rows("bh", "score", means, "digits"), *rows("topk_8", "score", means), *rows("x", "score", means)]
+    )  # fmt: skip
+    configs = {"bh": FLAT, "topk_8": {"method": "topk", "k": 8}}
+    tests = bh.compare_token_kinds(table, configs)
+    assert [(test["configuration"], test["kind"], test["token_kind"]) for test in tests] == [
+        ("bh", "score", "rare"), ("bh", "score", "digits")
+    ]  # fmt: skip
+    expected = stats.ttest_1samp([1.0, 1.5, 2.0], 0)
+    for test, share in zip(tests, (6 / (3 * 8 + 6), 0.25), strict=True):
+        assert test["mean_difference"] == pytest.approx(1.5)
+        assert (test["n_units"], test["mean"], test["mean_baseline"]) == (3, 5.5, 4.0)
+        assert test["p_value"] == pytest.approx(expected.pvalue)
+        assert test["token_share"] == pytest.approx(share)
+        assert test["p_value_adjusted"] == pytest.approx(expected.pvalue)
+    assert bh.compare_token_kinds(table[:0], configs) == []
+
+
+def test_kinds_of_tokens_in_the_report(logged, tmp_path, monkeypatch):
+    """The finding, its table and its words; of what was generated where no log has the scored text."""
+    only_plots(monkeypatch)
+    shutil.copytree(logged.folder, tmp_path / "run")
+    bh.write_report(logged.runner.results.generation, tmp_path / "run")
+    section = sections_of((tmp_path / "run" / "REPORT.md").read_text())["Which tokens get many experts"]
+    assert "Under `bh`, " in section
+    assert "| `bh` | rare tokens | " in section
+    assert "Of the scored text. In each document" in section
+    assert all(kind.words in section for kind in bh.KINDS_OF_TOKENS.values())
+    kinds = bh.read_table(bh.TOKEN_KINDS, tmp_path / "run")
+    rows = kinds[kinds["kind"] == "generation"].to_dict("records")
+    bh.write_table(bh.TOKEN_KINDS, rows, tmp_path / "run")
+    bh.write_report(logged.runner.results.generation, tmp_path / "run")
+    report = (tmp_path / "run" / "REPORT.md").read_text()
+    assert "Of the prompts and what was written after them." in report
+    check_report(report)
+
+
+# The view
+
+
+class Markup(HTMLParser):
+    """The elements of a page, and its text; every element that is opened is closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.text = [], collections.Counter(), ""
+        self.attributes = set()
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements[tag] += 1
+        self.attributes |= {name for name, _ in attributes}
+        if tag != "input":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+
+HARMLESS = {"div", "style", "p", "span", "label", "input", "code", "details", "summary", "i", "u"}
+
+
+def viewed(tokens, name="p", category="c", config_name="bh", experts=None):
+    experts = np.arange(1.0, len(tokens) + 1) if experts is None else np.array(experts, float)
+    by_layer = ["1 2"] * len(tokens)
+    return bh.ViewedText(name, category, config_name, list(tokens), experts, by_layer, 1)
+
+
+def test_view_of_a_run(logged):
+    """Every prompt under every configuration, the first of each category open, tokens with their numbers."""
+    page = bh.token_view(logged.runner.results, logged.folder)
+    markup = Markup(page)
+    assert set(markup.elements) <= HARMLESS
+    assert markup.elements["details"] == 3
+    assert page.count("<details open>") == len({prompt["category"] for prompt in SCORED_PROMPTS})
+    assert markup.elements["input"] == 2
+    counts = bh.read_table(bh.TOKEN_COUNTS, logged.folder)
+    assert page.count(' title="') == counts["avg_experts"].notna().sum()
+    row = counts[counts["config_name"] == "bh"].iloc[3]
+    assert f'title="{row["avg_experts"]:.2f}: {row["experts_by_layer"]}">{row["token"]}</u>' in page
+    assert page.index("<code>bh</code> ") < page.index("<code>topk_8</code> ")  # what adapts comes first
+
+
+def test_hostile_tokens_get_nowhere_in_the_view():
+    """Nothing of a token, a name or a category is markup, and nothing hides."""
+    names = [text[:60] for text in HOSTILE]
+    texts = [viewed(["x", *HOSTILE[:-1], "y"], name, name) for name in names]
+    page = bh.token_view_html(texts)
+    markup = Markup(page)
+    assert set(markup.elements) <= HARMLESS
+    assert markup.attributes <= {"class", "title", "type", "checked", "open"}
+    assert "alert(1)" in markup.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2066-\u2069]", page)
+
+
+def test_view_has_a_limit(monkeypatch):
+    """Beyond it prompts are counted only, and every category has its share."""
+    texts = [viewed(["word"] * 50, f"{category}{n}", category) for category in "ab" for n in range(10)]
+    whole = bh.token_view_html(texts)
+    monkeypatch.setattr(bh, "VIEW_LIMIT", len(whole) // 2)
+    page = bh.token_view_html(texts)
+    assert len(page) < 0.7 * len(whole)
+    shown = re.findall(r"<summary>(.): (.\d)</summary>", page)
+    assert {category for category, _ in shown} == {"a", "b"}
+    assert f"<p>{20 - len(shown)} more prompts are in <code>token_counts.csv</code>.</p>" in page
+    assert bh.token_view_html([]) == ""
+    assert bh.token_view_html([viewed("x", experts=[math.nan])]) == ""
+
+
+def test_shades_go_from_few_to_many():
+    """A scale for all; line ends and rests of characters are shown; without a difference all is dark."""
+    page = bh.token_view_html([viewed(["a", "b\n", "\n", "", "c"], experts=[1, 2, 3, 4, math.nan])])
+    shades = [int(number) for number in re.findall(r'class="s(\d)" title', page)]
+    assert shades == sorted(shades)
+    assert (shades[0], shades[-1]) == (0, 9)
+    assert '">b↵</u>' in page
+    assert '">↵</u>\n' in page
+    assert '">·</u>' in page
+    assert "<u>c</u>" in page
+    assert re.findall(r'class="s(\d)" title', bh.token_view_html([viewed("ab", experts=[4, 4])])) == ["9"] * 2
+
+
+def test_a_notebook_shows_its_texts(logged):
+    """`stats` shows what was read and written, each text by itself, and a batch without its padding."""
+    runner = logged.runner
+    with runner.routing(LOGGED_CONFIGS["bh"]) as recorder:
+        written = [runner.generate(text, 3) for text in ("a cat", "<b>")]
+        page = recorder._repr_html_()
+        recorder.start()
+        ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
+        mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+        runner.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+        texts = recorder.texts()
+        total = recorder.total()
+    assert [(len(text.ids), text.num_given) for text in texts] == [(4, 2), (6, 4)]
+    assert sum(text.counts.sum(0) for text in texts).tolist() == (total.counts @ np.arange(17)).tolist()
+    assert len(written) == page.count("<details")
+    assert "&lt;" in page
+    assert "<b>" not in page
+    assert "<table" in page
+
+
+def test_a_notebook_keeps_so_many_tokens(logged, monkeypatch):
+    """Memory is bounded: a text begins only while there is room."""
+    monkeypatch.setattr(bh, "VIEWED_TOKENS", 10)
+    monkeypatch.setattr(bh.RoutingRecorder, "MAX_CALLS", 2)
+    with logged.runner.routing(LOGGED_CONFIGS["bh"]) as recorder:
+        for _ in range(5):
+            logged.runner.generate("a cat and", 3)
+        assert 10 <= sum(len(text.ids) for text in recorder.texts()) < 22
+        assert recorder.total().counts[0].sum() == 5 * 11
+
+
+def test_the_log_is_not_for_tasks(tmp_path, capsys):
+    assert bh.main(["--token-log", "--tasks", "x", "--output", str(tmp_path)]) == 2
+    assert "--tasks and --token-log exclude each other" in error_lines(capsys)[0]
 
 
 if __name__ == "__main__":
