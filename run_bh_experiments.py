@@ -97,6 +97,7 @@ import sys
 import threading
 import time
 import unicodedata
+import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6412,6 +6413,28 @@ def compare_field_on_tasks(
     return fields
 
 
+@dataclass(frozen=True)
+class Unbeaten:
+    """Of the rules with one stand-in: how many are compared, and which of them no other beats."""
+
+    n_compared: int
+    labels: list[str]
+
+
+def unbeaten_rules(field: Mapping[str, Any]) -> dict[str, Unbeaten]:
+    """Stand-in -> its rules that no other beats, from `compare_field`; empty where nothing was tested."""
+    if not field or field["n_units"] < 2:
+        return {}
+    found = {}
+    for stand_in in in_order(ladder["stand_in"] for ladder in field["ladders"]):
+        alike = [ladder for ladder in field["ladders"] if ladder["stand_in"] == stand_in]
+        compared = [ladder for ladder in alike if not ladder["is_bound"]]
+        if len(compared) > 1:
+            labels = [ladder["label"] for ladder in compared if not ladder["beaten_by"]]
+            found[stand_in] = Unbeaten(len(compared), labels)
+    return found
+
+
 # Tasks, layers, hypotheses
 
 
@@ -6600,6 +6623,7 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
 
 LEGEND_BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}
 ROW_OF_NAMES = 80  # characters; longer names do not fit side by side below a plot: a row each instead
+MOST_ROWS = 40  # of a plot with a row a configuration; more are drawn in a row a family
 MAX_INCHES = 60  # of a figure's height, however many rows it has
 MARKERS = "osD^v<>phdXP*"  # of the members of a family
 VERDICT_COLORS = {"better": "#0173b2", "worse": "#d55e00", "undecided": "0.5"}
@@ -6715,7 +6739,9 @@ def plot_experts_by_category(frame: pd.DataFrame, ax: Any = None) -> Any:
             groups = {"y": "prompt_category", "order": categories}
     in_rows = "y" in groups
     ax = _axes(ax, 1 + 0.12 * len(order) * len(categories) if in_rows else 4.2)
-    sns.boxplot(**common, **groups, **({"x": value} if in_rows else {"y": value}), **colors, ax=ax)
+    with warnings.catch_warnings():  # seaborn names the direction in a way that matplotlib will give up
+        warnings.filterwarnings("ignore", ".*vert: bool")
+        sns.boxplot(**common, **groups, **({"x": value} if in_rows else {"y": value}), **colors, ax=ax)
     ax.set(xlabel="", ylabel="", title="Experts by prompt category")
     if in_rows:
         ax.set_xlabel(EXPERTS_LABEL)
@@ -6757,6 +6783,40 @@ def _nats_scale(ax: Any, which: str, values: list[float]) -> None:
     ticks = [tick for tick in (*(-step for step in steps), 0.0, *steps) if low <= tick <= high]
     axis.set_ticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
     axis.set_ticks([], minor=True)
+    if which == "x":
+        ax.tick_params(axis="x", labelsize="small")  # beside each other they need the room
+
+
+MOST_COLORS = 12  # that can be told apart in one plot; more families are coloured by what stands in
+
+
+def _styles_of_families(rows: pd.DataFrame, groups: Mapping[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """Family -> label, colour, marker and width of its line: its own or, where there are too many, those of
+    what stands in, the bounds apart."""
+    configs = {row["config_name"]: json.loads(row["configuration"]) for row in rows.to_dict("records")}
+    first = {family: configs[members[0]] for family, members in groups.items()}
+    stand_ins = in_order(config.get("stand_in", "nothing") for config in first.values())
+    if len(groups) <= MOST_COLORS or len(stand_ins) < 2:
+        colors = _distinct_colors(len(groups))
+        markers = itertools.cycle(MARKERS[1:])
+        return {
+            family: {"label": family, "color": color, "marker": marker, "linewidth": 1.2}
+            for family, color, marker in zip(groups, colors, markers, strict=False)
+        }
+    colors = dict(zip(stand_ins, _distinct_colors(len(stand_ins)), strict=True))
+    styles = {}
+    for family, config in first.items():
+        stand_in = config.get("stand_in", "nothing")
+        style = {"label": f"rules, {stand_in} stands in", "color": colors[stand_in], "marker": MARKERS[1]}
+        style |= {"linewidth": 0.9, "alpha": 0.6}
+        rule = RULES.get(config.get("method"))
+        if rule is not None and rule.is_static:
+            kept = {"label": f"Top-K, {stand_in} stands in", "marker": MARKERS[0], "linewidth": 1.6}
+            style |= kept | {"alpha": 1.0}
+        elif rule is not None and rule.uses_outputs:
+            style |= {"label": f"{family}, a bound", "color": "0.2", "linestyle": ":", "linewidth": 1.6}
+        styles[family] = style
+    return styles
 
 
 def plot_quality_vs_experts(verdicts: pd.DataFrame, ax: Any = None) -> Any:
@@ -6784,25 +6844,27 @@ def plot_quality_vs_experts(verdicts: pd.DataFrame, ax: Any = None) -> Any:
         ax.plot(static["mean_experts"], static[difference], "o", color="0.2", markersize=5)
         ax.plot([], [], "o-", **gray, label="static Top-K")
     groups = _families(rows, list(rows.loc[~rows["is_static"], "config_name"]))
-    colors = _distinct_colors(len(groups))
-    for place, (label, members) in enumerate(groups.items()):
+    styles = _styles_of_families(rows, groups)
+    labels = set()
+    for name, members in groups.items():
         ladder = rows[rows["config_name"].isin(members)].sort_values("mean_experts")
         bars = np.maximum([ladder[difference] - ladder["low"], ladder["high"] - ladder[difference]], 0)
+        style = dict(styles[name])
+        if style["label"] in labels:
+            del style["label"]  # it stands in the legend once
+        labels.add(styles[name]["label"])
         ax.errorbar(
             ladder["mean_experts"],
             ladder[difference],
             yerr=bars,
-            label=label,
-            color=colors[place],
-            marker=MARKERS[1:][place % len(MARKERS[1:])],
+            **style,
             markersize=5,
             markeredgecolor="white",
             markeredgewidth=0.5,
-            linewidth=1.2,
             elinewidth=0.8,
         )
     if _owns_figure(ax):
-        ax.figure.set_size_inches(8.5, max(4.2, 0.5 + 0.2 * len(groups)))  # room for the legend
+        ax.figure.set_size_inches(8.5, max(4.2, 0.5 + 0.2 * len(labels)))  # room for the legend
     if len(rows):
         _nats_scale(ax, "y", [*low, *high])
         ax.legend(**LEGEND_BESIDE, fontsize="small")
@@ -6812,33 +6874,48 @@ def plot_quality_vs_experts(verdicts: pd.DataFrame, ax: Any = None) -> Any:
     return ax
 
 
+def _draw_verdict(ax: Any, height: float, mark: Mapping[str, Any], width: float) -> list[float]:
+    """Draw one difference with its interval; returns the ends of what was drawn."""
+    delta = mark["delta_nll"]
+    if pd.isna(delta):
+        return []
+    color = VERDICT_COLORS[mark["verdict"]]
+    is_tested = not pd.isna(mark["ci95_low"])
+    ends = [mark["ci95_low"], mark["ci95_high"]] if is_tested else [delta, delta]
+    ax.plot(ends, [height, height], color=color, linewidth=width, solid_capstyle="butt")
+    face = color if is_tested else "white"
+    ax.plot(delta, height, "o", color=color, markersize=2.8 * width, markerfacecolor=face)
+    return ends
+
+
 def plot_delta_at_equal_compute(verdicts: pd.DataFrame, ax: Any = None) -> Any:
-    """One row per adaptive configuration: NLL minus that of static Top-K with the same mean experts, 95 %."""
+    """One row per adaptive configuration: NLL minus that of static Top-K with the same mean experts, 95 %.
+    Where there are many, one row per rule, with a mark for each value of its knob."""
     ax = _axes(ax)
-    rows = verdicts[~verdicts["is_static"]].reset_index(drop=True)
+    rows = verdicts[~verdicts["is_static"]]
+    lines = {name: [name] for name in rows["config_name"]}
+    if len(rows) > MOST_ROWS:
+        lines = _families(rows, list(rows["config_name"]))
     if _owns_figure(ax):
-        ax.figure.set_figheight(1.7 + 0.26 * max(len(rows), 4))
+        ax.figure.set_figheight(1.7 + 0.26 * max(len(lines), 4))
     spans = [0.0]
     side = {"va": "center", "transform": ax.get_yaxis_transform()}
-    for y, row in rows.iterrows():
-        experts = row["mean_experts"]
-        ax.text(1.02, y, "–" if pd.isna(experts) else f"{experts:.2f}", **side)
-        delta = row["delta_nll"]
-        if pd.isna(delta):
+    for y, members in enumerate(lines.values()):
+        marks = rows[rows["config_name"].isin(members)].sort_values("mean_experts")
+        experts = distinct(f"{number:.2f}" for number in marks["mean_experts"].dropna())
+        ends_of_line = experts if len(experts) < 3 else [experts[0], experts[-1]]
+        ax.text(1.02, y, " to ".join(ends_of_line) or "–", **side)
+        if marks["delta_nll"].isna().all():
             ax.text(0.98, y, "not comparable", ha="right", color="0.5", **side)
-            continue
-        color = VERDICT_COLORS[row["verdict"]]
-        is_tested = not pd.isna(row["ci95_low"])
-        ends = [row["ci95_low"], row["ci95_high"]] if is_tested else [delta, delta]
-        ax.plot(ends, [y, y], color=color, linewidth=1.8, solid_capstyle="butt")
-        ax.plot(delta, y, "o", color=color, markersize=5, markerfacecolor=color if is_tested else "white")
-        spans += ends
+        apart = 0.16 * (np.arange(len(marks)) - (len(marks) - 1) / 2) * min(1, 4 / len(marks))
+        for height, mark in zip(y + apart, marks.to_dict("records"), strict=True):
+            spans += _draw_verdict(ax, height, mark, 1.8 if len(marks) == 1 else 1.2)
     _nats_scale(ax, "x", spans)
     ax.axvline(0, color="0.2", linewidth=1)
     for verdict, color in VERDICT_COLORS.items():
         ax.plot([], [], "o-", color=color, linewidth=1.8, markersize=5, label=verdict)
-    ax.set_yticks(range(len(rows)), list(rows["config_name"]))
-    ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel="NLL minus static Top-K at equal experts, nats per token")
+    ax.set_yticks(range(len(lines)), list(lines))
+    ax.set(ylim=(len(lines) - 0.4, -0.6), xlabel="NLL minus static Top-K at equal experts, nats per token")
     ax.set_title("Against static Top-K at equal compute (left is better)", pad=22)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, borderaxespad=0.1)
     place = {"xycoords": "axes fraction", "textcoords": "offset points"}
@@ -6852,12 +6929,36 @@ def _spread(places: Sequence[float], gap: float) -> np.ndarray:
     return optimize.isotonic_regression(np.asarray(places) - steps).x + steps
 
 
-FIELD_COLORS = {"lowest": "#029e73", "BH, empirical null": "#0173b2", "bound": "0.2", "others": "0.7"}
+FIELD_COLORS = {
+    "beaten by no other": "#029e73",
+    "BH, beaten by no other": "#0173b2",
+    "BH, beaten": "#d55e00",
+    "bound": "0.2",
+    "others": "0.7",
+}
+
+
+def _kind_in_field(config: Config, is_unbeaten: bool) -> str:
+    """Which of FIELD_COLORS a rule's ladder has; BH is the one on the empirical null."""
+    if RULES[config["method"]].uses_outputs:
+        return "bound"
+    if config["method"] == "bh" and config["p_values"] == "empirical":
+        return "BH, beaten by no other" if is_unbeaten else "BH, beaten"
+    return "beaten by no other" if is_unbeaten else "others"
+
+
+def _name_ends(ax: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Name right of `ax` what ends there, none over another; ends: height in the data, name and colour."""
+    transform = ax.transData + ax.transAxes.inverted()
+    ends = sorted(ends)
+    heights = _spread([transform.transform((0, end))[1] for end, _, _ in ends], 0.033)
+    for height, (_, label, color) in zip(heights, ends, strict=True):
+        ax.text(1.01, height, label, transform=ax.transAxes, fontsize=6.5, color=color, va="center")
 
 
 def plot_field(verdicts: pd.DataFrame, axes: Any = None) -> Any:
-    """Each rule's ladder against static Top-K at the same compute, a panel for each stand-in: the lowest rule
-    and BH in colour, the others in grey, each named at its end."""
+    """Each rule's ladder against static Top-K at the same compute, a panel for each stand-in: those that no
+    other with this stand-in beats and BH in colour, the others in grey, each named at its end."""
     rows = verdicts[verdicts["delta_nll"].notna()]
     configs = {row["config_name"]: json.loads(row["configuration"]) for row in rows.to_dict("records")}
     stand_ins = in_order(config["stand_in"] for config in configs.values())
@@ -6868,6 +6969,7 @@ def plot_field(verdicts: pd.DataFrame, axes: Any = None) -> Any:
         )[1][0]
     _nats_scale(axes[0], "y", [*rows["delta_nll"], 0.0])
     names_at: list[list[tuple[float, str, str]]] = []
+    drawn: set[str] = set()
     for ax, stand_in in zip(axes, stand_ins, strict=True):
         alike = {name: config for name, config in configs.items() if config["stand_in"] == stand_in}
         ladders = {
@@ -6875,18 +6977,11 @@ def plot_field(verdicts: pd.DataFrame, axes: Any = None) -> Any:
             for label, members in families(alike).items()
             if len(members) > 1
         }
-        rules = {label: alike[ladder["config_name"].iloc[0]] for label, ladder in ladders.items()}
-        compared = [label for label in ladders if not RULES[rules[label]["method"]].uses_outputs]
-        lowest = min(compared, key=lambda label: ladders[label]["delta_nll"].iloc[-1], default=None)
         ends: list[tuple[float, str, str]] = []  # where each ladder ends, its name and colour
         for label, ladder in ladders.items():
-            kind = "others"
-            if label not in compared:
-                kind = "bound"
-            elif label == lowest:
-                kind = "lowest"
-            elif rules[label]["method"] == "bh" and rules[label]["p_values"] == "empirical":
-                kind = "BH, empirical null"
+            first = ladder.iloc[0]
+            kind = _kind_in_field(alike[first["config_name"]], first["is_unbeaten"])
+            drawn.add(kind)
             color = FIELD_COLORS[kind]
             width = 1.0 if kind == "others" else 1.8
             dots = {"markersize": 3.5, "zorder": 1 if kind == "others" else 2}
@@ -6895,21 +6990,19 @@ def plot_field(verdicts: pd.DataFrame, axes: Any = None) -> Any:
                 ladder["mean_experts"], ladder["delta_nll"], f"o{style}", color=color, linewidth=width, **dots
             )
             ends.append((ladder["delta_nll"].iloc[-1], label, color if kind != "others" else "0.4"))
-        names_at.append(sorted(ends))
+        names_at.append(ends)
         ax.axhline(0, color="0.2", linewidth=1.2)
         words = "Nothing stands in" if stand_in == "nothing" else f"{stand_in} stands in"
         ax.set(xlabel="effective experts", title=words[0].upper() + words[1:])
     # Named when all is drawn: until then the axis, which all panels share, may change.
     for ax, ends in zip(axes, names_at, strict=True):
-        transform = ax.transData + ax.transAxes.inverted()
-        heights = _spread([transform.transform((0, end))[1] for end, _, _ in ends], 0.033)
-        for height, (_, label, color) in zip(heights, ends, strict=True):
-            ax.text(1.01, height, label, transform=ax.transAxes, fontsize=6.5, color=color, va="center")
+        _name_ends(ax, ends)
     for kind, color in FIELD_COLORS.items():
-        axes[0].plot([], [], "o-", color=color, markersize=3.5, label=kind)
-    axes[-1].legend(
-        *axes[0].get_legend_handles_labels(), frameon=False, fontsize="x-small", loc="upper right"
-    )
+        if kind in drawn:
+            axes[0].plot([], [], "o-", color=color, markersize=3.5, label=kind)
+    figure = axes[0].figure
+    below = {"loc": "outside lower center", "ncols": len(drawn), "frameon": False, "fontsize": "small"}
+    figure.legend(*axes[0].get_legend_handles_labels(), **below)
     axes[0].set_ylabel("NLL minus static Top-K at equal compute")
     return axes
 
@@ -7140,11 +7233,18 @@ PLOTS: dict[str, Plot] = {  # file name, in the order of the report
 
 
 def verdict_frame(analysis: Mapping[str, Any]) -> pd.DataFrame:
-    """The verdicts as a frame, with config_name, configuration, is_static; its `attrs` name the baseline."""
+    """The verdicts as a frame, with config_name, configuration, is_static, is_unbeaten (its rule, by those
+    with the same stand-in); its `attrs` name the baseline."""
+    unbeaten = {
+        label for found in unbeaten_rules(analysis.get("field", {})).values() for label in found.labels
+    }
+    members = families({name: analysis["configurations"][name] for name in analysis["verdict"]})
+    unbeaten_names = {name for label in unbeaten for name in members.get(label, ())}
     rows = []
     for name, verdict in analysis["verdict"].items():
         config = json.dumps(analysis["configurations"][name])
         about = {"config_name": name, "configuration": config, "is_static": verdict["verdict"] is None}
+        about["is_unbeaten"] = name in unbeaten_names
         rows.append(about | verdict)
     frame = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["is_static", "delta_to_baseline"])
     numbers = [name for name in frame if name.startswith(("mean_", "delta_", "ci95_"))]
@@ -7451,21 +7551,16 @@ def task_sentence(analysis: Mapping[str, Any]) -> str:
 def field_sentences(analysis: Mapping[str, Any]) -> list[str]:
     """For each stand-in: which rules no other beats, and whether BH is among them."""
     sentences = []
-    ladders = analysis["field"].get("ladders", ())
-    if ladders and analysis["field"]["n_units"] < 2:
+    if analysis["field"] and analysis["field"]["n_units"] < 2:
         return ["Which rule beats which is not tested: all of the scored text is of one document."]
-    for stand_in in in_order(ladder["stand_in"] for ladder in ladders):
-        alike = [ladder for ladder in ladders if ladder["stand_in"] == stand_in and not ladder["is_bound"]]
-        if len(alike) < 2:
-            continue
-        unbeaten = [ladder["label"] for ladder in alike if not ladder["beaten_by"]]
-        named = ", ".join(f"`{label}`" for label in unbeaten) or "none"
-        has_bh = any(label.startswith("bh") for label in unbeaten)
+    for stand_in, unbeaten in unbeaten_rules(analysis["field"]).items():
+        named = ", ".join(f"`{label}`" for label in unbeaten.labels) or "none"
+        has_bh = any(label.startswith("bh") for label in unbeaten.labels)
         words = "With nothing standing in" if stand_in == "nothing" else f"With {stand_in} standing in"
         among = "BH is among them" if has_bh else "BH is not among them"
         sentences.append(
-            f"{words}, of {len(alike)} rules these are beaten by no other at any whole number of experts "
-            f"(adjusted p below {SIGNIFICANCE_LEVEL:g}): {named}; {among}."
+            f"{words}, of {unbeaten.n_compared} rules these are beaten by no other at any whole number of "
+            f"experts (adjusted p below {SIGNIFICANCE_LEVEL:g}): {named}; {among}."
         )
     return sentences
 
