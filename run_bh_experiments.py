@@ -11,6 +11,8 @@
 #     "seaborn>=0.13.2",
 #     "tqdm>=4.66",
 #     "jinja2>=3.1",
+#     "markdown-it-py>=3.0",
+#     "pillow>=10.3",
 #     "numpy>=1.26",
 #     "safetensors>=0.8",
 #     "filelock>=3.24",
@@ -77,6 +79,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import html
 import importlib
 import importlib.util
 import io
@@ -126,7 +129,9 @@ class _Lazy:
 
 accelerate = _Lazy("accelerate")
 jinja2 = _Lazy("jinja2")
+markdown_it = _Lazy("markdown_it")
 optimize = _Lazy("scipy.optimize")
+pil_image = _Lazy("PIL.Image")
 plt = _Lazy("matplotlib.pyplot")
 sns = _Lazy("seaborn")
 special = _Lazy("scipy.special")
@@ -4730,6 +4735,7 @@ RUN_FILES: dict[str, str] = {
     "says nothing",
     "REPORT.md": "the report: answer, tables, tests, plots, what an earlier attempt expected beside what was "
     "measured",
+    "report.html": "the report in one file, its plots inside: to be sent, and opened anywhere",
     "plots": "the plots, PNG at 300 DPI",
     "checkpoints": f"what is finished: `{CHECKPOINT_FILE}` and a file of each further process; settings, and "
     "a `results` list of rows, each with a checksum and what its routers did",
@@ -7388,12 +7394,13 @@ class ReportColumn:
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[ReportColumn]) -> str:
-    """A Markdown table: the first column left, the others right, and none that has nothing to show."""
+    """A Markdown table: the first column and texts left, the others right; none that has nothing to show."""
     shown = []
     for place, column in enumerate(columns):
         cells = [show(row, column.key, column.form) for row in rows]
         if place == 0 or set(cells) != {NOTHING_TO_SHOW}:
-            shown.append([column.title, "---:" if place else "---", *cells])
+            is_text = place == 0 or not column.form
+            shown.append([column.title, "---" if is_text else "---:", *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*shown, strict=True))
 
 
@@ -8067,6 +8074,10 @@ REPORT_TEMPLATE = """\
 
 {{ bullets(findings) }}
 
+{% if first_plot %}
+![{{ first_plot.title }}](plots/{{ first_plot.name }}.png)
+
+{% endif %}
 {% if tasks %}
 ## Downstream tasks
 
@@ -8202,7 +8213,7 @@ Mean experts per token and layer.
 ![{{ title }}](plots/{{ name }}.png)
 
 {% else %}
-No plot lies beside this report.
+{{ "No further plot lies" if first_plot else "No plot lies" }} beside this report.
 
 {% endfor %}
 
@@ -8237,6 +8248,9 @@ This run has no configuration of theirs.
 """
 
 
+FIRST_PLOT = "quality_vs_experts"  # stands with the answer; the others have a section
+
+
 def report_context(
     results: Results, analysis: Mapping[str, Any], folder: Path, failed_plots: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -8247,7 +8261,8 @@ def report_context(
     layers = layer_rows(analysis)
     shuffled = analysis["shuffle_effects"].values()
     diagnostics = analysis["null_diagnostics"] or {}
-    is_drawn = {name: (folder / "plots" / f"{name}.png").exists() for name in PLOTS}
+    drawn = [name for name in PLOTS if (folder / "plots" / f"{name}.png").exists()]
+    first = FIRST_PLOT if FIRST_PLOT in drawn else None
     return {
         "answer": answer_sentence(analysis),
         "subject": subject_sentence(results, analysis),
@@ -8277,7 +8292,8 @@ def report_context(
         "undrawn": [
             f"`{name}` could not be drawn: {markdown_text(why)}" for name, why in failed_plots.items()
         ],
-        "plots": [(name, plot.title) for name, plot in PLOTS.items() if is_drawn[name]],
+        "first_plot": {"name": first, "title": PLOTS[first].title} if first else None,
+        "plots": [(name, PLOTS[name].title) for name in drawn if name != first],
         "expected": expected_rows(analysis),
         "suite_time": suite_time_sentence(results),
         "conclusions": [sentence for conclude in CONCLUSIONS for sentence in conclude(analysis)],
@@ -8313,12 +8329,220 @@ def generate_markdown_report(
     return path
 
 
+# The report as a page
+
+
+PLOT_PIXELS = 1600  # width of a plot in the page: sharp on a screen of twice the usual density
+FRAGMENTS_BEFORE = "summary-by-configuration"  # heading of the page that further fragments stand before
+PAGE_POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+)
+PAGE_TEMPLATE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ title }}</title>
+<style>
+:root {
+  --text: #1d2430; --soft: #5b6472; --page: #fff; --card: #f5f6f8; --line: #d9dde3; --accent: #0b6aa8;
+  --better: #0173b2; --worse: #b34a00;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --text: #e3e6ea; --soft: #a2abb8; --page: #15181d; --card: #1f242b; --line: #363d47; --accent: #6cb6ea;
+    --better: #67b7ee; --worse: #f39a5b;
+  }
+}
+* { box-sizing: border-box; }
+html { scroll-padding-top: 3.2rem; text-size-adjust: 100%; }
+body {
+  margin: 0; background: var(--page); color: var(--text);
+  font: 1rem/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+}
+nav {
+  position: sticky; top: 0; z-index: 3; overflow-x: auto; white-space: nowrap; padding: .55rem 1.2rem;
+  background: var(--page); border-bottom: 1px solid var(--line); font-size: .85rem;
+}
+nav a { margin-right: 1.1rem; color: var(--soft); text-decoration: none; }
+nav a:hover { color: var(--accent); text-decoration: underline; }
+main { max-width: 76rem; margin: 0 auto; padding: .5rem 1.2rem 4rem; }
+main > p, main > ul { max-width: 52rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 1rem 0 .5rem; }
+h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: .5rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1.02rem; margin: 1.8rem 0 .5rem; }
+h1 + h2 { border: 0; margin-top: 0; padding-top: 0; font-size: 1rem; color: var(--soft); }
+h1 + h2 + p { padding: .9rem 1.1rem; background: var(--card); border-left: 4px solid var(--accent); }
+h1 + h2 + p strong { font-weight: 600; }
+ul { padding-left: 1.2rem; }
+code {
+  font: .88em ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace; overflow-wrap: anywhere;
+}
+.table {
+  overflow: auto; max-height: 80vh; margin: .9rem 0; border: 1px solid var(--line); border-radius: 6px;
+}
+table { border-collapse: separate; border-spacing: 0; font-size: .85rem; line-height: 1.35; min-width: 100%; }
+th, td {
+  padding: .35rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
+  unicode-bidi: isolate; font-variant-numeric: tabular-nums;
+}
+th {
+  position: sticky; top: 0; z-index: 1; background: var(--card); font-weight: 600; vertical-align: bottom;
+}
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--card); }
+th:first-child { z-index: 2; }
+td { max-width: 36rem; overflow-wrap: anywhere; }
+td:first-child { max-width: 15rem; }
+td[style*="right"] { white-space: nowrap; }
+tbody tr:last-child td { border-bottom: 0; }
+.better { color: var(--better); font-weight: 600; }
+.worse { color: var(--worse); font-weight: 600; }
+.undecided, .static { color: var(--soft); }
+figure { margin: 1rem 0; max-width: 56rem; }
+figure img {
+  display: block; max-width: 100%; height: auto; padding: .7rem; background: #fff; border-radius: 6px;
+  border: 1px solid var(--line);
+}
+@media (prefers-color-scheme: dark) { figure img { filter: brightness(.93); } }
+@media (max-width: 40rem) {
+  main { padding: .3rem .8rem 3rem; }
+  nav { padding: .5rem .8rem; }
+  table { font-size: .78rem; }
+  th, td { padding: .3rem .5rem; }
+  td:first-child, th:first-child { max-width: 8.5rem; }
+  figure img { padding: .25rem; }
+}
+@media print {
+  :root {
+    --text: #000; --soft: #444; --page: #fff; --card: #f3f3f3; --line: #bbb; --accent: #0b6aa8;
+    --better: #0173b2; --worse: #b34a00;
+  }
+  @page { size: A4 landscape; margin: 12mm; }
+  nav { display: none; }
+  body { font-size: 10pt; }
+  main { max-width: none; padding: 0; }
+  .table { overflow: visible; max-height: none; border: 0; }
+  table { font-size: 7.2pt; }
+  th, td { padding: 2pt 4pt; position: static !important; }
+  td[style*="right"] { white-space: normal; }
+  tr, figure { break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
+  figure { max-width: none; }
+  figure img { max-height: 165mm; max-width: 100%; width: auto; border: 0; padding: 0; filter: none; }
+}
+</style>
+</head>
+<body>
+<nav aria-label="Contents">
+{% for id, heading in contents %}
+<a href="#{{ id }}">{{ heading|safe }}</a>
+{% endfor %}
+</nav>
+<main>
+{{ content|safe }}
+</main>
+</body>
+</html>
+"""
+
+
+def plot_data_url(path: Path) -> tuple[str, int, int]:
+    """A plot as a data URL of PNG, no wider than PLOT_PIXELS and in 256 colours; its width and height."""
+    with pil_image.open(path) as image:
+        plot = image.convert("RGB")
+    if plot.width > PLOT_PIXELS:
+        plot = plot.resize((PLOT_PIXELS, max(1, round(plot.height * PLOT_PIXELS / plot.width))))
+    stored = io.BytesIO()
+    plot.quantize(256, dither=0).save(stored, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(stored.getvalue()).decode()}", plot.width, plot.height
+
+
+class _PageParts:
+    """How the page shows what Markdown says: no HTML of a text, no link, no image but the run's own plots."""
+
+    def __init__(self, plots_folder: Path):
+        self._plots = {f"plots/{name}.png": plots_folder / f"{name}.png" for name in PLOTS}
+        self._parser = markdown_it.MarkdownIt("commonmark", {"html": False})
+        self._parser.enable("table").disable(["link", "autolink", "reference", "html_block", "html_inline"])
+        self._parser.renderer.rules |= {
+            "image": self._image,
+            "heading_open": self._heading,
+            "table_open": self._table,
+            "table_close": self._table_end,
+        }
+        self._headings: collections.Counter[str] = collections.Counter()
+
+    def render(self, markdown: str) -> str:
+        shown = self._parser.render(markdown)
+        # A paragraph holds no figure.
+        shown = re.sub(r"<p>(<figure>.*?</figure>)</p>", r"\1", shown)
+        return re.sub(r"(<td[^>]*)>(better|worse|undecided|static)</td>", r'\1 class="\2">\2</td>', shown)
+
+    def _image(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        token = tokens[place]
+        source = token.attrs.get("src", "")
+        words = html.escape(token.content)
+        path = self._plots.get(source)
+        if path is None or not path.is_file():
+            return f"{words} ({html.escape(str(source))})"
+        try:
+            url, width, height = plot_data_url(path)
+        except (OSError, ValueError) as error:
+            return f"{words}: {html.escape(_visible(_first_line(error)))}"
+        size = f'width="{width}" height="{height}"'
+        return f'<figure><img src="{url}" alt="{words}" {size}></figure>'
+
+    def _heading(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        words = re.sub(r"[^a-z0-9]+", "-", tokens[place + 1].content.lower()).strip("-") or "section"
+        self._headings[words] += 1
+        number = self._headings[words]
+        return f'<{tokens[place].tag} id="{words}{"" if number == 1 else f"-{number}"}">'
+
+    def _table(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        return '<div class="table" tabindex="0">\n<table>\n'
+
+    def _table_end(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        return "</table>\n</div>\n"
+
+
+def page_html(report_markdown: str, plots_folder: Path, sections: Sequence[str] = ()) -> str:
+    """The report as one page that needs nothing beside it and runs nothing.
+
+    report_markdown: REPORT.md. plots_folder: where the plots lie that it shows. sections: further fragments
+    of HTML, each from its own `<h2 id=...>` on, made harmless by who made them; they stand before the
+    summary by configuration.
+    """
+    content = _PageParts(plots_folder).render(report_markdown)
+    before, heading, after = content.partition(f'<h2 id="{FRAGMENTS_BEFORE}">')
+    content = "\n".join([before, *sections, heading + after])
+    title = re.search(r"<h1[^>]*>(.*?)</h1>", content)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=True)
+    return environment.from_string(PAGE_TEMPLATE).render(
+        policy=PAGE_POLICY,
+        title=html.unescape(title[1]) if title else "BH routing against Top-K",
+        contents=re.findall(r'<h2 id="([\w-]+)"[^>]*>(.*?)</h2>', content),
+        content=content,
+    )
+
+
+def write_page(folder: Path, sections: Sequence[str] = ()) -> Path:
+    """Write report.html from the REPORT.md and the plots that lie in `folder`; sections: see `page_html`."""
+    markdown = (folder / "REPORT.md").read_text(encoding="utf-8")
+    path = folder / "report.html"
+    write_whole(path, page_html(markdown, folder / "plots", sections))
+    return path
+
+
 def write_report(df: pd.DataFrame, output_dir: str | Path, baseline: str | None = None) -> DrawnPlots:
     """Analysis, plots and report of a run, into `output_dir`; see `analyze_results` for the arguments."""
     folder = Path(output_dir)
     analysis = analyze_results(df, folder, baseline)
     drawn = draw_plots(df, folder, analysis)
     generate_markdown_report(df, analysis, folder / "REPORT.md", drawn.failed)
+    write_page(folder)
     return drawn
 
 
