@@ -7394,13 +7394,13 @@ class ReportColumn:
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[ReportColumn]) -> str:
-    """A Markdown table: the first column and texts left, the others right; none that has nothing to show."""
+    """A Markdown table: numbers right, words and the first column left, and no column of nothing."""
     shown = []
     for place, column in enumerate(columns):
         cells = [show(row, column.key, column.form) for row in rows]
         if place == 0 or set(cells) != {NOTHING_TO_SHOW}:
-            is_text = place == 0 or not column.form
-            shown.append([column.title, "---" if is_text else "---:", *cells])
+            is_numbers = all(cell == NOTHING_TO_SHOW or re.match(r"[-+<]? ?\d", cell) for cell in cells)
+            shown.append([column.title, "---:" if place and is_numbers else "---", *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*shown, strict=True))
 
 
@@ -8072,12 +8072,12 @@ REPORT_TEMPLATE = """\
 
 {{ subject }}
 
-{{ bullets(findings) }}
-
 {% if first_plot %}
 ![{{ first_plot.title }}](plots/{{ first_plot.name }}.png)
 
 {% endif %}
+{{ bullets(findings) }}
+
 {% if tasks %}
 ## Downstream tasks
 
@@ -8333,6 +8333,7 @@ def generate_markdown_report(
 
 
 PLOT_PIXELS = 1600  # width of a plot in the page: sharp on a screen of twice the usual density
+SHORT_CELL = 36  # characters that stay on one line
 FRAGMENTS_BEFORE = "summary-by-configuration"  # heading of the page that further fragments stand before
 PAGE_POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -8377,14 +8378,15 @@ h3 { font-size: 1.02rem; margin: 1.8rem 0 .5rem; }
 h1 + h2 { border: 0; margin-top: 0; padding-top: 0; font-size: 1rem; color: var(--soft); }
 h1 + h2 + p { padding: .9rem 1.1rem; background: var(--card); border-left: 4px solid var(--accent); }
 h1 + h2 + p strong { font-weight: 600; }
+strong code { font-weight: inherit; }
 ul { padding-left: 1.2rem; }
 code {
   font: .88em ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace; overflow-wrap: anywhere;
 }
 .table {
-  overflow: auto; max-height: 80vh; margin: .9rem 0; border: 1px solid var(--line); border-radius: 6px;
+  overflow: auto; width: fit-content; max-width: 100%; max-height: 80vh; margin: .9rem 0; border: 1px solid var(--line); border-radius: 6px;
 }
-table { border-collapse: separate; border-spacing: 0; font-size: .85rem; line-height: 1.35; min-width: 100%; }
+table { border-collapse: separate; border-spacing: 0; font-size: .85rem; line-height: 1.35; }
 th, td {
   padding: .35rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
   unicode-bidi: isolate; font-variant-numeric: tabular-nums;
@@ -8396,12 +8398,13 @@ th:first-child, td:first-child { position: sticky; left: 0; background: var(--ca
 th:first-child { z-index: 2; }
 td { max-width: 36rem; overflow-wrap: anywhere; }
 td:first-child { max-width: 15rem; }
-td[style*="right"] { white-space: nowrap; }
+.short { white-space: nowrap; }
+.number { text-align: right; }
 tbody tr:last-child td { border-bottom: 0; }
 .better { color: var(--better); font-weight: 600; }
 .worse { color: var(--worse); font-weight: 600; }
 .undecided, .static { color: var(--soft); }
-figure { margin: 1rem 0; max-width: 56rem; }
+figure { margin: 1rem 0; max-width: 56rem; overflow-x: auto; }
 figure img {
   display: block; max-width: 100%; height: auto; padding: .7rem; background: #fff; border-radius: 6px;
   border: 1px solid var(--line);
@@ -8413,7 +8416,8 @@ figure img {
   table { font-size: .78rem; }
   th, td { padding: .3rem .5rem; }
   td:first-child, th:first-child { max-width: 8.5rem; }
-  figure img { padding: .25rem; }
+  td:first-child { white-space: normal; }
+  figure img { padding: .25rem; max-width: none; width: max(100%, 36rem); }
 }
 @media print {
   :root {
@@ -8427,10 +8431,10 @@ figure img {
   .table { overflow: visible; max-height: none; border: 0; }
   table { font-size: 7.2pt; }
   th, td { padding: 2pt 4pt; position: static !important; }
-  td[style*="right"] { white-space: normal; }
+  .short { white-space: normal; overflow-wrap: normal; }
   tr, figure { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
-  figure { max-width: none; }
+  figure { max-width: none; overflow: visible; }
   figure img { max-height: 165mm; max-width: 100%; width: auto; border: 0; padding: 0; filter: none; }
 }
 </style>
@@ -8470,6 +8474,8 @@ class _PageParts:
         self._parser.renderer.rules |= {
             "image": self._image,
             "heading_open": self._heading,
+            "th_open": self._cell,
+            "td_open": self._cell,
             "table_open": self._table,
             "table_close": self._table_end,
         }
@@ -8477,9 +8483,7 @@ class _PageParts:
 
     def render(self, markdown: str) -> str:
         shown = self._parser.render(markdown)
-        # A paragraph holds no figure.
-        shown = re.sub(r"<p>(<figure>.*?</figure>)</p>", r"\1", shown)
-        return re.sub(r"(<td[^>]*)>(better|worse|undecided|static)</td>", r'\1 class="\2">\2</td>', shown)
+        return re.sub(r"<p>(<figure>.*?</figure>)</p>", r"\1", shown)  # a paragraph holds no figure
 
     def _image(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
         token = tokens[place]
@@ -8500,6 +8504,19 @@ class _PageParts:
         self._headings[words] += 1
         number = self._headings[words]
         return f'<{tokens[place].tag} id="{words}{"" if number == 1 else f"-{number}"}">'
+
+    def _cell(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        """Short ones stay on one line; numbers and verdicts are told by their class."""
+        token = tokens[place]
+        content = tokens[place + 1].content
+        classes = []
+        if "right" in str(token.attrs.get("style", "")):
+            classes.append("number")
+        if token.tag == "td" and len(content) < SHORT_CELL:
+            classes.append("short")
+        if content in (*VERDICT_COLORS, "static"):
+            classes.append(content)
+        return f'<{token.tag} class="{" ".join(classes)}">' if classes else f"<{token.tag}>"
 
     def _table(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
         return '<div class="table" tabindex="0">\n<table>\n'
