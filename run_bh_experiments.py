@@ -97,6 +97,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import unicodedata
@@ -4168,6 +4169,20 @@ def choose_dtype(device: torch.device, dtype: str = "auto") -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+@contextlib.contextmanager
+def _without_bars(is_wanted: bool) -> Iterator[None]:
+    """Inside the block transformers shows no bars of its own, if that is wanted."""
+    bars = transformers.utils.logging
+    was_shown = bars.is_progress_bar_enabled()
+    if is_wanted and was_shown:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if is_wanted and was_shown:
+            bars.enable_progress_bar()
+
+
 def load_model(
     model_name: str,
     device: torch.device,
@@ -4185,8 +4200,9 @@ def load_model(
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     placed = {"dtype": dtype, "device_map": device_map or str(device), "use_safetensors": True}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, **source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(model_name, **placed, **source)
+        with _without_bars(Path(model_name).is_dir() or not sys.stderr.isatty()):  # a download shows its own
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, **source)
+            model = transformers.AutoModelForCausalLM.from_pretrained(model_name, **placed, **source)
         if not tokenizer("text")["input_ids"]:  # what comes of a folder without the tokenizer's files
             raise ValueError("its tokenizer knows no words")
     except Exception as error:  # whatever a damaged folder can raise
@@ -4287,6 +4303,60 @@ def locked(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             holder.unlink()
         lock.release()
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.1f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
+
+
+SAY_EVERY = 30.0  # seconds between lines that tell how far a phase is, where no terminal shows a bar
+
+
+class Phase:
+    """A part of a run that takes its time: one bar on a terminal; without one, a line of the log now and
+    then. At its end the log says how much was done in how long.
+
+    words: what is being made, as in "60 of 60 experiments generated". done: how many there were before.
+    """
+
+    def __init__(self, words: str, total: int, done: int = 0, is_shown: bool = True):
+        self._words = words
+        self._total = total
+        self._done = done
+        self._start = time.perf_counter()
+        self._said = self._start
+        self._is_shown = is_shown
+        self._bar = tqdm.tqdm(
+            total=total,
+            initial=done,
+            desc=words,
+            disable=None if is_shown else True,  # None: shown on a terminal only
+            leave=False,
+            bar_format="{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]",
+        )
+
+    def now(self, what: str) -> None:
+        """Show what is being done."""
+        self._bar.set_description(f"{self._words}, {_visible(what)[:30]}")
+
+    def advance(self, number: int) -> None:
+        self._done += number
+        self._bar.update(number)
+        seconds = time.perf_counter() - self._said
+        if self._is_shown and self._bar.disable and seconds > SAY_EVERY and self._done < self._total:
+            self._said = time.perf_counter()
+            logger.info(f"{self._amounts()}, for {duration(self._said - self._start)} now")
+
+    def _amounts(self) -> str:
+        return f"{self._done:,} of {self._total:,} {self._words}"
+
+    def __enter__(self) -> Phase:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.close()
+        if self._is_shown:
+            logger.info(f"{self._amounts()} in {duration(time.perf_counter() - self._start)}")
 
 
 class Processes:
@@ -4725,6 +4795,10 @@ def run_task(lm: Any, recorder: RoutingRecorder, tasks: Mapping[str, Any], limit
 # 12. BHExperimentRunner
 # ---------------------------------------------------------------------------------------------------------
 
+PHASES = {  # kind of row -> what is done when it is there
+    "generation": "experiments generated",
+    "score": "scores of text computed",
+}
 AUTO_BATCH_TOKENS = 8192  # what --batch-size auto begins with; halved whenever memory does not suffice
 # What a run leaves in its folder, in the words of the manual. These are set aside together:
 RUN_FILES: dict[str, str] = {
@@ -4810,12 +4884,20 @@ class SuitePlan:
 
 
 class _Saver:
-    """Takes finished rows into the checkpoint, unless they are there; says when to stop."""
+    """Takes finished rows into the checkpoint, unless they are there; counts them, and says when to stop."""
 
     def __init__(self, checkpoint: Checkpoint, done: set[Key], fail_fast: bool):
         self.checkpoint = checkpoint
         self.done = done
         self.fail_fast = fail_fast
+        self._phase: Phase | None = None
+
+    @contextlib.contextmanager
+    def phase(self, words: str, total: int, done: int, is_shown: bool) -> Iterator[Phase]:
+        """Count rows for a `Phase`, in the block."""
+        with Phase(words, total, done, is_shown) as self._phase:
+            yield self._phase
+        self._phase = None
 
     def lacks(self, key: Key) -> bool:
         return key not in self.done
@@ -4826,12 +4908,29 @@ class _Saver:
             return
         self.checkpoint.append(row)
         self.done.add(key)
+        if self._phase is not None:
+            self._phase.advance(1)
         if self.fail_fast and row["status"] != "ok":
             raise _Stopped
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """What is run in one go: a prompt, or texts in one batch, under every configuration."""
+
+    kind: str  # of its rows
+    name: str
+    keys: list[Key]
+    work: Callable[[], None]
+
+
 class _Stopped(Exception):
     """A row failed, and --fail-fast asks to stop there."""
+
+
+def _millions(number: int) -> str:
+    """A number of parameters, in words."""
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
 
 
 class BHExperimentRunner:
@@ -4883,6 +4982,7 @@ class BHExperimentRunner:
         if not use_fp16 and dtype not in ("auto", "float32"):
             raise UserError(f"--no-fp16 means --dtype float32, but dtype is {dtype}: give one of them")
         self.model_name = model_name
+        self._loaded = ""
         self.output_dir = Path(output_dir)
         self.checkpoint_interval = check_least("checkpoint_interval", checkpoint_interval)
         self.seed = check_seed("seed", seed)
@@ -4902,9 +5002,11 @@ class BHExperimentRunner:
             if self.processes.world > 1 and place.type == "cuda":
                 place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             precision = choose_dtype(place, dtype if use_fp16 else "float32")
+            start = time.perf_counter()
             model, tokenizer = load_model(
                 model_name, place, precision, device_map, revision, trust_remote_code
             )
+            self._loaded = f"loaded in {duration(time.perf_counter() - start)}: "
         self.model = model
         self.tokenizer = tokenizer
         self.layers = find_moe_layers(model)
@@ -4920,6 +5022,15 @@ class BHExperimentRunner:
         self._routing = contextlib.ExitStack()
         self._calibration: Calibration | None = None
         self._batch_limit = sys.maxsize  # how many texts the memory was enough for
+
+    @functools.cached_property
+    def shape(self) -> str:
+        """The model in words: layers, experts, parameters, and how many of these compute for a token."""
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        idle = sum((layer.num_experts - layer.own_k) * layer.expert_size for layer in self.layers)
+        layers = f"{len(self.layers)} MoE layers x {self.layers[0].num_experts} experts, top-{self.own_k}"
+        parameters = f"{_millions(total)} parameters, {_millions(total - idle)} active for a token"
+        return f"{type(self.model).__name__}, {layers}, {parameters}, {self.dtype} on {self.device}"
 
     def __repr__(self) -> str:
         shape = f"{len(self.layers)} MoE layers x {self.layers[0].num_experts} experts, top-{self.own_k}"
@@ -5072,12 +5183,13 @@ class BHExperimentRunner:
             self._calibration = Calibration.load(path, self._calibrated_from)
             if self._calibration is not None and (self._calibration.means is not None or not outputs):
                 return self._calibration
+            source = self.calibration_text or "text sampled from the model"
+            logger.info(f"calibrating on {source}")
             self._calibration = calibrate(
                 self.model, self.tokenizer, self.seed, self.calibration_text, outputs=outputs
             )
             self._calibration.save(path, self._calibrated_from)
         null = self._calibration.null(0, 1.0)
-        source = self.calibration_text or "text sampled from the model"
         smallest = null.smallest_alpha(self.layers[0].num_experts)
         logger.info(
             f"calibrated on {self._calibration.logits.shape[1]} tokens of {source} in "
@@ -5461,33 +5573,45 @@ class BHExperimentRunner:
                     run = self._prompt_run(plan.prompts[0], new_tokens, self.seed)
                     self._generated_row(run, name, config, plan.prompts[0], 0)
 
-    def _run_units(self, plan: SuitePlan, saver: _Saver) -> None:
-        """Run this process's share of what is not done, under a progress bar; each row is saved at once."""
-        units: list[tuple[str, int, Callable[[], None]]] = []  # what it is, how many rows, and how it is run
+    def _units(self, plan: SuitePlan, saver: _Saver) -> list[_Unit]:
+        """This process's share of a suite."""
+        units = []
         for prompt in plan.prompts:
             for sample in range(plan.num_samples):
                 work = functools.partial(self._generate_unit, plan, prompt, sample, saver)
-                units.append((f"prompt {prompt['id']}", len(plan.configs), work))
+                keys = [("generation", name, prompt["id"], sample) for name in plan.configs]
+                units.append(_Unit("generation", f"prompt {prompt['id']}", keys, work))
         for number, texts in enumerate(self._batches(plan.texts)):
             repeats = number == 0  # one batch shows the noise floor, at little cost
             work = functools.partial(self._score_unit, plan, texts, repeats, saver)
+            keys = [("score", name, text.id) for text in texts for name in plan.scoring]
             named = f"text {texts[0].id}" + (f" and {len(texts) - 1} more" if len(texts) > 1 else "")
-            units.append((named, len(texts) * len(plan.scoring), work))
-        share = units[self.processes.rank :: self.processes.world]
-        quiet = None if self.processes.rank == 0 else True  # None: shown on a terminal only
-        total = sum(rows for _, rows, _ in share)
-        with tqdm.tqdm(total=total, unit="row", disable=quiet) as progress:
-            for number, (name, rows, work) in enumerate(share, 1):
-                progress.set_description(name[:40])
-                start = time.perf_counter()
-                try:
-                    work()
-                except _Stopped:
-                    logger.error("stopped at the first failed experiment, as --fail-fast asks")
-                    return
-                progress.update(rows)
-                seconds = time.perf_counter() - start
-                logger.debug(f"{number} of {len(share)}: {name}, {rows} rows in {seconds:.2f} s")
+            units.append(_Unit("score", named, keys, work))
+        return units[self.processes.rank :: self.processes.world]
+
+    def _run_units(self, plan: SuitePlan, saver: _Saver) -> None:
+        """Run this process's share of what is not done: first prompts, then texts; each row is saved at
+        once."""
+        share = self._units(plan, saver)
+        number = 0
+        for kind, of_kind in itertools.groupby(share, key=lambda unit: unit.kind):
+            units = list(of_kind)
+            keys = [key for unit in units for key in unit.keys]
+            done = sum(not saver.lacks(key) for key in keys)
+            with saver.phase(PHASES[kind], len(keys), done, self.processes.rank == 0) as phase:
+                for unit in units:
+                    number += 1
+                    phase.now(unit.name)
+                    start = time.perf_counter()
+                    try:
+                        unit.work()
+                    except _Stopped:
+                        logger.error("stopped at the first failed experiment, as --fail-fast asks")
+                        return
+                    seconds = time.perf_counter() - start
+                    logger.debug(
+                        f"{number} of {len(share)}: {unit.name}, {len(unit.keys)} rows in {seconds:.2f} s"
+                    )
 
     def run_tasks(
         self,
@@ -5581,6 +5705,7 @@ class BHExperimentRunner:
             if self.processes.rank == 0:
                 stack.enter_context(log_to(self.output_dir / LOG_FILE))
                 stack.enter_context(locked(self.output_dir))
+                logger.info(f"model {self.model_name}, {self._loaded}{self.shape}")
                 if not resume or not any(folder.glob("*.json")):
                     set_aside(self.output_dir, RUN_FILES)
             self.processes.wait()
@@ -7303,8 +7428,10 @@ def draw_plots(df: pd.DataFrame, output_dir: Path, analysis: Mapping[str, Any]) 
     report."""
     data = plot_data(df, analysis, output_dir)
     drawn = DrawnPlots([], {})
-    with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
+    style = sns.axes_style("whitegrid")
+    with style, sns.plotting_context("paper", font_scale=1.1), Phase("plots done", len(PLOTS)) as phase:
         for name, plot in PLOTS.items():
+            phase.now(name)
             path = output_dir / "plots" / f"{name}.png"
             path.unlink(missing_ok=True)  # no plot of an earlier run beside the report of this one
             try:
@@ -7326,6 +7453,7 @@ def draw_plots(df: pd.DataFrame, output_dir: Path, analysis: Mapping[str, Any]) 
                 logger.debug("where it failed", exc_info=True)
             finally:
                 plt.close("all")
+                phase.advance(1)
     return drawn
 
 
@@ -7777,10 +7905,6 @@ def amount_sentences(analysis: Mapping[str, Any]) -> list[str]:
     if 0 < prompts < 30:
         return [f"So few prompts ({prompts}) show large effects only; small ones need more."]
     return []
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds:.1f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
 
 
 def machine(row: Row) -> str:
@@ -8384,7 +8508,8 @@ code {
   font: .88em ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace; overflow-wrap: anywhere;
 }
 .table {
-  overflow: auto; width: fit-content; max-width: 100%; max-height: 80vh; margin: .9rem 0; border: 1px solid var(--line); border-radius: 6px;
+  overflow: auto; width: fit-content; max-width: 100%; max-height: 80vh; margin: .9rem 0;
+  border: 1px solid var(--line); border-radius: 6px;
 }
 table { border-collapse: separate; border-spacing: 0; font-size: .85rem; line-height: 1.35; }
 th, td {
@@ -8397,7 +8522,8 @@ th {
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--card); }
 th:first-child { z-index: 2; }
 td { max-width: 36rem; overflow-wrap: anywhere; }
-td:first-child { max-width: 15rem; }
+td:first-child { max-width: 15rem; overflow-wrap: break-word; }
+.table code { overflow-wrap: inherit; }
 .short { white-space: nowrap; }
 .number { text-align: right; }
 tbody tr:last-child td { border-bottom: 0; }
@@ -8427,7 +8553,8 @@ figure img {
   @page { size: A4 landscape; margin: 12mm; }
   nav { display: none; }
   body { font-size: 10pt; }
-  main { max-width: none; padding: 0; }
+  main, main > p, main > ul { max-width: none; }
+  main { padding: 0; }
   .table { overflow: visible; max-height: none; border: 0; }
   table { font-size: 7.2pt; }
   th, td { padding: 2pt 4pt; position: static !important; }
@@ -8553,14 +8680,211 @@ def write_page(folder: Path, sections: Sequence[str] = ()) -> Path:
     return path
 
 
-def write_report(df: pd.DataFrame, output_dir: str | Path, baseline: str | None = None) -> DrawnPlots:
+@dataclass(frozen=True)
+class WrittenReport(DrawnPlots):
+    """The plots of a report, and the analysis that it tells."""
+
+    analysis: dict[str, Any]
+
+
+def write_report(df: pd.DataFrame, output_dir: str | Path, baseline: str | None = None) -> WrittenReport:
     """Analysis, plots and report of a run, into `output_dir`; see `analyze_results` for the arguments."""
     folder = Path(output_dir)
+    start = time.perf_counter()
     analysis = analyze_results(df, folder, baseline)
+    logger.info(f"analysed in {duration(time.perf_counter() - start)}")
     drawn = draw_plots(df, folder, analysis)
     generate_markdown_report(df, analysis, folder / "REPORT.md", drawn.failed)
     write_page(folder)
-    return drawn
+    return WrittenReport(drawn.paths, drawn.failed, analysis)
+
+
+# The answer on a terminal
+
+
+TERMINAL_COLUMNS = 80
+TERMINAL_ROWS = 12  # of a table; the report has them all
+TERMINAL_TABLES: dict[str, tuple[ReportColumn, ...]] = {
+    "configurations": (
+        ReportColumn("configuration", "configuration", "s"),
+        ReportColumn("experts", "experts", ".2f"),
+        ReportColumn("saved", "saved", ".0%"),
+        ReportColumn("time", "time", ".2f"),
+        ReportColumn("NLL", "delta_nll", "+.4f"),
+        ReportColumn("95 % interval", "ci95", "+.4f to +.4f"),
+        ReportColumn("verdict", "verdict", "s"),
+    ),
+    "rules": (
+        ReportColumn("rule", "label", "s"),
+        ReportColumn("experts", "span", ".2f to .2f"),
+        ReportColumn("NLL at 5", "at_5", "+.4f"),
+        ReportColumn("within 1 %", "within_1", ".2f"),
+        ReportColumn("beaten by", "beaten_by", "s"),
+    ),
+    "tasks": (
+        ReportColumn("task", "task", "s"),
+        ReportColumn("configuration", "configuration", "s"),
+        ReportColumn("score", "metric", "s"),
+        ReportColumn("mean", "mean", ".4f"),
+        ReportColumn("difference", "mean_difference", "+.4f"),
+        ReportColumn("95 % interval", "ci95", "+.4f to +.4f"),
+        ReportColumn("significant", "is_significant", "s"),
+    ),
+}
+
+
+def _columns_of(text: str) -> int:
+    """How many columns of a terminal a text takes: wide characters two, marks on others none."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
+def _shortened(text: str, columns: int) -> str:
+    """`text` in so many columns; where something had to go, an ellipsis stands in its middle."""
+    text = _visible(text[: 20 * columns])
+    if _columns_of(text) <= columns:
+        return text
+    while _columns_of(text) > columns - 1:
+        middle = len(text) // 2
+        text = text[:middle] + text[middle + 1 :]
+    middle = len(text) // 2
+    return f"{text[:middle]}…{text[middle:]}"
+
+
+def _padded(text: str, columns: int, is_number: bool) -> str:
+    space = " " * (columns - _columns_of(text))
+    return space + text if is_number else text + space
+
+
+def terminal_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[ReportColumn]) -> list[str]:
+    """The lines of a table in TERMINAL_COLUMNS: numbers right, words left, no column that has nothing to
+    show. The widest words are shortened as far as it needs."""
+    shown: list[list[str]] = []
+    numbers: list[bool] = []
+    for place, column in enumerate(columns):
+        texts = [show(row, column.key, column.form or "s") for row in rows]
+        if place == 0 or set(texts) != {NOTHING_TO_SHOW}:
+            shown.append([column.title, *texts])
+            numbers.append(column.form not in ("", "s"))
+    widths = [max(map(_columns_of, texts)) for texts in shown]
+    room = TERMINAL_COLUMNS - 2 * (len(shown) - 1)
+    while sum(widths) > room:
+        widest = max((place for place in range(len(shown)) if not numbers[place]), key=widths.__getitem__)
+        widths[widest] -= 1
+    lines = []
+    for cells in zip(*shown, strict=True):
+        fitted = zip(cells, widths, numbers, strict=True)
+        padded = [_padded(_shortened(cell, width), width, is_number) for cell, width, is_number in fitted]
+        lines.append("  ".join(padded).rstrip())
+    lines.insert(1, "-" * max(map(_columns_of, lines)))
+    return lines
+
+
+def plain_text(sentence: str) -> str:
+    """A sentence of the report without its Markdown."""
+    text = re.sub(r"\*\*|(?<!\\)`", "", sentence)
+    return html.unescape(re.sub(r"\\([\\`*_{}\[\]|#!])", r"\1", text))
+
+
+def configuration_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the terminal shows of configurations: the baseline, then those compared with it; the best first
+    where they are too many."""
+    base = analysis["baseline"]
+    rows = []
+    for name in analysis["configurations"]:
+        verdict = analysis["verdict"].get(name, {})
+        summary = analysis["summary_by_config"].get(name, {})
+        if name != base and verdict and is_static(verdict):
+            continue
+        generated = summary.get("avg_experts_per_token", {}).get("mean")
+        tests = analysis["statistical_tests"].get(name, {})
+        clock = tests.get("inference_time_sec", {})
+        row = verdict | {"configuration": name, "experts": verdict.get("mean_experts", generated)}
+        row["time"] = clock.get("median_ratio")
+        row["verdict"] = "baseline" if name == base else verdict.get("verdict")
+        rows.append(row)
+    rows.sort(key=lambda row: row["configuration"] != base)
+    of_base = rows[0]["experts"]
+    for row in rows[1:]:
+        if of_base and row["experts"] is not None:
+            row["saved"] = 1 - row["experts"] / of_base
+    if len(rows) > TERMINAL_ROWS:
+        order = {verdict: place for place, verdict in enumerate(("baseline", "better", "undecided", "worse"))}
+
+        def rank(row: Mapping[str, Any]) -> tuple[int, float]:
+            delta = row.get("delta_nll")
+            return order.get(row["verdict"], len(order)), math.inf if delta is None else delta
+
+        rows.sort(key=rank)
+    return rows
+
+
+TERMINAL_NOTES = {  # key of a column -> what it means
+    "saved": "experts, against {baseline}",
+    "time": "of inference, median over prompts of the ratio to {baseline}'s",
+    "delta_nll": "nats per token, minus static Top-K's at the same number of experts",
+    "at_5": "nats per token, minus static Top-K's at 5 effective experts",
+    "within_1": "fewest effective experts within 1 % of the model's own perplexity",
+    "beaten_by": "of the rules with the same stand-in",
+    "mean_difference": "to {baseline}, paired by document",
+    "is_significant": "adjusted p below {level}",
+}
+FIELD_FROM = 6  # rules: so many are shown as rules; where fewer are compared, their configurations say more
+
+
+def rule_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the terminal shows of rules: those that no other beats, then the nearest to the best."""
+
+    def rank(row: Mapping[str, Any]) -> tuple[bool, float]:
+        return row["beaten_by"] != "none", math.inf if row["to_best"] is None else row["to_best"]
+
+    return sorted(league_rows(analysis), key=rank)
+
+
+def compared_task_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the terminal shows of tasks: what is compared with the baseline, significant differences first."""
+    rows = [row for row in task_rows(analysis) if row["configuration"] != analysis["baseline"]]
+    return sorted(rows, key=lambda row: row.get("significant") is not True)
+
+
+def terminal_answer(analysis: Mapping[str, Any]) -> str:
+    """What a run says, for a terminal of TERMINAL_COLUMNS: the answer, and the table it rests on."""
+    if analysis["tasks"]:
+        kind = "tasks"
+        answer = task_sentence(analysis)
+        rows = compared_task_rows(analysis)
+    elif len(analysis["field"].get("ladders", ())) >= FIELD_FROM:
+        kind = "rules"
+        answer = answer_sentence(analysis)
+        rows = rule_rows(analysis)
+    else:
+        kind = "configurations"
+        answer = verdict_sentence(analysis)
+        rows = configuration_rows(analysis)
+    shown = rows[:TERMINAL_ROWS]
+    lines = [*textwrap.wrap(_visible(plain_text(answer)), TERMINAL_COLUMNS), ""]
+    if shown:
+        lines += terminal_table(shown, TERMINAL_TABLES[kind])
+    if len(rows) > len(shown):
+        lines.append(f"{len(rows) - len(shown)} more {kind} stand in the report; these are the best.")
+    words = {"baseline": analysis["baseline"], "level": f"{SIGNIFICANCE_LEVEL:g}"}
+    notes = [
+        f"{column.title}: {TERMINAL_NOTES[column.key].format(**words)}"
+        for column in TERMINAL_TABLES[kind]
+        if column.key in TERMINAL_NOTES and any(row.get(column.key) is not None for row in shown)
+    ]
+    return "\n".join([*lines, "", *textwrap.wrap("; ".join(notes), TERMINAL_COLUMNS)]).rstrip()
+
+
+def terminal_paths(folder: Path) -> str:
+    """Where to read on: the report as a page and as Markdown, the plots, and the tables of the run."""
+    lines = []
+    reports = [folder / "report.html", folder / "REPORT.md"]
+    tables = [folder / table.file for table in TABLES]
+    for title, paths in (("report", reports), ("plots", [folder / "plots"]), ("tables", tables)):
+        there = [path for path in paths if path.exists()]
+        lines += [f"{title if not place else '':8}{_visible(str(path))}" for place, path in enumerate(there)]
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -8890,6 +9214,12 @@ def measure(args: argparse.Namespace) -> Results | None:
     return runner.results if runner.processes.rank == 0 else None
 
 
+def say(text: str) -> None:
+    """Print to stdout, what it cannot show as escapes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
 def run(args: argparse.Namespace) -> int:
     """What the command line asks for; returns the exit code: 0, or 1 when something failed."""
     check_options(args)
@@ -8901,9 +9231,10 @@ def run(args: argparse.Namespace) -> int:
     if results is None:
         return 0
     with log_to(args.output / LOG_FILE):
-        drawn = write_report(results.generation, args.output, args.baseline)
-        logger.info(f"report: {args.output / 'REPORT.md'}")
-    return 1 if drawn.failed or results.num_failed else 0
+        written = write_report(results.generation, args.output, args.baseline)
+        logger.debug(f"report: {args.output / 'REPORT.md'}")
+    say(f"\n{terminal_answer(written.analysis)}\n\n{terminal_paths(args.output)}")
+    return 1 if written.failed or results.num_failed else 0
 
 
 class _Terminated(KeyboardInterrupt):
