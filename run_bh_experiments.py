@@ -4337,7 +4337,7 @@ class Phase:
 
     def now(self, what: str) -> None:
         """Show what is being done."""
-        self._bar.set_description(f"{self._words}, {_visible(what)[:30]}")
+        self._bar.set_description_str(f"{self._words}, {_visible(what)[:30]}")
 
     def advance(self, number: int) -> None:
         self._done += number
@@ -5519,7 +5519,7 @@ class BHExperimentRunner:
             all_keys = [key for of_kind in keys.values() for key in of_kind]
             pending = sum(key not in done for key in all_keys)
             logger.info(
-                f"{self!r}: {len(keys['generation'])} experiments and {len(keys['score'])} scores, "
+                f"{len(keys['generation'])} experiments and {len(keys['score'])} scores, "
                 f"{len(all_keys) - pending} of them finished already"
             )
             self._calibrate_for(plan.configs)
@@ -5656,7 +5656,7 @@ class BHExperimentRunner:
             done = checkpoint.done(retry_failed)
             pending = [key for key in keys["task"] if key not in done]
             finished = len(keys["task"]) - len(pending)
-            logger.info(f"{self!r}: {len(keys['task'])} tasks x configurations, {finished} finished already")
+            logger.info(f"{len(keys['task'])} tasks x configurations, {finished} of them finished already")
             self._calibrate_for(configs)
             saver = _Saver(checkpoint, done, fail_fast)
             if pending:
@@ -7423,28 +7423,37 @@ class DrawnPlots:
     failed: dict[str, str]
 
 
+def _has_data(plot: Plot, data: PlotData) -> bool:
+    """Whether there is something to draw; where that cannot be told, drawing it will say why."""
+    try:
+        return len(plot.data(data)) > 0
+    except Exception:
+        return True
+
+
 def draw_plots(df: pd.DataFrame, output_dir: Path, analysis: Mapping[str, Any]) -> DrawnPlots:
     """Draw every plot in PLOTS that has data. One that fails is left out and named: it must not lose the
     report."""
     data = plot_data(df, analysis, output_dir)
     drawn = DrawnPlots([], {})
+    for name in PLOTS:  # no plot of an earlier run beside the report of this one
+        (output_dir / "plots" / f"{name}.png").unlink(missing_ok=True)
+    readable = {name: plot for name, plot in PLOTS.items() if len(analysis["configurations"]) <= plot.most}
+    wanted = {name: plot for name, plot in readable.items() if _has_data(plot, data)}
     style = sns.axes_style("whitegrid")
-    with style, sns.plotting_context("paper", font_scale=1.1), Phase("plots done", len(PLOTS)) as phase:
-        for name, plot in PLOTS.items():
+    with style, sns.plotting_context("paper", font_scale=1.1), Phase("plots drawn", len(wanted)) as phase:
+        for name, plot in wanted.items():
             phase.now(name)
             path = output_dir / "plots" / f"{name}.png"
-            path.unlink(missing_ok=True)  # no plot of an earlier run beside the report of this one
             try:
-                content = plot.data(data)
-                if not len(content) or len(analysis["configurations"]) > plot.most:
-                    continue
-                plot.draw(content)
+                plot.draw(plot.data(data))
                 figure = plt.gcf()
                 sns.despine(figure, left=True)
                 with replacing(path) as part:
                     # No creation date or version in the file: the same results give the same bytes.
                     figure.savefig(part, format="png", dpi=300, metadata={"Software": None})
                 drawn.paths.append(path)
+                phase.advance(1)
             except OSError:  # a full disk, say: the report would not fit either
                 raise
             except Exception as error:
@@ -7453,7 +7462,6 @@ def draw_plots(df: pd.DataFrame, output_dir: Path, analysis: Mapping[str, Any]) 
                 logger.debug("where it failed", exc_info=True)
             finally:
                 plt.close("all")
-                phase.advance(1)
     return drawn
 
 

@@ -8736,6 +8736,8 @@ def test_requirements_equal_script_header():
 def test_everything_imported_by_name_is_required():
     """Also what torch or transformers bring; but for the two libraries that are optional."""
     required = {re.match(r"[\w-]+", line)[0] for line in requirements()}
+    imported_as = {"markdown-it-py": "markdown_it", "pillow": "PIL"}
+    required = {imported_as.get(name, name) for name in required}
     assert imported_libraries() - {"datasets", "lm_eval"} == required
 
 
