@@ -8465,6 +8465,7 @@ def generate_markdown_report(
 
 
 PLOT_PIXELS = 1600  # width of a plot in the page: sharp on a screen of twice the usual density
+LONGEST_TEXT = 4000  # characters of a text of others that the page shows; the tables of the run have it whole
 SHORT_CELL = 36  # characters that stay on one line
 FRAGMENTS_BEFORE = "summary-by-configuration"  # heading of the page that further fragments stand before
 PAGE_POLICY = (
@@ -8607,6 +8608,7 @@ class _PageParts:
         self._parser = markdown_it.MarkdownIt("commonmark", {"html": False})
         self._parser.enable("table").disable(["link", "autolink", "reference", "html_block", "html_inline"])
         self._parser.renderer.rules |= {
+            "text": self._text,
             "image": self._image,
             "heading_open": self._heading,
             "th_open": self._cell,
@@ -8619,6 +8621,12 @@ class _PageParts:
     def render(self, markdown: str) -> str:
         shown = self._parser.render(markdown)
         return re.sub(r"<p>(<figure>.*?</figure>)</p>", r"\1", shown)  # a paragraph holds no figure
+
+    def _text(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        text = tokens[place].content
+        if len(text) > LONGEST_TEXT:
+            text = f"{text[:LONGEST_TEXT]}… ({len(text) - LONGEST_TEXT:,} more characters)"
+        return html.escape(text)
 
     def _image(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
         token = tokens[place]
@@ -8725,7 +8733,7 @@ TERMINAL_TABLES: dict[str, tuple[ReportColumn, ...]] = {
     "rules": (
         ReportColumn("rule", "label", "s"),
         ReportColumn("experts", "span", ".2f to .2f"),
-        ReportColumn("NLL at 5", "at_5", "+.4f"),
+        ReportColumn("NLL", "at_middle", "+.4f"),
         ReportColumn("within 1 %", "within_1", ".2f"),
         ReportColumn("beaten by", "beaten_by", "s"),
     ),
@@ -8733,10 +8741,10 @@ TERMINAL_TABLES: dict[str, tuple[ReportColumn, ...]] = {
         ReportColumn("task", "task", "s"),
         ReportColumn("configuration", "configuration", "s"),
         ReportColumn("score", "metric", "s"),
-        ReportColumn("mean", "mean", ".4f"),
-        ReportColumn("difference", "mean_difference", "+.4f"),
-        ReportColumn("95 % interval", "ci95", "+.4f to +.4f"),
-        ReportColumn("significant", "is_significant", "s"),
+        ReportColumn("mean", "mean", ".3f"),
+        ReportColumn("diff.", "mean_difference", "+.3f"),
+        ReportColumn("95 % interval", "ci95", "+.3f to +.3f"),
+        ReportColumn("differs", "is_significant", "s"),
     ),
 }
 
@@ -8831,7 +8839,7 @@ TERMINAL_NOTES = {  # key of a column -> what it means
     "saved": "experts, against {baseline}",
     "time": "of inference, median over prompts of the ratio to {baseline}'s",
     "delta_nll": "nats per token, minus static Top-K's at the same number of experts",
-    "at_5": "nats per token, minus static Top-K's at 5 effective experts",
+    "at_middle": "nats per token, minus static Top-K's, at {middle} effective experts",
     "within_1": "fewest effective experts within 1 % of the model's own perplexity",
     "beaten_by": "of the rules with the same stand-in",
     "mean_difference": "to {baseline}, paired by document",
@@ -8843,10 +8851,9 @@ FIELD_FROM = 6  # rules: so many are shown as rules; where fewer are compared, t
 def rule_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the terminal shows of rules: those that no other beats, then the nearest to the best."""
 
-    def rank(row: Mapping[str, Any]) -> tuple[bool, float]:
-        return row["beaten_by"] != "none", math.inf if row["to_best"] is None else row["to_best"]
-
-    return sorted(league_rows(analysis), key=rank)
+    middle = middle_of(analysis["field"]["experts"])
+    rows = [row | {"at_middle": row.get(f"at_{middle}")} for row in league_rows(analysis["field"])]
+    return sorted(rows, key=lambda row: (row["beaten_by"] != "none", row.get("to_best", math.inf)))
 
 
 def compared_task_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -8876,6 +8883,7 @@ def terminal_answer(analysis: Mapping[str, Any]) -> str:
     if len(rows) > len(shown):
         lines.append(f"{len(rows) - len(shown)} more {kind} stand in the report; these are the best.")
     words = {"baseline": analysis["baseline"], "level": f"{SIGNIFICANCE_LEVEL:g}"}
+    words["middle"] = str(middle_of(analysis["field"]["experts"])) if kind == "rules" else ""
     notes = [
         f"{column.title}: {TERMINAL_NOTES[column.key].format(**words)}"
         for column in TERMINAL_TABLES[kind]
