@@ -8466,7 +8466,8 @@ def generate_markdown_report(
 
 PLOT_PIXELS = 1600  # width of a plot in the page: sharp on a screen of twice the usual density
 LONGEST_TEXT = 4000  # characters of a text of others that the page shows; the tables of the run have it whole
-SHORT_CELL = 36  # characters that stay on one line
+SHORT_CELL = 36  # characters of a cell that stay on one line
+SHORT_CODE = 24  # and of a name in a sentence
 FRAGMENTS_BEFORE = "summary-by-configuration"  # heading of the page that further fragments stand before
 PAGE_POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -8492,16 +8493,16 @@ PAGE_TEMPLATE = """\
   }
 }
 * { box-sizing: border-box; }
-html { scroll-padding-top: 3.2rem; text-size-adjust: 100%; }
+html { scroll-padding-top: 4.5rem; text-size-adjust: 100%; }
 body {
   margin: 0; background: var(--page); color: var(--text);
   font: 1rem/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
 }
 nav {
-  position: sticky; top: 0; z-index: 3; overflow-x: auto; white-space: nowrap; padding: .55rem 1.2rem;
+  position: sticky; top: 0; z-index: 3; overflow-x: auto; padding: .55rem 1.2rem;
   background: var(--page); border-bottom: 1px solid var(--line); font-size: .85rem;
 }
-nav a { margin-right: 1.1rem; color: var(--soft); text-decoration: none; }
+nav a { display: inline-block; margin-right: 1.1rem; color: var(--soft); text-decoration: none; }
 nav a:hover { color: var(--accent); text-decoration: underline; }
 main { max-width: 76rem; margin: 0 auto; padding: .5rem 1.2rem 4rem; }
 main > p, main > ul { max-width: 52rem; overflow-wrap: anywhere; }
@@ -8547,11 +8548,11 @@ figure img {
 @media (prefers-color-scheme: dark) { figure img { filter: brightness(.93); } }
 @media (max-width: 40rem) {
   main { padding: .3rem .8rem 3rem; }
-  nav { padding: .5rem .8rem; }
+  nav { padding: .5rem .8rem; white-space: nowrap; }
   table { font-size: .78rem; }
   th, td { padding: .3rem .5rem; }
   td:first-child, th:first-child { max-width: 8.5rem; }
-  td:first-child { white-space: normal; }
+  td:first-child, td:first-child .short { white-space: normal; }
   figure img { padding: .25rem; max-width: none; width: max(100%, 36rem); }
 }
 @media print {
@@ -8609,6 +8610,7 @@ class _PageParts:
         self._parser.enable("table").disable(["link", "autolink", "reference", "html_block", "html_inline"])
         self._parser.renderer.rules |= {
             "text": self._text,
+            "code_inline": self._code,
             "image": self._image,
             "heading_open": self._heading,
             "th_open": self._cell,
@@ -8627,6 +8629,10 @@ class _PageParts:
         if len(text) > LONGEST_TEXT:
             text = f"{text[:LONGEST_TEXT]}… ({len(text) - LONGEST_TEXT:,} more characters)"
         return html.escape(text)
+
+    def _code(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        words = self._text(tokens, place, options, env)
+        return f'<code class="short">{words}</code>' if len(words) < SHORT_CODE else f"<code>{words}</code>"
 
     def _image(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
         token = tokens[place]
