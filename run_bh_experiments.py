@@ -11,6 +11,8 @@
 #     "seaborn>=0.13.2",
 #     "tqdm>=4.66",
 #     "jinja2>=3.1",
+#     "markdown-it-py>=3.0",
+#     "pillow>=10.3",
 #     "numpy>=1.26",
 #     "safetensors>=0.8",
 #     "filelock>=3.24",
@@ -97,9 +99,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import unicodedata
+import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,7 +132,9 @@ class _Lazy:
 
 accelerate = _Lazy("accelerate")
 jinja2 = _Lazy("jinja2")
+markdown_it = _Lazy("markdown_it")
 optimize = _Lazy("scipy.optimize")
+pil_image = _Lazy("PIL.Image")
 plt = _Lazy("matplotlib.pyplot")
 sns = _Lazy("seaborn")
 special = _Lazy("scipy.special")
@@ -5367,6 +5373,20 @@ def _to_one_precision(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+@contextlib.contextmanager
+def _without_bars(is_wanted: bool) -> Iterator[None]:
+    """Inside the block transformers shows no bars of its own, if that is wanted."""
+    bars = transformers.utils.logging
+    was_shown = bars.is_progress_bar_enabled()
+    if is_wanted and was_shown:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if is_wanted and was_shown:
+            bars.enable_progress_bar()
+
+
 def load_model(
     model_name: str,
     device: torch.device,
@@ -5384,16 +5404,17 @@ def load_model(
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     placed = {"dtype": dtype, "device_map": device_map or str(device), "use_safetensors": True}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, **source)
-        quantization = quantization_of(model_name, source)
-        if quantization == "mxfp4":  # its kernels choose the experts themselves
-            logger.info(f"{model_name} brings MXFP4 weights: they are unpacked to {dtype}")
-            placed["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
-        elif quantization not in (None, "fp8"):  # what is not packed has a precision that fits what is
-            placed["dtype"] = "auto"
-        model = transformers.AutoModelForCausalLM.from_pretrained(model_name, **placed, **source)
-        if quantization and not getattr(model, "is_quantized", False):
-            _to_one_precision(model, dtype)
+        with _without_bars(Path(model_name).is_dir() or not sys.stderr.isatty()):  # a download shows its own
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, **source)
+            quantization = quantization_of(model_name, source)
+            if quantization == "mxfp4":  # its kernels choose the experts themselves
+                logger.info(f"{model_name} brings MXFP4 weights: they are unpacked to {dtype}")
+                placed["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+            elif quantization not in (None, "fp8"):  # what is not packed has a precision that fits what is
+                placed["dtype"] = "auto"
+            model = transformers.AutoModelForCausalLM.from_pretrained(model_name, **placed, **source)
+            if quantization and not getattr(model, "is_quantized", False):
+                _to_one_precision(model, dtype)
         if not tokenizer("text")["input_ids"]:  # what comes of a folder without the tokenizer's files
             raise ValueError("its tokenizer knows no words")
     except Exception as error:  # whatever a damaged folder can raise
@@ -5497,6 +5518,60 @@ def locked(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             holder.unlink()
         lock.release()
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.1f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
+
+
+SAY_EVERY = 30.0  # seconds between lines that tell how far a phase is, where no terminal shows a bar
+
+
+class Phase:
+    """A part of a run that takes its time: one bar on a terminal; without one, a line of the log now and
+    then. At its end the log says how much was done in how long.
+
+    words: what is being made, as in "60 of 60 experiments generated". done: how many there were before.
+    """
+
+    def __init__(self, words: str, total: int, done: int = 0, is_shown: bool = True):
+        self._words = words
+        self._total = total
+        self._done = done
+        self._start = time.perf_counter()
+        self._said = self._start
+        self._is_shown = is_shown
+        self._bar = tqdm.tqdm(
+            total=total,
+            initial=done,
+            desc=words,
+            disable=None if is_shown else True,  # None: shown on a terminal only
+            leave=False,
+            bar_format="{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]",
+        )
+
+    def now(self, what: str) -> None:
+        """Show what is being done."""
+        self._bar.set_description_str(f"{self._words}, {_visible(what)[:30]}")
+
+    def advance(self, number: int) -> None:
+        self._done += number
+        self._bar.update(number)
+        seconds = time.perf_counter() - self._said
+        if self._is_shown and self._bar.disable and seconds > SAY_EVERY and self._done < self._total:
+            self._said = time.perf_counter()
+            logger.info(f"{self._amounts()}, for {duration(self._said - self._start)} now")
+
+    def _amounts(self) -> str:
+        return f"{self._done:,} of {self._total:,} {self._words}"
+
+    def __enter__(self) -> Phase:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.close()
+        if self._is_shown:
+            logger.info(f"{self._amounts()} in {duration(time.perf_counter() - self._start)}")
 
 
 class Processes:
@@ -5969,6 +6044,11 @@ def run_task(lm: Any, recorder: RoutingRecorder, tasks: Mapping[str, Any], limit
 # ---------------------------------------------------------------------------------------------------------
 
 THROUGHPUT_REPEATS = 3  # how often a batch is timed under each configuration, after one run that is not
+PHASES = {  # kind of row -> what is done when it is there
+    "generation": "experiments generated",
+    "throughput": "batches timed",
+    "score": "scores of text computed",
+}
 AUTO_BATCH_TOKENS = 8192  # what --batch-size auto begins with; halved whenever memory does not suffice
 # What a run leaves in its folder, in the words of the manual. These are set aside together:
 RUN_FILES: dict[str, str] = {
@@ -5980,6 +6060,7 @@ RUN_FILES: dict[str, str] = {
     "says nothing",
     "REPORT.md": "the report: answer, tables, tests, plots, what an earlier attempt expected beside what was "
     "measured",
+    "report.html": "the report in one file, its plots inside: to be sent, and opened anywhere",
     "plots": "the plots, PNG at 300 DPI",
     "checkpoints": f"what is finished: `{CHECKPOINT_FILE}` and a file of each further process; settings, and "
     "a `results` list of rows, each with a checksum and what its routers did",
@@ -6074,12 +6155,20 @@ class SuitePlan:
 
 
 class _Saver:
-    """Takes finished rows into the checkpoint, unless they are there; says when to stop."""
+    """Takes finished rows into the checkpoint, unless they are there; counts them, and says when to stop."""
 
     def __init__(self, checkpoint: Checkpoint, done: set[Key], fail_fast: bool):
         self.checkpoint = checkpoint
         self.done = done
         self.fail_fast = fail_fast
+        self._phase: Phase | None = None
+
+    @contextlib.contextmanager
+    def phase(self, words: str, total: int, done: int, is_shown: bool) -> Iterator[Phase]:
+        """Count rows for a `Phase`, in the block."""
+        with Phase(words, total, done, is_shown) as self._phase:
+            yield self._phase
+        self._phase = None
 
     def lacks(self, key: Key) -> bool:
         return key not in self.done
@@ -6090,12 +6179,29 @@ class _Saver:
             return
         self.checkpoint.append(row)
         self.done.add(key)
+        if self._phase is not None:
+            self._phase.advance(1)
         if self.fail_fast and row["status"] != "ok":
             raise _Stopped
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """What is run in one go: a prompt, or texts in one batch, under every configuration."""
+
+    kind: str  # of its rows
+    name: str
+    keys: list[Key]
+    work: Callable[[], None]
+
+
 class _Stopped(Exception):
     """A row failed, and --fail-fast asks to stop there."""
+
+
+def _millions(number: int) -> str:
+    """A number of parameters, in words."""
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
 
 
 class BHExperimentRunner:
@@ -6149,6 +6255,7 @@ class BHExperimentRunner:
         if not use_fp16 and dtype not in ("auto", "float32"):
             raise UserError(f"--no-fp16 means --dtype float32, but dtype is {dtype}: give one of them")
         self.model_name = model_name
+        self._loaded = ""
         self.output_dir = Path(output_dir)
         self.checkpoint_interval = check_least("checkpoint_interval", checkpoint_interval)
         self.seed = check_seed("seed", seed)
@@ -6168,9 +6275,11 @@ class BHExperimentRunner:
             if self.processes.world > 1 and place.type == "cuda":
                 place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             precision = choose_dtype(place, dtype if use_fp16 else "float32")
+            start = time.perf_counter()
             model, tokenizer = load_model(
                 model_name, place, precision, device_map, revision, trust_remote_code
             )
+            self._loaded = f"loaded in {duration(time.perf_counter() - start)}: "
         self.model = model
         self.tokenizer = tokenizer
         self.layers = find_moe_layers(model)
@@ -6187,6 +6296,15 @@ class BHExperimentRunner:
         self._calibration: Calibration | None = None
         self._calibration_source: CalibrationText | None = None
         self._batch_limit = sys.maxsize  # how many texts the memory was enough for
+
+    @functools.cached_property
+    def shape(self) -> str:
+        """The model in words: layers, experts, parameters, and how many of these compute for a token."""
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        idle = sum((layer.num_experts - layer.own_k) * layer.expert_size for layer in self.layers)
+        layers = f"{len(self.layers)} MoE layers x {self.layers[0].num_experts} experts, top-{self.own_k}"
+        parameters = f"{_millions(total)} parameters, {_millions(total - idle)} active for a token"
+        return f"{type(self.model).__name__}, {layers}, {parameters}, {self.dtype} on {self.device}"
 
     def __repr__(self) -> str:
         shape = f"{len(self.layers)} MoE layers x {self.layers[0].num_experts} experts, top-{self.own_k}"
@@ -6399,15 +6517,15 @@ class BHExperimentRunner:
             self._calibration = Calibration.load(path, self._calibrated_from)
             if self._calibration is not None and (self._calibration.means is not None or not outputs):
                 return self._calibration
+            logger.info(f"calibrating on {self.calibration_source.words}")
             self._calibration = calibrate(
                 self.model, self.tokenizer, self.seed, self.calibration_source, outputs=outputs
             )
             self._calibration.save(path, self._calibrated_from)
         null = self._calibration.null(0, 1.0)
-        source = self.calibration_source.words
         smallest = null.smallest_alpha(self.layers[0].num_experts)
         logger.info(
-            f"calibrated on {self._calibration.logits.shape[1]} tokens of {source} in "
+            f"calibrated on {self._calibration.logits.shape[1]} tokens of {self.calibration_source.words} in "
             f"{time.perf_counter() - start:.1f} s: n0 = {null.n0:,} null scores a layer, enough for alpha >= "
             f"{smallest:.2g}"
         )
@@ -6833,7 +6951,7 @@ class BHExperimentRunner:
             all_keys = [key for of_kind in keys.values() for key in of_kind]
             pending = sum(key not in done for key in all_keys)
             logger.info(
-                f"{self!r}: {len(keys['generation'])} experiments and {len(keys['score'])} scores, "
+                f"{len(keys['generation'])} experiments and {len(keys['score'])} scores, "
                 f"{len(all_keys) - pending} of them finished already"
             )
             self._calibrate_for(plan.configs)
@@ -6899,36 +7017,49 @@ class BHExperimentRunner:
                     run = self._prompt_run(plan.prompts[0], new_tokens, self.seed)
                     self._generated_row(run, name, config, plan.prompts[0], 0)
 
-    def _run_units(self, plan: SuitePlan, saver: _Saver) -> None:
-        """Run this process's share of what is not done, under a progress bar; each row is saved at once."""
-        units: list[tuple[str, int, Callable[[], None]]] = []  # what it is, how many rows, and how it is run
+    def _units(self, plan: SuitePlan, saver: _Saver) -> list[_Unit]:
+        """This process's share of a suite."""
+        units = []
         for prompt in plan.prompts:
             for sample in range(plan.num_samples):
                 work = functools.partial(self._generate_unit, plan, prompt, sample, saver)
-                units.append((f"prompt {prompt['id']}", len(plan.configs), work))
+                keys = [("generation", name, prompt["id"], sample) for name in plan.configs]
+                units.append(_Unit("generation", f"prompt {prompt['id']}", keys, work))
         if plan.generate_batch:
             work = functools.partial(self._throughput_unit, plan, saver)
-            units.append((f"{plan.generate_batch} prompts together", len(plan.configs), work))
+            keys = plan.keys()["throughput"]
+            units.append(_Unit("throughput", f"{plan.generate_batch} prompts together", keys, work))
         for number, texts in enumerate(self._batches(plan.texts)):
             repeats = number == 0  # one batch shows the noise floor, at little cost
             work = functools.partial(self._score_unit, plan, texts, repeats, saver)
+            keys = [("score", name, text.id) for text in texts for name in plan.scoring]
             named = f"text {texts[0].id}" + (f" and {len(texts) - 1} more" if len(texts) > 1 else "")
-            units.append((named, len(texts) * len(plan.scoring), work))
-        share = units[self.processes.rank :: self.processes.world]
-        quiet = None if self.processes.rank == 0 else True  # None: shown on a terminal only
-        total = sum(rows for _, rows, _ in share)
-        with tqdm.tqdm(total=total, unit="row", disable=quiet) as progress:
-            for number, (name, rows, work) in enumerate(share, 1):
-                progress.set_description(name[:40])
-                start = time.perf_counter()
-                try:
-                    work()
-                except _Stopped:
-                    logger.error("stopped at the first failed experiment, as --fail-fast asks")
-                    return
-                progress.update(rows)
-                seconds = time.perf_counter() - start
-                logger.debug(f"{number} of {len(share)}: {name}, {rows} rows in {seconds:.2f} s")
+            units.append(_Unit("score", named, keys, work))
+        return units[self.processes.rank :: self.processes.world]
+
+    def _run_units(self, plan: SuitePlan, saver: _Saver) -> None:
+        """Run this process's share of what is not done: first prompts, then texts; each row is saved at
+        once."""
+        share = self._units(plan, saver)
+        number = 0
+        for kind, of_kind in itertools.groupby(share, key=lambda unit: unit.kind):
+            units = list(of_kind)
+            keys = [key for unit in units for key in unit.keys]
+            done = sum(not saver.lacks(key) for key in keys)
+            with saver.phase(PHASES[kind], len(keys), done, self.processes.rank == 0) as phase:
+                for unit in units:
+                    number += 1
+                    phase.now(unit.name)
+                    start = time.perf_counter()
+                    try:
+                        unit.work()
+                    except _Stopped:
+                        logger.error("stopped at the first failed experiment, as --fail-fast asks")
+                        return
+                    seconds = time.perf_counter() - start
+                    logger.debug(
+                        f"{number} of {len(share)}: {unit.name}, {len(unit.keys)} rows in {seconds:.2f} s"
+                    )
 
     def run_tasks(
         self,
@@ -6973,7 +7104,7 @@ class BHExperimentRunner:
             done = checkpoint.done(retry_failed)
             pending = [key for key in keys["task"] if key not in done]
             finished = len(keys["task"]) - len(pending)
-            logger.info(f"{self!r}: {len(keys['task'])} tasks x configurations, {finished} finished already")
+            logger.info(f"{len(keys['task'])} tasks x configurations, {finished} of them finished already")
             self._calibrate_for(configs)
             saver = _Saver(checkpoint, done, fail_fast)
             if pending:
@@ -7022,6 +7153,7 @@ class BHExperimentRunner:
             if self.processes.rank == 0:
                 stack.enter_context(log_to(self.output_dir / LOG_FILE))
                 stack.enter_context(locked(self.output_dir))
+                logger.info(f"model {self.model_name}, {self._loaded}{self.shape}")
                 if not resume or not any(folder.glob("*.json")):
                     set_aside(self.output_dir, RUN_FILES)
             self.processes.wait()
@@ -7894,6 +8026,28 @@ def compare_field_on_tasks(
     return fields
 
 
+@dataclass(frozen=True)
+class Unbeaten:
+    """Of the rules with one stand-in: how many are compared, and which of them no other beats."""
+
+    n_compared: int
+    labels: list[str]
+
+
+def unbeaten_rules(field: Mapping[str, Any]) -> dict[str, Unbeaten]:
+    """Stand-in -> its rules that no other beats, from `compare_field`; empty where nothing was tested."""
+    if not field or field["n_units"] < 2:
+        return {}
+    found = {}
+    for stand_in in in_order(ladder["stand_in"] for ladder in field["ladders"]):
+        alike = [ladder for ladder in field["ladders"] if ladder["stand_in"] == stand_in]
+        compared = [ladder for ladder in alike if not ladder["is_bound"]]
+        if len(compared) > 1:
+            labels = [ladder["label"] for ladder in compared if not ladder["beaten_by"]]
+            found[stand_in] = Unbeaten(len(compared), labels)
+    return found
+
+
 # Tasks, layers, hypotheses
 
 
@@ -8188,6 +8342,7 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
 
 LEGEND_BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}
 ROW_OF_NAMES = 80  # characters; longer names do not fit side by side below a plot: a row each instead
+MOST_ROWS = 40  # of a plot with a row a configuration; more are drawn in a row a family
 MAX_INCHES = 60  # of a figure's height, however many rows it has
 MARKERS = "osD^v<>phdXP*"  # of the members of a family
 VERDICT_COLORS = {"better": "#0173b2", "worse": "#d55e00", "undecided": "0.5"}
@@ -8303,7 +8458,9 @@ def plot_experts_by_category(frame: pd.DataFrame, ax: Any = None) -> Any:
             groups = {"y": "prompt_category", "order": categories}
     in_rows = "y" in groups
     ax = _axes(ax, 1 + 0.12 * len(order) * len(categories) if in_rows else 4.2)
-    sns.boxplot(**common, **groups, **({"x": value} if in_rows else {"y": value}), **colors, ax=ax)
+    with warnings.catch_warnings():  # seaborn names the direction in a way that matplotlib will give up
+        warnings.filterwarnings("ignore", ".*vert: bool")
+        sns.boxplot(**common, **groups, **({"x": value} if in_rows else {"y": value}), **colors, ax=ax)
     ax.set(xlabel="", ylabel="", title="Experts by prompt category")
     if in_rows:
         ax.set_xlabel(EXPERTS_LABEL)
@@ -8345,6 +8502,40 @@ def _nats_scale(ax: Any, which: str, values: list[float]) -> None:
     ticks = [tick for tick in (*(-step for step in steps), 0.0, *steps) if low <= tick <= high]
     axis.set_ticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
     axis.set_ticks([], minor=True)
+    if which == "x":
+        ax.tick_params(axis="x", labelsize="small")  # beside each other they need the room
+
+
+MOST_COLORS = 12  # that can be told apart in one plot; more families are coloured by what stands in
+
+
+def _styles_of_families(rows: pd.DataFrame, groups: Mapping[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """Family -> label, colour, marker and width of its line: its own or, where there are too many, those of
+    what stands in, the bounds apart."""
+    configs = {row["config_name"]: json.loads(row["configuration"]) for row in rows.to_dict("records")}
+    first = {family: configs[members[0]] for family, members in groups.items()}
+    stand_ins = in_order(config.get("stand_in", "nothing") for config in first.values())
+    if len(groups) <= MOST_COLORS or len(stand_ins) < 2:
+        colors = _distinct_colors(len(groups))
+        markers = itertools.cycle(MARKERS[1:])
+        return {
+            family: {"label": family, "color": color, "marker": marker, "linewidth": 1.2}
+            for family, color, marker in zip(groups, colors, markers, strict=False)
+        }
+    colors = dict(zip(stand_ins, _distinct_colors(len(stand_ins)), strict=True))
+    styles = {}
+    for family, config in first.items():
+        stand_in = config.get("stand_in", "nothing")
+        style = {"label": f"rules, {stand_in} stands in", "color": colors[stand_in], "marker": MARKERS[1]}
+        style |= {"linewidth": 0.9, "alpha": 0.6}
+        rule = RULES.get(config.get("method"))
+        if rule is not None and rule.is_static:
+            kept = {"label": f"Top-K, {stand_in} stands in", "marker": MARKERS[0], "linewidth": 1.6}
+            style |= kept | {"alpha": 1.0}
+        elif rule is not None and rule.uses_outputs:
+            style |= {"label": f"{family}, a bound", "color": "0.2", "linestyle": ":", "linewidth": 1.6}
+        styles[family] = style
+    return styles
 
 
 def plot_quality_vs_experts(verdicts: pd.DataFrame, ax: Any = None) -> Any:
@@ -8372,25 +8563,27 @@ def plot_quality_vs_experts(verdicts: pd.DataFrame, ax: Any = None) -> Any:
         ax.plot(static["mean_experts"], static[difference], "o", color="0.2", markersize=5)
         ax.plot([], [], "o-", **gray, label="static Top-K")
     groups = _families(rows, list(rows.loc[~rows["is_static"], "config_name"]))
-    colors = _distinct_colors(len(groups))
-    for place, (label, members) in enumerate(groups.items()):
+    styles = _styles_of_families(rows, groups)
+    labels = set()
+    for name, members in groups.items():
         ladder = rows[rows["config_name"].isin(members)].sort_values("mean_experts")
         bars = np.maximum([ladder[difference] - ladder["low"], ladder["high"] - ladder[difference]], 0)
+        style = dict(styles[name])
+        if style["label"] in labels:
+            del style["label"]  # it stands in the legend once
+        labels.add(styles[name]["label"])
         ax.errorbar(
             ladder["mean_experts"],
             ladder[difference],
             yerr=bars,
-            label=label,
-            color=colors[place],
-            marker=MARKERS[1:][place % len(MARKERS[1:])],
+            **style,
             markersize=5,
             markeredgecolor="white",
             markeredgewidth=0.5,
-            linewidth=1.2,
             elinewidth=0.8,
         )
     if _owns_figure(ax):
-        ax.figure.set_size_inches(8.5, max(4.2, 0.5 + 0.2 * len(groups)))  # room for the legend
+        ax.figure.set_size_inches(8.5, max(4.2, 0.5 + 0.2 * len(labels)))  # room for the legend
     if len(rows):
         _nats_scale(ax, "y", [*low, *high])
         ax.legend(**LEGEND_BESIDE, fontsize="small")
@@ -8400,33 +8593,48 @@ def plot_quality_vs_experts(verdicts: pd.DataFrame, ax: Any = None) -> Any:
     return ax
 
 
+def _draw_verdict(ax: Any, height: float, mark: Mapping[str, Any], width: float) -> list[float]:
+    """Draw one difference with its interval; returns the ends of what was drawn."""
+    delta = mark["delta_nll"]
+    if pd.isna(delta):
+        return []
+    color = VERDICT_COLORS[mark["verdict"]]
+    is_tested = not pd.isna(mark["ci95_low"])
+    ends = [mark["ci95_low"], mark["ci95_high"]] if is_tested else [delta, delta]
+    ax.plot(ends, [height, height], color=color, linewidth=width, solid_capstyle="butt")
+    face = color if is_tested else "white"
+    ax.plot(delta, height, "o", color=color, markersize=2.8 * width, markerfacecolor=face)
+    return ends
+
+
 def plot_delta_at_equal_compute(verdicts: pd.DataFrame, ax: Any = None) -> Any:
-    """One row per adaptive configuration: NLL minus that of static Top-K with the same mean experts, 95 %."""
+    """One row per adaptive configuration: NLL minus that of static Top-K with the same mean experts, 95 %.
+    Where there are many, one row per rule, with a mark for each value of its knob."""
     ax = _axes(ax)
-    rows = verdicts[~verdicts["is_static"]].reset_index(drop=True)
+    rows = verdicts[~verdicts["is_static"]]
+    lines = {name: [name] for name in rows["config_name"]}
+    if len(rows) > MOST_ROWS:
+        lines = _families(rows, list(rows["config_name"]))
     if _owns_figure(ax):
-        ax.figure.set_figheight(1.7 + 0.26 * max(len(rows), 4))
+        ax.figure.set_figheight(1.7 + 0.26 * max(len(lines), 4))
     spans = [0.0]
     side = {"va": "center", "transform": ax.get_yaxis_transform()}
-    for y, row in rows.iterrows():
-        experts = row["mean_experts"]
-        ax.text(1.02, y, "–" if pd.isna(experts) else f"{experts:.2f}", **side)
-        delta = row["delta_nll"]
-        if pd.isna(delta):
+    for y, members in enumerate(lines.values()):
+        marks = rows[rows["config_name"].isin(members)].sort_values("mean_experts")
+        experts = distinct(f"{number:.2f}" for number in marks["mean_experts"].dropna())
+        ends_of_line = experts if len(experts) < 3 else [experts[0], experts[-1]]
+        ax.text(1.02, y, " to ".join(ends_of_line) or "–", **side)
+        if marks["delta_nll"].isna().all():
             ax.text(0.98, y, "not comparable", ha="right", color="0.5", **side)
-            continue
-        color = VERDICT_COLORS[row["verdict"]]
-        is_tested = not pd.isna(row["ci95_low"])
-        ends = [row["ci95_low"], row["ci95_high"]] if is_tested else [delta, delta]
-        ax.plot(ends, [y, y], color=color, linewidth=1.8, solid_capstyle="butt")
-        ax.plot(delta, y, "o", color=color, markersize=5, markerfacecolor=color if is_tested else "white")
-        spans += ends
+        apart = 0.16 * (np.arange(len(marks)) - (len(marks) - 1) / 2) * min(1, 4 / len(marks))
+        for height, mark in zip(y + apart, marks.to_dict("records"), strict=True):
+            spans += _draw_verdict(ax, height, mark, 1.8 if len(marks) == 1 else 1.2)
     _nats_scale(ax, "x", spans)
     ax.axvline(0, color="0.2", linewidth=1)
     for verdict, color in VERDICT_COLORS.items():
         ax.plot([], [], "o-", color=color, linewidth=1.8, markersize=5, label=verdict)
-    ax.set_yticks(range(len(rows)), list(rows["config_name"]))
-    ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel="NLL minus static Top-K at equal experts, nats per token")
+    ax.set_yticks(range(len(lines)), list(lines))
+    ax.set(ylim=(len(lines) - 0.4, -0.6), xlabel="NLL minus static Top-K at equal experts, nats per token")
     ax.set_title("Against static Top-K at equal compute (left is better)", pad=22)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, borderaxespad=0.1)
     place = {"xycoords": "axes fraction", "textcoords": "offset points"}
@@ -8440,12 +8648,36 @@ def _spread(places: Sequence[float], gap: float) -> np.ndarray:
     return optimize.isotonic_regression(np.asarray(places) - steps).x + steps
 
 
-FIELD_COLORS = {"lowest": "#029e73", "BH, empirical null": "#0173b2", "bound": "0.2", "others": "0.7"}
+FIELD_COLORS = {
+    "beaten by no other": "#029e73",
+    "BH, beaten by no other": "#0173b2",
+    "BH, beaten": "#d55e00",
+    "bound": "0.2",
+    "others": "0.7",
+}
+
+
+def _kind_in_field(config: Config, is_unbeaten: bool) -> str:
+    """Which of FIELD_COLORS a rule's ladder has; BH is the one on the empirical null."""
+    if RULES[config["method"]].uses_outputs:
+        return "bound"
+    if config["method"] == "bh" and config["p_values"] == "empirical":
+        return "BH, beaten by no other" if is_unbeaten else "BH, beaten"
+    return "beaten by no other" if is_unbeaten else "others"
+
+
+def _name_ends(ax: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Name right of `ax` what ends there, none over another; ends: height in the data, name and colour."""
+    transform = ax.transData + ax.transAxes.inverted()
+    ends = sorted(ends)
+    heights = _spread([transform.transform((0, end))[1] for end, _, _ in ends], 0.033)
+    for height, (_, label, color) in zip(heights, ends, strict=True):
+        ax.text(1.01, height, label, transform=ax.transAxes, fontsize=6.5, color=color, va="center")
 
 
 def plot_field(verdicts: pd.DataFrame, axes: Any = None) -> Any:
-    """Each rule's ladder against static Top-K at the same compute, a panel for each stand-in: the lowest rule
-    and BH in colour, the others in grey, each named at its end."""
+    """Each rule's ladder against static Top-K at the same compute, a panel for each stand-in: those that no
+    other with this stand-in beats and BH in colour, the others in grey, each named at its end."""
     rows = verdicts[verdicts["delta_nll"].notna()]
     configs = {row["config_name"]: json.loads(row["configuration"]) for row in rows.to_dict("records")}
     stand_ins = in_order(config["stand_in"] for config in configs.values())
@@ -8456,6 +8688,7 @@ def plot_field(verdicts: pd.DataFrame, axes: Any = None) -> Any:
         )[1][0]
     _nats_scale(axes[0], "y", [*rows["delta_nll"], 0.0])
     names_at: list[list[tuple[float, str, str]]] = []
+    drawn: set[str] = set()
     for ax, stand_in in zip(axes, stand_ins, strict=True):
         alike = {name: config for name, config in configs.items() if config["stand_in"] == stand_in}
         ladders = {
@@ -8463,18 +8696,11 @@ def plot_field(verdicts: pd.DataFrame, axes: Any = None) -> Any:
             for label, members in families(alike).items()
             if len(members) > 1
         }
-        rules = {label: alike[ladder["config_name"].iloc[0]] for label, ladder in ladders.items()}
-        compared = [label for label in ladders if not RULES[rules[label]["method"]].uses_outputs]
-        lowest = min(compared, key=lambda label: ladders[label]["delta_nll"].iloc[-1], default=None)
         ends: list[tuple[float, str, str]] = []  # where each ladder ends, its name and colour
         for label, ladder in ladders.items():
-            kind = "others"
-            if label not in compared:
-                kind = "bound"
-            elif label == lowest:
-                kind = "lowest"
-            elif rules[label]["method"] == "bh" and rules[label]["p_values"] == "empirical":
-                kind = "BH, empirical null"
+            first = ladder.iloc[0]
+            kind = _kind_in_field(alike[first["config_name"]], first["is_unbeaten"])
+            drawn.add(kind)
             color = FIELD_COLORS[kind]
             width = 1.0 if kind == "others" else 1.8
             dots = {"markersize": 3.5, "zorder": 1 if kind == "others" else 2}
@@ -8483,21 +8709,19 @@ def plot_field(verdicts: pd.DataFrame, axes: Any = None) -> Any:
                 ladder["mean_experts"], ladder["delta_nll"], f"o{style}", color=color, linewidth=width, **dots
             )
             ends.append((ladder["delta_nll"].iloc[-1], label, color if kind != "others" else "0.4"))
-        names_at.append(sorted(ends))
+        names_at.append(ends)
         ax.axhline(0, color="0.2", linewidth=1.2)
         words = "Nothing stands in" if stand_in == "nothing" else f"{stand_in} stands in"
         ax.set(xlabel="effective experts", title=words[0].upper() + words[1:])
     # Named when all is drawn: until then the axis, which all panels share, may change.
     for ax, ends in zip(axes, names_at, strict=True):
-        transform = ax.transData + ax.transAxes.inverted()
-        heights = _spread([transform.transform((0, end))[1] for end, _, _ in ends], 0.033)
-        for height, (_, label, color) in zip(heights, ends, strict=True):
-            ax.text(1.01, height, label, transform=ax.transAxes, fontsize=6.5, color=color, va="center")
+        _name_ends(ax, ends)
     for kind, color in FIELD_COLORS.items():
-        axes[0].plot([], [], "o-", color=color, markersize=3.5, label=kind)
-    axes[-1].legend(
-        *axes[0].get_legend_handles_labels(), frameon=False, fontsize="x-small", loc="upper right"
-    )
+        if kind in drawn:
+            axes[0].plot([], [], "o-", color=color, markersize=3.5, label=kind)
+    figure = axes[0].figure
+    below = {"loc": "outside lower center", "ncols": len(drawn), "frameon": False, "fontsize": "small"}
+    figure.legend(*axes[0].get_legend_handles_labels(), **below)
     axes[0].set_ylabel("NLL minus static Top-K at equal compute")
     return axes
 
@@ -8728,11 +8952,18 @@ PLOTS: dict[str, Plot] = {  # file name, in the order of the report
 
 
 def verdict_frame(analysis: Mapping[str, Any]) -> pd.DataFrame:
-    """The verdicts as a frame, with config_name, configuration, is_static; its `attrs` name the baseline."""
+    """The verdicts as a frame, with config_name, configuration, is_static, is_unbeaten (its rule, by those
+    with the same stand-in); its `attrs` name the baseline."""
+    unbeaten = {
+        label for found in unbeaten_rules(analysis.get("field", {})).values() for label in found.labels
+    }
+    members = families({name: analysis["configurations"][name] for name in analysis["verdict"]})
+    unbeaten_names = {name for label in unbeaten for name in members.get(label, ())}
     rows = []
     for name, verdict in analysis["verdict"].items():
         config = json.dumps(analysis["configurations"][name])
         about = {"config_name": name, "configuration": config, "is_static": verdict["verdict"] is None}
+        about["is_unbeaten"] = name in unbeaten_names
         rows.append(about | verdict)
     frame = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["is_static", "delta_to_baseline"])
     numbers = [name for name in frame if name.startswith(("mean_", "delta_", "ci95_"))]
@@ -8780,26 +9011,37 @@ class DrawnPlots:
     failed: dict[str, str]
 
 
+def _has_data(plot: Plot, data: PlotData) -> bool:
+    """Whether there is something to draw; where that cannot be told, drawing it will say why."""
+    try:
+        return len(plot.data(data)) > 0
+    except Exception:
+        return True
+
+
 def draw_plots(df: pd.DataFrame, output_dir: Path, analysis: Mapping[str, Any]) -> DrawnPlots:
     """Draw every plot in PLOTS that has data. One that fails is left out and named: it must not lose the
     report."""
     data = plot_data(df, analysis, output_dir)
     drawn = DrawnPlots([], {})
-    with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
-        for name, plot in PLOTS.items():
+    for name in PLOTS:  # no plot of an earlier run beside the report of this one
+        (output_dir / "plots" / f"{name}.png").unlink(missing_ok=True)
+    readable = {name: plot for name, plot in PLOTS.items() if len(analysis["configurations"]) <= plot.most}
+    wanted = {name: plot for name, plot in readable.items() if _has_data(plot, data)}
+    style = sns.axes_style("whitegrid")
+    with style, sns.plotting_context("paper", font_scale=1.1), Phase("plots drawn", len(wanted)) as phase:
+        for name, plot in wanted.items():
+            phase.now(name)
             path = output_dir / "plots" / f"{name}.png"
-            path.unlink(missing_ok=True)  # no plot of an earlier run beside the report of this one
             try:
-                content = plot.data(data)
-                if not len(content) or len(analysis["configurations"]) > plot.most:
-                    continue
-                plot.draw(content)
+                plot.draw(plot.data(data))
                 figure = plt.gcf()
                 sns.despine(figure, left=True)
                 with replacing(path) as part:
                     # No creation date or version in the file: the same results give the same bytes.
                     figure.savefig(part, format="png", dpi=300, metadata={"Software": None})
                 drawn.paths.append(path)
+                phase.advance(1)
             except OSError:  # a full disk, say: the report would not fit either
                 raise
             except Exception as error:
@@ -8876,12 +9118,13 @@ class ReportColumn:
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[ReportColumn]) -> str:
-    """A Markdown table: the first column left, the others right, and none that has nothing to show."""
+    """A Markdown table: numbers right, words and the first column left, and no column of nothing."""
     shown = []
     for place, column in enumerate(columns):
         cells = [show(row, column.key, column.form) for row in rows]
         if place == 0 or set(cells) != {NOTHING_TO_SHOW}:
-            shown.append([column.title, "---:" if place else "---", *cells])
+            is_numbers = all(cell == NOTHING_TO_SHOW or re.match(r"[-+<]? ?\d", cell) for cell in cells)
+            shown.append([column.title, "---:" if place and is_numbers else "---", *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*shown, strict=True))
 
 
@@ -9076,21 +9319,16 @@ def task_sentence(analysis: Mapping[str, Any]) -> str:
 def field_sentences(analysis: Mapping[str, Any]) -> list[str]:
     """For each stand-in: which rules no other beats, and whether BH is among them."""
     sentences = []
-    ladders = analysis["field"].get("ladders", ())
-    if ladders and analysis["field"]["n_units"] < 2:
+    if analysis["field"] and analysis["field"]["n_units"] < 2:
         return ["Which rule beats which is not tested: all of the scored text is of one document."]
-    for stand_in in in_order(ladder["stand_in"] for ladder in ladders):
-        alike = [ladder for ladder in ladders if ladder["stand_in"] == stand_in and not ladder["is_bound"]]
-        if len(alike) < 2:
-            continue
-        unbeaten = [ladder["label"] for ladder in alike if not ladder["beaten_by"]]
-        named = ", ".join(f"`{label}`" for label in unbeaten) or "none"
-        has_bh = any(label.startswith("bh") for label in unbeaten)
+    for stand_in, unbeaten in unbeaten_rules(analysis["field"]).items():
+        named = ", ".join(f"`{label}`" for label in unbeaten.labels) or "none"
+        has_bh = any(label.startswith("bh") for label in unbeaten.labels)
         words = "With nothing standing in" if stand_in == "nothing" else f"With {stand_in} standing in"
         among = "BH is among them" if has_bh else "BH is not among them"
         sentences.append(
-            f"{words}, of {len(alike)} rules these are beaten by no other at any whole number of experts "
-            f"(adjusted p below {SIGNIFICANCE_LEVEL:g}): {named}; {among}."
+            f"{words}, of {unbeaten.n_compared} rules these are beaten by no other at any whole number of "
+            f"experts (adjusted p below {SIGNIFICANCE_LEVEL:g}): {named}; {among}."
         )
     return sentences
 
@@ -9371,10 +9609,6 @@ def amount_sentences(analysis: Mapping[str, Any]) -> list[str]:
     if 0 < prompts < 30:
         return [f"So few prompts ({prompts}) show large effects only; small ones need more."]
     return []
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds:.1f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
 
 
 def machine(row: Row) -> str:
@@ -9745,6 +9979,10 @@ REPORT_TEMPLATE = """\
 
 {{ subject }}
 
+{% if first_plot %}
+![{{ first_plot.title }}](plots/{{ first_plot.name }}.png)
+
+{% endif %}
 {{ bullets(findings) }}
 
 {% if tasks %}
@@ -9930,7 +10168,7 @@ Mean experts per token and layer.
 ![{{ title }}](plots/{{ name }}.png)
 
 {% else %}
-No plot lies beside this report.
+{{ "No further plot lies" if first_plot else "No plot lies" }} beside this report.
 
 {% endfor %}
 
@@ -9965,6 +10203,9 @@ This run has no configuration of theirs.
 """
 
 
+FIRST_PLOT = "quality_vs_experts"  # stands with the answer; the others have a section
+
+
 def report_context(
     results: Results, analysis: Mapping[str, Any], folder: Path, failed_plots: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -9975,7 +10216,8 @@ def report_context(
     layers = layer_rows(analysis)
     shuffled = analysis["shuffle_effects"].values()
     diagnostics = analysis["null_diagnostics"] or {}
-    is_drawn = {name: (folder / "plots" / f"{name}.png").exists() for name in PLOTS}
+    drawn = [name for name in PLOTS if (folder / "plots" / f"{name}.png").exists()]
+    first = FIRST_PLOT if FIRST_PLOT in drawn else None
     return {
         "answer": answer_sentence(analysis),
         "subject": subject_sentence(results, analysis),
@@ -10019,7 +10261,8 @@ def report_context(
         "undrawn": [
             f"`{name}` could not be drawn: {markdown_text(why)}" for name, why in failed_plots.items()
         ],
-        "plots": [(name, plot.title) for name, plot in PLOTS.items() if is_drawn[name]],
+        "first_plot": {"name": first, "title": PLOTS[first].title} if first else None,
+        "plots": [(name, PLOTS[name].title) for name in drawn if name != first],
         "expected": expected_rows(analysis),
         "suite_time": suite_time_sentence(results),
         "conclusions": [sentence for conclude in CONCLUSIONS for sentence in conclude(analysis)],
@@ -10055,13 +10298,454 @@ def generate_markdown_report(
     return path
 
 
-def write_report(df: pd.DataFrame, output_dir: str | Path, baseline: str | None = None) -> DrawnPlots:
+# The report as a page
+
+
+PLOT_PIXELS = 1600  # width of a plot in the page: sharp on a screen of twice the usual density
+LONGEST_TEXT = 4000  # characters of a text of others that the page shows; the tables of the run have it whole
+SHORT_CELL = 36  # characters of a cell that stay on one line
+SHORT_CODE = 24  # and of a name in a sentence
+FRAGMENTS_BEFORE = "summary-by-configuration"  # heading of the page that further fragments stand before
+PAGE_POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+)
+PAGE_TEMPLATE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ title }}</title>
+<style>
+:root {
+  --text: #1d2430; --soft: #5b6472; --page: #fff; --card: #f5f6f8; --line: #d9dde3; --accent: #0b6aa8;
+  --better: #0173b2; --worse: #b34a00;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --text: #e3e6ea; --soft: #a2abb8; --page: #15181d; --card: #1f242b; --line: #363d47; --accent: #6cb6ea;
+    --better: #67b7ee; --worse: #f39a5b;
+  }
+}
+* { box-sizing: border-box; }
+html { scroll-padding-top: 4.5rem; text-size-adjust: 100%; }
+body {
+  margin: 0; background: var(--page); color: var(--text);
+  font: 1rem/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+}
+nav {
+  position: sticky; top: 0; z-index: 3; overflow-x: auto; padding: .55rem 1.2rem;
+  background: var(--page); border-bottom: 1px solid var(--line); font-size: .85rem;
+}
+nav a { display: inline-block; margin-right: 1.1rem; color: var(--soft); text-decoration: none; }
+nav a:hover { color: var(--accent); text-decoration: underline; }
+main { max-width: 76rem; margin: 0 auto; padding: .5rem 1.2rem 4rem; }
+main > p, main > ul { max-width: 52rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 1rem 0 .5rem; }
+h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: .5rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1.02rem; margin: 1.8rem 0 .5rem; }
+h1 + h2 { border: 0; margin-top: 0; padding-top: 0; font-size: 1rem; color: var(--soft); }
+h1 + h2 + p { padding: .9rem 1.1rem; background: var(--card); border-left: 4px solid var(--accent); }
+h1 + h2 + p strong { font-weight: 600; }
+strong code { font-weight: inherit; }
+ul { padding-left: 1.2rem; }
+code {
+  font: .88em ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace; overflow-wrap: anywhere;
+}
+.table {
+  overflow: auto; width: fit-content; max-width: 100%; max-height: 80vh; margin: .9rem 0;
+  border: 1px solid var(--line); border-radius: 6px;
+}
+table { border-collapse: separate; border-spacing: 0; font-size: .85rem; line-height: 1.35; }
+th, td {
+  padding: .35rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
+  unicode-bidi: isolate; font-variant-numeric: tabular-nums;
+}
+th {
+  position: sticky; top: 0; z-index: 1; background: var(--card); font-weight: 600; vertical-align: bottom;
+}
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--card); }
+th:first-child { z-index: 2; }
+td { max-width: 36rem; overflow-wrap: anywhere; }
+td:first-child { max-width: 15rem; overflow-wrap: break-word; }
+.table code { overflow-wrap: inherit; }
+.short { white-space: nowrap; }
+.number { text-align: right; }
+tbody tr:last-child td { border-bottom: 0; }
+.better { color: var(--better); font-weight: 600; }
+.worse { color: var(--worse); font-weight: 600; }
+.undecided, .static { color: var(--soft); }
+figure { margin: 1rem 0; max-width: 56rem; overflow-x: auto; }
+figure img {
+  display: block; max-width: 100%; height: auto; padding: .7rem; background: #fff; border-radius: 6px;
+  border: 1px solid var(--line);
+}
+@media (prefers-color-scheme: dark) { figure img { filter: brightness(.93); } }
+@media (max-width: 40rem) {
+  main { padding: .3rem .8rem 3rem; }
+  nav { padding: .5rem .8rem; white-space: nowrap; }
+  table { font-size: .78rem; }
+  th, td { padding: .3rem .5rem; }
+  td:first-child, th:first-child { max-width: 8.5rem; }
+  td:first-child, td:first-child .short { white-space: normal; }
+  figure img { padding: .25rem; max-width: none; width: max(100%, 36rem); }
+}
+@media print {
+  :root {
+    --text: #000; --soft: #444; --page: #fff; --card: #f3f3f3; --line: #bbb; --accent: #0b6aa8;
+    --better: #0173b2; --worse: #b34a00;
+  }
+  @page { size: A4 landscape; margin: 12mm; }
+  nav { display: none; }
+  body { font-size: 10pt; }
+  main, main > p, main > ul { max-width: none; }
+  main { padding: 0; }
+  .table { overflow: visible; max-height: none; border: 0; }
+  table { font-size: 7.2pt; }
+  th, td { padding: 2pt 4pt; position: static !important; }
+  .short { white-space: normal; overflow-wrap: normal; }
+  tr, figure { break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
+  figure { max-width: none; overflow: visible; }
+  figure img { max-height: 165mm; max-width: 100%; width: auto; border: 0; padding: 0; filter: none; }
+}
+</style>
+</head>
+<body>
+<nav aria-label="Contents">
+{% for id, heading in contents %}
+<a href="#{{ id }}">{{ heading|safe }}</a>
+{% endfor %}
+</nav>
+<main>
+{{ content|safe }}
+</main>
+</body>
+</html>
+"""
+
+
+def plot_data_url(path: Path) -> tuple[str, int, int]:
+    """A plot as a data URL of PNG, no wider than PLOT_PIXELS and in 256 colours; its width and height."""
+    with pil_image.open(path) as image:
+        plot = image.convert("RGB")
+    if plot.width > PLOT_PIXELS:
+        plot = plot.resize((PLOT_PIXELS, max(1, round(plot.height * PLOT_PIXELS / plot.width))))
+    stored = io.BytesIO()
+    plot.quantize(256, dither=0).save(stored, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(stored.getvalue()).decode()}", plot.width, plot.height
+
+
+class _PageParts:
+    """How the page shows what Markdown says: no HTML of a text, no link, no image but the run's own plots."""
+
+    def __init__(self, plots_folder: Path):
+        self._plots = {f"plots/{name}.png": plots_folder / f"{name}.png" for name in PLOTS}
+        self._parser = markdown_it.MarkdownIt("commonmark", {"html": False})
+        self._parser.enable("table").disable(["link", "autolink", "reference", "html_block", "html_inline"])
+        self._parser.renderer.rules |= {
+            "text": self._text,
+            "code_inline": self._code,
+            "image": self._image,
+            "heading_open": self._heading,
+            "th_open": self._cell,
+            "td_open": self._cell,
+            "table_open": self._table,
+            "table_close": self._table_end,
+        }
+        self._headings: collections.Counter[str] = collections.Counter()
+
+    def render(self, markdown: str) -> str:
+        shown = self._parser.render(markdown)
+        return re.sub(r"<p>(<figure>.*?</figure>)</p>", r"\1", shown)  # a paragraph holds no figure
+
+    def _text(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        text = tokens[place].content
+        if len(text) > LONGEST_TEXT:
+            text = f"{text[:LONGEST_TEXT]}… ({len(text) - LONGEST_TEXT:,} more characters)"
+        return html.escape(text)
+
+    def _code(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        words = self._text(tokens, place, options, env)
+        return f'<code class="short">{words}</code>' if len(words) < SHORT_CODE else f"<code>{words}</code>"
+
+    def _image(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        token = tokens[place]
+        source = token.attrs.get("src", "")
+        words = html.escape(token.content)
+        path = self._plots.get(source)
+        if path is None or not path.is_file():
+            return f"{words} ({html.escape(str(source))})"
+        try:
+            url, width, height = plot_data_url(path)
+        except (OSError, ValueError) as error:
+            return f"{words}: {html.escape(_visible(_first_line(error)))}"
+        size = f'width="{width}" height="{height}"'
+        return f'<figure><img src="{url}" alt="{words}" {size}></figure>'
+
+    def _heading(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        words = re.sub(r"[^a-z0-9]+", "-", tokens[place + 1].content.lower()).strip("-") or "section"
+        self._headings[words] += 1
+        number = self._headings[words]
+        return f'<{tokens[place].tag} id="{words}{"" if number == 1 else f"-{number}"}">'
+
+    def _cell(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        """Short ones stay on one line; numbers and verdicts are told by their class."""
+        token = tokens[place]
+        content = tokens[place + 1].content
+        classes = []
+        if "right" in str(token.attrs.get("style", "")):
+            classes.append("number")
+        if token.tag == "td" and len(content) < SHORT_CELL:
+            classes.append("short")
+        if content in (*VERDICT_COLORS, "static"):
+            classes.append(content)
+        return f'<{token.tag} class="{" ".join(classes)}">' if classes else f"<{token.tag}>"
+
+    def _table(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        return '<div class="table" tabindex="0">\n<table>\n'
+
+    def _table_end(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        return "</table>\n</div>\n"
+
+
+def page_html(report_markdown: str, plots_folder: Path, sections: Sequence[str] = ()) -> str:
+    """The report as one page that needs nothing beside it and runs nothing.
+
+    report_markdown: REPORT.md. plots_folder: where the plots lie that it shows. sections: further fragments
+    of HTML, each from its own `<h2 id=...>` on, made harmless by who made them; they stand before the
+    summary by configuration.
+    """
+    content = _PageParts(plots_folder).render(report_markdown)
+    before, heading, after = content.partition(f'<h2 id="{FRAGMENTS_BEFORE}">')
+    content = "\n".join([before, *sections, heading + after])
+    title = re.search(r"<h1[^>]*>(.*?)</h1>", content)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=True)
+    return environment.from_string(PAGE_TEMPLATE).render(
+        policy=PAGE_POLICY,
+        title=html.unescape(title[1]) if title else "BH routing against Top-K",
+        contents=re.findall(r'<h2 id="([\w-]+)"[^>]*>(.*?)</h2>', content),
+        content=content,
+    )
+
+
+def write_page(folder: Path, sections: Sequence[str] = ()) -> Path:
+    """Write report.html from the REPORT.md and the plots that lie in `folder`; sections: see `page_html`."""
+    markdown = (folder / "REPORT.md").read_text(encoding="utf-8")
+    path = folder / "report.html"
+    write_whole(path, page_html(markdown, folder / "plots", sections))
+    return path
+
+
+@dataclass(frozen=True)
+class WrittenReport(DrawnPlots):
+    """The plots of a report, and the analysis that it tells."""
+
+    analysis: dict[str, Any]
+
+
+def write_report(df: pd.DataFrame, output_dir: str | Path, baseline: str | None = None) -> WrittenReport:
     """Analysis, plots and report of a run, into `output_dir`; see `analyze_results` for the arguments."""
     folder = Path(output_dir)
+    start = time.perf_counter()
     analysis = analyze_results(df, folder, baseline)
+    logger.info(f"analysed in {duration(time.perf_counter() - start)}")
     drawn = draw_plots(df, folder, analysis)
     generate_markdown_report(df, analysis, folder / "REPORT.md", drawn.failed)
-    return drawn
+    tokens = token_view(results_beside(df, folder), folder)
+    sections = [f'<h2 id="tokens">Token by token</h2>\n{tokens}'] if tokens else []
+    write_page(folder, sections)
+    return WrittenReport(drawn.paths, drawn.failed, analysis)
+
+
+# The answer on a terminal
+
+
+TERMINAL_COLUMNS = 80
+TERMINAL_ROWS = 12  # of a table; the report has them all
+TERMINAL_TABLES: dict[str, tuple[ReportColumn, ...]] = {
+    "configurations": (
+        ReportColumn("configuration", "configuration", "s"),
+        ReportColumn("experts", "experts", ".2f"),
+        ReportColumn("saved", "saved", ".0%"),
+        ReportColumn("time", "time", ".2f"),
+        ReportColumn("NLL", "delta_nll", "+.4f"),
+        ReportColumn("95 % interval", "ci95", "+.4f to +.4f"),
+        ReportColumn("verdict", "verdict", "s"),
+    ),
+    "rules": (
+        ReportColumn("rule", "label", "s"),
+        ReportColumn("experts", "span", ".2f to .2f"),
+        ReportColumn("NLL", "at_middle", "+.4f"),
+        ReportColumn("within 1 %", "within_1", ".2f"),
+        ReportColumn("beaten by", "beaten_by", "s"),
+    ),
+    "tasks": (
+        ReportColumn("task", "task", "s"),
+        ReportColumn("configuration", "configuration", "s"),
+        ReportColumn("score", "metric", "s"),
+        ReportColumn("mean", "mean", ".3f"),
+        ReportColumn("diff.", "mean_difference", "+.3f"),
+        ReportColumn("95 % interval", "ci95", "+.3f to +.3f"),
+        ReportColumn("differs", "is_significant", "s"),
+    ),
+}
+
+
+def _columns_of(text: str) -> int:
+    """How many columns of a terminal a text takes: wide characters two, marks on others none."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
+def _shortened(text: str, columns: int) -> str:
+    """`text` in so many columns; where something had to go, an ellipsis stands in its middle."""
+    text = _visible(text[: 20 * columns])
+    if _columns_of(text) <= columns:
+        return text
+    while _columns_of(text) > columns - 1:
+        middle = len(text) // 2
+        text = text[:middle] + text[middle + 1 :]
+    middle = len(text) // 2
+    return f"{text[:middle]}…{text[middle:]}"
+
+
+def _padded(text: str, columns: int, is_number: bool) -> str:
+    space = " " * (columns - _columns_of(text))
+    return space + text if is_number else text + space
+
+
+def terminal_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[ReportColumn]) -> list[str]:
+    """The lines of a table in TERMINAL_COLUMNS: numbers right, words left, no column that has nothing to
+    show. The widest words are shortened as far as it needs."""
+    shown: list[list[str]] = []
+    numbers: list[bool] = []
+    for place, column in enumerate(columns):
+        texts = [show(row, column.key, column.form or "s") for row in rows]
+        if place == 0 or set(texts) != {NOTHING_TO_SHOW}:
+            shown.append([column.title, *texts])
+            numbers.append(column.form not in ("", "s"))
+    widths = [max(map(_columns_of, texts)) for texts in shown]
+    room = TERMINAL_COLUMNS - 2 * (len(shown) - 1)
+    while sum(widths) > room:
+        widest = max((place for place in range(len(shown)) if not numbers[place]), key=widths.__getitem__)
+        widths[widest] -= 1
+    lines = []
+    for cells in zip(*shown, strict=True):
+        fitted = zip(cells, widths, numbers, strict=True)
+        padded = [_padded(_shortened(cell, width), width, is_number) for cell, width, is_number in fitted]
+        lines.append("  ".join(padded).rstrip())
+    lines.insert(1, "-" * max(map(_columns_of, lines)))
+    return lines
+
+
+def plain_text(sentence: str) -> str:
+    """A sentence of the report without its Markdown."""
+    text = re.sub(r"\*\*|(?<!\\)`", "", sentence)
+    return html.unescape(re.sub(r"\\([\\`*_{}\[\]|#!])", r"\1", text))
+
+
+def configuration_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the terminal shows of configurations: the baseline, then those compared with it; the best first
+    where they are too many."""
+    base = analysis["baseline"]
+    rows = []
+    for name in analysis["configurations"]:
+        verdict = analysis["verdict"].get(name, {})
+        summary = analysis["summary_by_config"].get(name, {})
+        if name != base and verdict and is_static(verdict):
+            continue
+        generated = summary.get("avg_experts_per_token", {}).get("mean")
+        tests = analysis["statistical_tests"].get(name, {})
+        clock = tests.get("inference_time_sec", {})
+        row = verdict | {"configuration": name, "experts": verdict.get("mean_experts", generated)}
+        row["time"] = clock.get("median_ratio")
+        row["verdict"] = "baseline" if name == base else verdict.get("verdict")
+        rows.append(row)
+    rows.sort(key=lambda row: row["configuration"] != base)
+    of_base = rows[0]["experts"]
+    for row in rows[1:]:
+        if of_base and row["experts"] is not None:
+            row["saved"] = 1 - row["experts"] / of_base
+    if len(rows) > TERMINAL_ROWS:
+        order = {verdict: place for place, verdict in enumerate(("baseline", "better", "undecided", "worse"))}
+
+        def rank(row: Mapping[str, Any]) -> tuple[int, float]:
+            delta = row.get("delta_nll")
+            return order.get(row["verdict"], len(order)), math.inf if delta is None else delta
+
+        rows.sort(key=rank)
+    return rows
+
+
+TERMINAL_NOTES = {  # key of a column -> what it means
+    "saved": "experts, against {baseline}",
+    "time": "of inference, median over prompts of the ratio to {baseline}'s",
+    "delta_nll": "nats per token, minus static Top-K's at the same number of experts",
+    "at_middle": "nats per token, minus static Top-K's, at {middle} effective experts",
+    "within_1": "fewest effective experts within 1 % of the model's own perplexity",
+    "beaten_by": "of the rules with the same stand-in",
+    "mean_difference": "to {baseline}, paired by document",
+    "is_significant": "adjusted p below {level}",
+}
+FIELD_FROM = 6  # rules: so many are shown as rules; where fewer are compared, their configurations say more
+
+
+def rule_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the terminal shows of rules: those that no other beats, then the nearest to the best."""
+
+    middle = middle_of(analysis["field"]["experts"])
+    rows = [row | {"at_middle": row.get(f"at_{middle}")} for row in league_rows(analysis["field"])]
+    return sorted(rows, key=lambda row: (row["beaten_by"] != "none", row.get("to_best", math.inf)))
+
+
+def compared_task_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the terminal shows of tasks: what is compared with the baseline, significant differences first."""
+    rows = [row for row in task_rows(analysis) if row["configuration"] != analysis["baseline"]]
+    return sorted(rows, key=lambda row: row.get("significant") is not True)
+
+
+def terminal_answer(analysis: Mapping[str, Any]) -> str:
+    """What a run says, for a terminal of TERMINAL_COLUMNS: the answer, and the table it rests on."""
+    if analysis["tasks"]:
+        kind = "tasks"
+        answer = task_sentence(analysis)
+        rows = compared_task_rows(analysis)
+    elif len(analysis["field"].get("ladders", ())) >= FIELD_FROM:
+        kind = "rules"
+        answer = answer_sentence(analysis)
+        rows = rule_rows(analysis)
+    else:
+        kind = "configurations"
+        answer = verdict_sentence(analysis)
+        rows = configuration_rows(analysis)
+    shown = rows[:TERMINAL_ROWS]
+    lines = [*textwrap.wrap(_visible(plain_text(answer)), TERMINAL_COLUMNS), ""]
+    if shown:
+        lines += terminal_table(shown, TERMINAL_TABLES[kind])
+    if len(rows) > len(shown):
+        lines.append(f"{len(rows) - len(shown)} more {kind} stand in the report; these are the best.")
+    words = {"baseline": analysis["baseline"], "level": f"{SIGNIFICANCE_LEVEL:g}"}
+    words["middle"] = str(middle_of(analysis["field"]["experts"])) if kind == "rules" else ""
+    notes = [
+        f"{column.title}: {TERMINAL_NOTES[column.key].format(**words)}"
+        for column in TERMINAL_TABLES[kind]
+        if column.key in TERMINAL_NOTES and any(row.get(column.key) is not None for row in shown)
+    ]
+    return "\n".join([*lines, "", *textwrap.wrap("; ".join(notes), TERMINAL_COLUMNS)]).rstrip()
+
+
+def terminal_paths(folder: Path) -> str:
+    """Where to read on: the report as a page and as Markdown, the plots, and the tables of the run."""
+    lines = []
+    reports = [folder / "report.html", folder / "REPORT.md"]
+    tables = [folder / table.file for table in TABLES]
+    for title, paths in (("report", reports), ("plots", [folder / "plots"]), ("tables", tables)):
+        there = [path for path in paths if path.exists()]
+        lines += [f"{title if not place else '':8}{_visible(str(path))}" for place, path in enumerate(there)]
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -10482,6 +11166,12 @@ def measure(args: argparse.Namespace) -> Results | None:
     return runner.results if runner.processes.rank == 0 else None
 
 
+def say(text: str) -> None:
+    """Print to stdout, what it cannot show as escapes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
 def run(args: argparse.Namespace) -> int:
     """What the command line asks for; returns the exit code: 0, or 1 when something failed."""
     check_options(args)
@@ -10493,9 +11183,10 @@ def run(args: argparse.Namespace) -> int:
     if results is None:
         return 0
     with log_to(args.output / LOG_FILE):
-        drawn = write_report(results.generation, args.output, args.baseline)
-        logger.info(f"report: {args.output / 'REPORT.md'}")
-    return 1 if drawn.failed or results.num_failed else 0
+        written = write_report(results.generation, args.output, args.baseline)
+        logger.debug(f"report: {args.output / 'REPORT.md'}")
+    say(f"\n{terminal_answer(written.analysis)}\n\n{terminal_paths(args.output)}")
+    return 1 if written.failed or results.num_failed else 0
 
 
 class _Terminated(KeyboardInterrupt):

@@ -23,6 +23,9 @@ import errno
 import functools
 import gzip
 import hashlib
+import html
+import html.parser
+import http.server
 import importlib.util
 import inspect
 import io
@@ -7913,9 +7916,9 @@ def test_baseline_is_passed_on(tmp_path, monkeypatch, capsys):
     def write_report(frame, folder, baseline):
         assert frame is results.generation or len(frame) == len(results.generation)
         seen.append(baseline)
-        return bh.DrawnPlots([], {})
+        return bh.WrittenReport([], {}, analysis)
 
-    write_results(results, tmp_path)
+    analysis = analysis_of(results, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(bh, "write_report", write_report)
         for options, expected in (
@@ -8815,6 +8818,8 @@ def test_requirements_equal_script_header():
 def test_everything_imported_by_name_is_required():
     """Also what torch or transformers bring; but for the libraries that are optional."""
     required = {re.match(r"[\w-]+", line)[0] for line in requirements()}
+    imported_as = {"markdown-it-py": "markdown_it", "pillow": "PIL"}
+    required = {imported_as.get(name, name) for name in required}
     assert imported_libraries() - {"datasets", "lm_eval", "pyarrow"} == required
 
 
@@ -10410,6 +10415,446 @@ def test_a_notebook_keeps_so_many_tokens(logged, monkeypatch):
 def test_the_log_is_not_for_tasks(tmp_path, capsys):
     assert bh.main(["--token-log", "--tasks", "x", "--output", str(tmp_path)]) == 2
     assert "--tasks and --token-log exclude each other" in error_lines(capsys)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 21. Seen at once: the answer on the terminal, the bar, the report as a page
+# ---------------------------------------------------------------------------------------------------------
+
+
+def terminal_of(results, folder):
+    """What the terminal shows of results, by lines: none too wide, and none with anything hidden."""
+    shown = bh.terminal_answer(analysis_of(results, folder))
+    assert not re.search("[^\n -~–…]", shown)
+    assert max(map(len, shown.splitlines())) <= 80
+    return shown.splitlines()
+
+
+def table_rows(lines):
+    """The rows below the ruler of the only table among some lines."""
+    (ruler,) = [place for place, line in enumerate(lines) if re.fullmatch("-+", line)]
+    return list(itertools.takewhile(bool, lines[ruler + 1 :]))
+
+
+def test_terminal_shows_the_answer(tmp_path):
+    """The sentence of the report, and a row a configuration: the baseline, then those compared with it."""
+    results = invented_results(tuple(bh.ROUTING_CONFIGS), 60)
+    lines = terminal_of(results, tmp_path)
+    analysis = analysis_of(results, tmp_path)
+    sentence = bh.verdict_sentence(analysis).replace("*", "").replace("`", "")
+    assert " ".join(lines).startswith(sentence)
+    header = lines[lines.index("") + 1].split("  ")
+    columns = ["configuration", "experts", "saved", "time", "NLL", "95 % interval", "verdict"]
+    assert [title.strip() for title in header if title] == columns
+    rows = table_rows(lines)
+    assert [row.split()[0] for row in rows] == list(bh.ROUTING_CONFIGS)
+    assert rows[0].split() == ["topk_8", "8.00", "–", "–", "–", "–", "baseline"]
+    verdict = analysis["verdict"]["bh_strict"]
+    saved = f"{1 - verdict['mean_experts'] / 8:.0%}"
+    cells = [f"{verdict['mean_experts']:.2f}", saved]
+    assert rows[1].split()[1:3] == cells
+    assert (
+        f"{verdict['delta_nll']:+.4f}  {bh.show(verdict, 'ci95', '+.4f to +.4f')}  {verdict['verdict']}"
+        in rows[1]
+    )
+    assert "saved: experts, against topk_8; time: of inference" in " ".join(lines)
+
+
+def test_terminal_shows_the_best_of_many_configurations(tmp_path):
+    """And says how many more there are; names that are too long are cut where one sees it."""
+    long = {name: f"{name}_{'x' * (64 - len(name) - 2)}{place % 10}"
+            for place, name in enumerate(bh.suites()["frontier"]) if name.startswith("bh")}  # fmt: skip
+    results = renamed(invented_results(("topk_8", *long), 60), **long)
+    lines = terminal_of(results, tmp_path)
+    rows = table_rows(lines)
+    assert rows.pop() == f"{len(long) + 1 - 12} more configurations stand in the report; these are the best."
+    assert len(rows) == 12
+    assert rows[0].startswith("topk_8 ")
+    assert all("…" in row.split()[0] for row in rows[1:])
+    deltas = [float(re.search(r" ([+-]0\.\d{4}) ", row)[1]) for row in rows[1:] if row.endswith("better")]
+    assert deltas == sorted(deltas)
+
+
+def test_terminal_of_other_runs(tmp_path):
+    """Generation without scores, tasks, and text alone: no column that has nothing to show."""
+    configs = ("topk_8", "bh_strict")
+    generation = dataclasses.replace(bh.EMPTY_RESULTS, generation=invented_generation(configs, 6))
+    lines = terminal_of(generation, tmp_path)
+    assert lines[0] == "No text was scored in this run: it says nothing about quality."
+    assert lines[2].split() == ["configuration", "experts", "saved", "time", "verdict"]
+    lines = terminal_of(tasks_only(), tmp_path)
+    assert lines[0].startswith("Of 2 comparisons with topk_8 on a task, paired by document, ")
+    assert [row.split()[:2] for row in table_rows(lines)] == [["choice", "bh_strict"],
+                                                             ["words…_text", "bh_strict"]]  # fmt: skip
+    lines = terminal_of(text_only(), tmp_path)
+    assert "time" not in lines[lines.index("") + 1]
+    alone = dataclasses.replace(bh.EMPTY_RESULTS, generation=invented_generation(("bh_strict",), 1))
+    assert table_rows(terminal_of(alone, tmp_path))[0].split() == ["bh_strict", *ANYTHING, "baseline"]
+
+
+ANYTHING = [f"{invented_generation(('bh_strict',), 1)['avg_experts_per_token'][0]:.2f}"]
+
+
+def test_terminal_shows_rules_where_many_are_compared(tmp_path):
+    """Those that no other beats first; the bounds are called so."""
+    methods = {"bh": -0.02, "threshold": -0.02, "top_p": 0.01, "min_p": 0.02, "entropy": 0.0, "oracle": -0.05}
+    scores, _ = simulated_field(3, methods, documents=20, windows=1)
+    common = rows_of_run(bh.SCORES, [{}]).iloc[0]
+    filled = scores.assign(own_k=8, status="ok", run_id="run").fillna({"model_name": "x", "category": "c"})
+    filled["method"] = filled["configuration"].map(lambda cell: json.loads(cell)["method"])
+    filled = filled.assign(**{name: common[name] for name in ("model_name", "dtype", "device", "seed")})
+    lines = terminal_of(dataclasses.replace(bh.EMPTY_RESULTS, scores=filled), tmp_path)
+    rows = [row for row in table_rows(lines) if "more rules" not in row]
+    assert {row.split()[0].strip(",") for row in rows[:2]} == {"bh", "threshold"}
+    assert [row for row in rows if row.startswith("oracle")][0].endswith("a bound")
+
+
+def test_terminal_tables_keep_hostile_words_in_their_place():
+    """On their line, in their column, with nothing that a terminal obeys."""
+    rows = [{"task": text, "configuration": "a", "mean": 1.0} for text in HOSTILE]
+    rows.append({"task": "\u8a9e" * 200, "configuration": "b" * 64, "mean": -1.0})
+    lines = bh.terminal_table(rows, bh.TERMINAL_TABLES["tasks"])
+    assert len(lines) == len(rows) + 2
+    assert max(map(bh._columns_of, lines)) <= bh.TERMINAL_COLUMNS
+    assert not any(
+        re.search("[\x00-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2066-\u2069]", line) for line in lines
+    )
+    assert len({bh._columns_of(line) for line in lines[2:]}) == 1  # the last column ends at one place
+    assert bh.plain_text(f"`a` on {bh.markdown_text('x_y `z` <b> & *')}") == "a on x_y `z` <b> & *"
+
+
+def test_analyze_only_ends_with_answer_and_paths(tmp_path, monkeypatch, capsys):
+    """On stdout; what is there is named, the page too; a terminal that knows ASCII only gets escapes."""
+    only_plots(monkeypatch)
+    write_results(invented_results(("topk_8", "bh_strict"), 3), tmp_path)
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with contextlib.redirect_stdout(plain):
+        assert bh.main(["--analyze-only", "--output", str(tmp_path)]) == 0
+    plain.seek(0)
+    assert "\\u2013" in plain.read()
+    assert bh.main(["--analyze-only", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    answer, paths = printed.out.strip().split("\n\nreport  ")
+    assert answer.startswith("Against static Top-K that spends")
+    named = [Path(line.split()[-1]) for line in paths.splitlines()]
+    assert {"report.html", "REPORT.md", bh.GENERATION.file, bh.SCORES.file} == {path.name for path in named}
+    assert all(path.exists() for path in named)
+    assert "analysed in " in printed.err
+    assert "%|" not in printed.err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_one_bar_on_a_terminal(monkeypatch):
+    """It says what is done, and nothing hides in the name; it leaves no line behind."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with bh.Phase("experiments generated", 4, 1) as phase:
+        phase.now("a\x1b[2J\u202eb")
+        phase.advance(2)
+    shown = terminal.getvalue()
+    assert "experiments generated, a\\x1b[2J\\u202eb:  25% |" in shown
+    assert "1/4 [00:00" in shown
+    assert "\x1b[2J" not in shown
+    assert "\n" not in shown
+    assert shown.split("\r")[-1].strip() == ""
+
+
+def test_without_a_terminal_lines_tell_how_far(monkeypatch, caplog, capsys):
+    """Now and then, and at the end; no bar."""
+    monkeypatch.setattr(bh, "SAY_EVERY", -1.0)
+    with caplog.at_level("INFO"), bh.Phase("experiments generated", 3, 1) as phase:
+        phase.advance(1)
+        phase.advance(1)
+    with caplog.at_level("INFO"), bh.Phase("of another process", 3, is_shown=False) as phase:
+        phase.advance(3)
+    lines = [re.sub(r"\d+\.\d", "N", line) for line in caplog.messages]
+    assert lines == [
+        "2 of 3 experiments generated, for N seconds now",
+        "3 of 3 experiments generated in N seconds",
+    ]
+    assert capsys.readouterr().err == ""
+
+
+def test_the_log_names_the_phases(mock_model, tmp_path):
+    """Model with its shape, what was generated, what was scored; a resumed run counts what was there."""
+    for _ in range(2):
+        run_suite(mock_model, tmp_path, prompts=SCORED_PROMPTS[:2], texts=WINDOWS)
+    log = re.sub(r"\d+\.\d+ seconds", "N seconds", (tmp_path / bh.LOG_FILE).read_text())
+    parameters = sum(weights.numel() for weights in mock_model.parameters())
+    model = re.search(
+        r"INFO model \S+, (\w+), (\d+) MoE layers x (\d+) experts, top-(\d+), (\S+) million", log
+    )
+    assert float(model[5]) == pytest.approx(parameters / 1e6, abs=0.06)
+    assert log.count("4 of 4 experiments generated in N seconds") == 2
+    assert log.count("45 of 45 scores of text computed in N seconds") == 2
+
+
+def test_active_parameters_are_those_of_the_kept_experts(tiny):
+    weights = sum(parameter.numel() for parameter in tiny.layers[0].experts.parameters())
+    share = 1 - tiny.own_k / tiny.layers[0].num_experts
+    total = sum(parameter.numel() for parameter in tiny.model.parameters())
+    active = total - len(tiny.layers) * weights * share
+    assert f"{bh._millions(round(active))} active for a token" in tiny.shape
+    assert bh._millions(6_919_000_000) == "6.92 billion"
+
+
+# Plots
+
+
+def field_verdicts(methods):
+    scores, configs = simulated_field(3, methods, documents=20, windows=1)
+    verdicts = bh.quality_verdicts(scores, configs, "topk_8")
+    analysis = {"verdict": verdicts, "configurations": configs, "baseline": "topk_8"}
+    return analysis | {"field": bh.compare_field(scores, configs, 8)}
+
+
+def test_the_field_marks_what_the_report_calls_unbeaten(as_drawn):
+    analysis = field_verdicts({"bh": -0.01, "threshold": -0.03, "top_p": 0.02})
+    (sentence,) = bh.field_sentences(analysis)
+    assert "no other at any whole number of experts (adjusted p below 0.05): `threshold" in sentence
+    axes = bh.plot_field(bh.verdict_frame(analysis))
+    colors = {text.get_text().split(",")[0]: text.get_color() for text in axes[0].texts}
+    assert colors["threshold"] == bh.FIELD_COLORS["beaten by no other"]
+    assert colors["bh"] == bh.FIELD_COLORS["BH, beaten"]
+    assert colors["top_p"] == "0.4"
+    legend = {text.get_text() for text in axes[0].figure.legends[0].get_texts()}
+    assert legend == {"beaten by no other", "BH, beaten", "others"}
+
+
+def test_many_configurations_share_rows_and_colours(as_drawn):
+    """A row a rule, and a colour a stand-in, where a row and a colour each could not be read."""
+    configs = {}
+    for method in ("bh", "threshold", "top_p", "min_p", "entropy", "elbow", "gap"):
+        for stand_in in ("nothing", "mean"):
+            knob = bh.RULES[method].knob
+            for place in range(3):
+                config = {"method": method, "stand_in": stand_in, knob.name: knob.default * (1 + place / 100)}
+                configs[f"{method}_{stand_in}_{place}"] = bh.resolve_config("x", config)
+    rows = [
+        {"config_name": name, "configuration": json.dumps(config), "is_static": False, "is_unbeaten": False,
+         "mean_experts": 3.0 + place % 3, "delta_nll": -0.01, "ci95_low": -0.02, "ci95_high": 0.0,
+         "verdict": "better", "delta_to_baseline": 0.1, "delta_to_baseline_ci95_low": 0.0,
+         "delta_to_baseline_ci95_high": 0.2}
+        for place, (name, config) in enumerate(configs.items())
+    ]  # fmt: skip
+    verdicts = pd.DataFrame(rows)
+    verdicts.attrs["baseline"] = "topk_8"
+    ax = bh.plot_delta_at_equal_compute(verdicts)
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(bh.families(configs))
+    assert {text.get_text() for text in ax.texts} == {"3.00 to 5.00", "experts"}
+    assert ax.figure.get_figheight() < 10
+    ax = bh.plot_quality_vs_experts(verdicts)
+    named = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert named == ["rules, nothing stands in", "rules, mean stands in"]
+
+
+def test_boxes_are_drawn_without_a_warning(as_drawn):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bh.plot_experts_by_category(invented_generation(("topk_8", "bh_strict"), 6))
+
+
+# The page
+
+
+class Page(html.parser.HTMLParser):
+    """What a page holds: its tags with attributes, and its text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+PAGE_TAGS = {
+    "html", "head", "meta", "title", "style", "body", "nav", "a", "main", "h1", "h2", "h3", "p", "strong",
+    "em", "code", "pre", "ul", "ol", "li", "div", "table", "thead", "tbody", "tr", "th", "td", "figure",
+    "img", "hr", "br", "blockquote",
+}  # fmt: skip
+EVIL = """<script>top.ran.push(1)</script><img src="SITE/a.png" onerror="top.ran.push(2)">
+<svg onload="top.ran.push(3)"><style>@import "SITE/b.css"; body{background:url(SITE/c.png);width:9999px}
+</style>![a](SITE/d.png) ![b](data:image/svg+xml;base64,PHN2Zy8+) ![c](plots/../../../x.png)
+[go](javascript:top.ran.push(4))
+<http://SITE/e> [f]: SITE/f 'x' <iframe src="SITE/g"></iframe><base href="SITE/"><meta http-equiv="refresh"
+content="0;url=SITE/h"><details ontoggle="top.ran.push(5)" open>x</details> &lt;script&gt; \u202egpj.exe"""
+
+
+def png(path, size=(40, 30)):
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "red").save(path)
+
+
+def check_page(page):
+    """One page with what it may have: no script, no link out, no image but its own."""
+    parsed = Page(page)
+    assert {tag for tag, _ in parsed.tags} <= PAGE_TAGS
+    for tag, attributes in parsed.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+        assert "src" not in attributes or (tag, attributes["src"][:22]) == ("img", "data:image/png;base64,")
+        assert "href" not in attributes or (tag, attributes["href"][0]) == ("a", "#")
+    policies = [meta["content"] for meta in parsed.all("meta") if meta.get("http-equiv")]
+    assert policies == [bh.PAGE_POLICY]
+    assert "default-src 'none'" in bh.PAGE_POLICY
+    assert len(parsed.all("style")) == 1
+    assert parsed.all("html") == [{"lang": "en"}]
+    assert [meta for meta in parsed.all("meta") if meta.get("name") == "viewport"]
+    ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    assert {link["href"][1:] for link in parsed.all("a")} <= set(ids)
+    assert len(page) < 5_000_000
+    return parsed
+
+
+def test_page_of_hostile_texts(tmp_path):
+    """Markup of others is shown as it is written, and does nothing: no tag, link or image comes of it."""
+    png(tmp_path / "x.png")
+    hostile = [EVIL, *HOSTILE[:-1], NASTY]
+    blocks = ["# T", *(f"- {text}" for text in hostile), *(f"## {text}" for text in hostile)]
+    cells = [bh.markdown_text(text) for text in (*hostile, "x" * 1_000_000)]
+    table = "\n".join(["| a |", "| --- |", *(f"| {cell} |" for cell in cells)])
+    page = bh.page_html("\n\n".join([*blocks, table]), tmp_path / "deep" / "er" / "plots")
+    parsed = check_page(page)
+    assert parsed.all("img") == []
+    for shown in (
+        "<script>top.ran.push(1)</script>",
+        "onerror=",
+        "javascript:top",
+        "data:image/svg+xml",
+        "<base href",
+    ):
+        assert shown in parsed.text
+    assert "x… (996,000 more characters)" in parsed.text
+
+
+def test_page_shows_its_own_plots_only_and_further_fragments(tmp_path):
+    """Smaller than they are in the folder; a broken one is named; fragments stand before the summary."""
+    png(tmp_path / "quality_vs_experts.png", (4000, 2000))
+    (tmp_path / "layer_profile.png").write_bytes(b"no picture")
+    png(tmp_path / "own.png")
+    markdown = "# The <title>\n\n## Answer\n\n" + "".join(
+        f"![{name}](plots/{name}.png)\n\n" for name in ("quality_vs_experts", "layer_profile", "own", "field")
+    )
+    fragment = '<h2 id="tokens">Which token</h2><p>many</p>'
+    page = bh.page_html(f"{markdown}\n\n## Summary by configuration\n\nx", tmp_path, [fragment])
+    parsed = check_page(page)
+    (image,) = parsed.all("img")
+    assert (image["width"], image["height"], image["alt"]) == ("1600", "800", "quality_vs_experts")
+    assert "layer_profile: cannot identify image" in parsed.text
+    assert "own (plots/own.png)" in parsed.text
+    assert "field (plots/field.png)" in parsed.text
+    assert page.index('id="answer"') < page.index(fragment) < page.index('id="summary-by-configuration"')
+    links = [link["href"] for link in parsed.all("a")]
+    assert links == ["#answer", "#tokens", "#summary-by-configuration"]
+    assert "<title>The &lt;title&gt;</title>" in page
+    assert fragment in bh.page_html("# T", tmp_path, [fragment])
+
+
+@pytest.fixture(scope="module")
+def page_run(tmp_path_factory):
+    """A report with a few plots, of a run in which others' texts are everywhere."""
+    folder = tmp_path_factory.mktemp("page")
+    results = write_run(folder, tuple(bh.ROUTING_CONFIGS), 6)
+    frame = results.generation
+    frame["prompt_category"] = frame["prompt_category"].replace({"c0": EVIL, "c1": "x" * 100_000})
+    frame.loc[frame["prompt_id"] == "p2", ["status", "error"]] = ["error", EVIL + "y" * 1_000_000]
+    write_results(results, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        only_plots(patch, "quality_vs_experts", "layer_profile")
+        bh.write_report(frame, folder)
+    return folder
+
+
+def test_page_of_a_run(page_run):
+    """The report's own tables, plots and words, whole; the same results give the same bytes."""
+    page = (page_run / "report.html").read_text(encoding="utf-8")
+    parsed = check_page(page)
+    report = (page_run / "REPORT.md").read_text(encoding="utf-8")
+    assert len(parsed.all("table")) == len(table_widths(report))
+    assert [image["alt"] for image in parsed.all("img")] == ["Quality against compute", "Layer by layer"]
+    assert report.index("![Quality against compute]") < report.index(
+        "\n## ", report.index("Executive summary")
+    )
+    cells = {words for attributes in parsed.all("td") for words in attributes.get("class", "").split()}
+    assert {"number", "short", "static"} <= cells
+    assert bh.page_html(report, page_run / "plots") == page
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+WATCHER = """<!doctype html><script>var ran = [], loaded = 0, seen = [];
+function look() { if (++loaded < FRAMES) return; setTimeout(function () {
+  for (var frame of document.querySelectorAll("iframe")) { var page = frame.contentDocument;
+    var root = page.documentElement, images = [...page.images];
+    seen.push({width: root.clientWidth, wide: root.scrollWidth, high: root.scrollHeight,
+      images: images.map(image => image.naturalWidth), inner: page.body.scrollWidth,
+      boxes: [...page.querySelectorAll(".table")].map(box => box.getBoundingClientRect().right)}); }
+  document.querySelector("pre").textContent = JSON.stringify({ran: ran, pages: seen}); }, 300); }
+</script><pre></pre>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+def test_page_in_a_browser(page_run, tmp_path):
+    """At the width of a desktop and of a telephone: nothing wider than the page, every picture there, no
+    script ran, no request left. A page without any of this beside it shows that it would be seen."""
+    asked = []
+
+    class Site(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *args):
+            pass
+
+    site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    threading.Thread(target=site.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{site.server_port}"
+    page = (page_run / "report.html").read_text(encoding="utf-8").replace("SITE", address)
+    control = (
+        f'<img src="{address}/control"><script>top.ran.push("control")</script><p style="width:9999px">x'
+    )
+    frames = [
+        f'<iframe style="width:{width}px;height:800px;border:0" onload="look()" '
+        f'srcdoc="{html.escape(shown)}"></iframe>'
+        for width, shown in ((1280, page), (390, page), (390, control))
+    ]
+    watcher = tmp_path / "watcher.html"
+    watcher.write_text(WATCHER.replace("FRAMES", "3") + "".join(frames), encoding="utf-8")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+               "--disable-background-networking", "--disable-component-update", "--disable-sync",
+               f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=8000", "--dump-dom",
+               watcher.as_uri()]  # fmt: skip
+    try:
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    finally:
+        site.shutdown()
+        site.server_close()
+    found = json.loads(html.unescape(re.search("<pre>(.*?)</pre>", dom)[1]))
+    desktop, telephone, seen = found["pages"]
+    assert found["ran"] == ["control"]
+    assert set(asked) == {"/control"}
+    assert seen["wide"] > 9000
+    for measured, width in ((desktop, 1280), (telephone, 390)):
+        assert width - 20 <= measured["width"] <= width
+        assert measured["wide"] <= measured["width"]
+        assert max(measured["boxes"]) <= measured["width"]
+        assert len(measured["images"]) == 2
+        assert min(measured["images"]) > 600
 
 
 if __name__ == "__main__":
