@@ -10432,6 +10432,71 @@ def test_a_patched_forward_has_the_name_and_signature_of_the_models_own(tiny):
         assert [(module.forward.__name__, inspect.signature(module.forward)) for module in modules] == own
 
 
+def test_levels_of_the_diagnosed_nulls(tiny):
+    """Ten to a decade from 0.0001 to 1, where every null pair is at or below."""
+    report = bh.diagnose_nulls(tiny.calibration, tiny.calibration)
+    assert report["levels"] == pytest.approx([10 ** (-4 + n / 10) for n in range(41)])
+    for null in report["nulls"].values():
+        assert {shares[-1] for shares in null["layers"]} == {1}
+
+
+def test_multiplications_of_what_stands_in():
+    assert bh.StandIn(torch.zeros(5, 16)).multiplications == 16
+    linear = bh.StandIn(torch.zeros(5, 16), torch.zeros(5, 3, 16), torch.zeros(5, 16, 3))
+    assert linear.multiplications == 16 + 16 * 3 + 3 * 16
+
+
+def test_a_rule_takes_a_null_only_if_it_says_so(new_rules):
+    knob = bh.rate_field("share", 0.5, 0, 1, "of nothing")
+    bh.register_rule("own", knob, words="w", search=(0.1, 1))(lambda gates, config: None)
+    rule = bh.RULES["own"]
+    assert not rule.uses_null
+    assert bh.NULL_FIELD.name not in [field.name for field in rule.fields]
+
+
+def test_fewest_experts_are_where_the_interval_crosses_the_margin():
+    """Against scipy's interval at every point of the grid, with few documents, where each counts."""
+    scores, configs = simulated_field(5, {"threshold": 0.0, "min_p": 0.0}, documents=4, windows=1)
+    by_config = bh.scored_items(scores)
+    items = by_config["topk_8"].index
+    own = by_config["topk_8"]["nll"]
+    documents = by_config["topk_8"]["document"]
+    ladder = next(x for x in bh.ladders_of(by_config, configs, items) if x.label == "topk")
+    margin = 0.05
+    found = bh.fewest_experts(ladder, own, documents, margin)
+    grid = np.linspace(1, 8, 81)[:-1]  # at the last nothing differs
+    low, high = np.transpose(
+        [stats.ttest_1samp(ladder.at(experts) - own, 0).confidence_interval(0.95) for experts in grid]
+    )
+    for end, name in ((low, "ci95_low"), (high, "ci95_high")):
+        assert found[name] == pytest.approx(grid[np.flatnonzero(end >= margin)[-1] + 1]), name
+
+
+def test_the_third_line_of_a_checkpoint_counts(tmp_path):
+    """Also where it comes later in the alphabet than what is expected."""
+    path = tmp_path / "latest.json"
+    for line in ('"results":  [', '"rows": [', "["):
+        path.write_text(f'{{"schema": {SCHEMA},\n"settings": {{"model": "m", "seed": 0}},\n{line}\n]}}\n')
+        with pytest.raises(bh.UserError, match="not a checkpoint"):
+            open_checkpoint(path)
+
+
+def test_one_token_without_any_allowed_expert_is_named():
+    logits = torch.zeros(3, 4)
+    logits[1] = -math.inf
+    with pytest.raises(bh.UserError, match="a token whose experts are all -inf"):
+        bh.benjamini_hochberg_routing(logits, 0.1)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_experts_that_are_called_with_something_else_are_refused(width):
+    """With more candidates, or fewer, than the router beside them returned."""
+    picked = bh.Candidates(torch.ones(5, 2), torch.zeros(5, 2, dtype=torch.int64), None)
+    call = ((torch.zeros(5, 8), torch.zeros(5, width, dtype=torch.int64), torch.ones(5, width)), {})
+    with pytest.raises(bh._NotPatchable, match="no `experts` beside it"):
+        bh._check_experts(lambda *arguments: None, call, picked)
+
+
 STATISTICS = int(os.environ.get("BH_STATISTICS", 8))  # simulated runs; BH_STATISTICS=400 for a long look
 
 
