@@ -71,6 +71,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bz2
 import collections
 import contextlib
 import copy
@@ -88,6 +89,7 @@ import io
 import itertools
 import json
 import logging
+import lzma
 import math
 import numbers
 import os
@@ -104,6 +106,7 @@ import threading
 import time
 import unicodedata
 import warnings
+import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -501,12 +504,17 @@ def input_hashes(prompt: Prompt) -> dict[str, str]:
     return {field: fingerprint(prompt[field]) for field, counts in PROMPT_IDENTITY.items() if counts}
 
 
+MAX_CHARACTERS = 10_000_000  # of a prompt, beyond any context: a compressed file can unfold to anything
+
+
 def resolve_prompt(prompt: Prompt) -> dict[str, str]:
     """A prompt with exactly PROMPT_FIELDS; only `text` is needed. Raises UserError where that is missing."""
     text = prompt.get("text")
     name = f"prompt {prompt.get('id', dict(prompt))!r:.80}"
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{name} has no text: it needs a non-empty string under 'text'")
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{name} has {len(text):,} characters, more than {MAX_CHARACTERS:,}: shorten it")
     unknown = sorted(set(prompt) - set(PROMPT_FIELDS))
     if unknown:
         raise UserError(
@@ -598,6 +606,26 @@ def _dataset_source(option: str, dataset: str) -> tuple[str, tuple[str, ...], di
     return dataset, tuple(dataset.split(":", 1)), {}
 
 
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def _refuse_endless_lines(option: str, dataset: str, rows: int) -> None:
+    """UserError where one of the first lines of a local compressed file unfolds to more than any prompt may
+    hold: the datasets library holds a line several times over."""
+    path = Path(dataset)
+    for file in sorted(path.rglob("*")) if path.is_dir() else []:
+        if file.suffix.lower() in COMPRESSED and file.is_file():
+            with COMPRESSED[file.suffix.lower()](file, "rb") as lines:
+                for _ in range(rows + 1):  # one may name the columns
+                    line = lines.readline(MAX_CHARACTERS + 1)
+                    if len(line) > MAX_CHARACTERS:
+                        raise UserError(
+                            f"{option} {file}: a line has more than {MAX_CHARACTERS:,} characters"
+                        )
+                    if not line:
+                        break
+
+
 def _dataset_rows(
     option: str, dataset: str, split: str | None, limit: int, random_seed: int | None = None
 ) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
@@ -608,6 +636,7 @@ def _dataset_rows(
 
     _, source, files = _dataset_source(option, dataset)
     try:
+        _refuse_endless_lines(option, dataset, limit if random_seed is None else SHUFFLE_BUFFER)
         splits = datasets.load_dataset(*source, **files, streaming=True)
         if split is None:
             split = "train" if "train" in splits or len(splits) > 1 else next(iter(splits))
@@ -2103,6 +2132,30 @@ def _alone() -> Iterator[None]:
         yield
 
 
+_HOLDERS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()  # model -> its lock
+
+
+@contextlib.contextmanager
+def holding(model: nn.Module) -> Iterator[None]:
+    """The model for this thread inside the block; UserError where another thread holds it.
+
+    What is measured without a patch, calibration for example, is wrong if another thread patches the model
+    meanwhile, or looks at it: both change it.
+    """
+    with _alone():
+        lock = _HOLDERS.setdefault(model, threading.RLock())
+    is_held = False
+    try:
+        is_held = lock.acquire(blocking=False)
+        if not is_held:
+            kind = type(model).__name__
+            raise UserError(f"this {kind} is at work in another thread: wait for it, or load the model again")
+        yield
+    finally:
+        if is_held:
+            lock.release()
+
+
 def _refuse_patched(name: str, router: nn.Module) -> None:
     if hasattr(router, "_bh_patched"):
         raise UserError(f"{name} is patched already: leave the first `with` block before the next")
@@ -2117,6 +2170,20 @@ def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> 
     undo = (held.update, {name: held[name]}) if name in held else (held.pop, name, None)
     stack.callback(*undo)
     setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def _replaced_forward(name: str, module: nn.Module, forward: Callable) -> Iterator[None]:
+    """`forward` in place of a module's own inside the block. UserError after it where somebody put another in
+    its place meanwhile: that one is gone, and what it kept to put back is of no use."""
+    with contextlib.ExitStack() as stack:
+        _replace(stack, module, "forward", forward)
+        yield
+        if vars(module).get("forward") is not forward:
+            raise UserError(
+                f"{name}: its forward was replaced while it was patched, by an accelerate hook for example; "
+                "add hooks before the block, or take them off in it"
+            )
 
 
 @contextlib.contextmanager
@@ -2324,7 +2391,6 @@ def _declared_routers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-@_alone()
 @torch.no_grad()
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a transformers model, in order, by the architecture's own declaration.
@@ -2333,6 +2399,11 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     architectures or of attribute names is needed. Raises UserError, in one line, for a model that cannot be
     patched.
     """
+    with _alone(), holding(model):
+        return _find_moe_layers(model)
+
+
+def _find_moe_layers(model: nn.Module) -> list[MoELayer]:
     routers = _declared_routers(model)
     for name, router in routers.items():
         _refuse_patched(name, router)
@@ -3308,6 +3379,7 @@ def patched_routing(
     config = config | {"layers": [layer.index for layer in layers if is_routed(config, layer.index)]}
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as alone:
         alone.enter_context(_alone())
+        alone.enter_context(holding(model))
         stack.enter_context(evaluating(model))
         stack.enter_context(model.register_forward_pre_hook(recorder.watch_model, with_kwargs=True))
         candidates = _asked_candidates(patched, config)
@@ -3321,8 +3393,9 @@ def patched_routing(
                 routing = _LayerRouting(layer, settings, candidates[place], calibration, observe)
                 router_forward = routing.wrap_router(layer.router.forward, layer.experts.forward)
                 experts_forward = routing.wrap_experts(layer.experts.forward)
-                _replace(stack, layer.router, "forward", router_forward)
-                _replace(stack, layer.experts, "forward", experts_forward)
+                stack.enter_context(_replaced_forward(layer.name, layer.router, router_forward))
+                experts_name = f"the experts of {layer.name}"
+                stack.enter_context(_replaced_forward(experts_name, layer.experts, experts_forward))
             # config.num_experts_per_tok has no effect after loading; the router's own attribute has.
             if layer.knob:
                 _replace(stack, *layer.knob, candidates[place])
@@ -3366,10 +3439,14 @@ def writing_plainly(model: nn.Module) -> Iterator[None]:
         yield
 
 
+_SEEDING = threading.RLock()
+
+
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's random generators seeded inside the block, and as they were after it."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    """torch's random generators seeded inside the block, and as they were after it; one thread at a time,
+    because all threads share them."""
+    with _SEEDING, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
@@ -3387,7 +3464,7 @@ def sample_calibration_text(
     remaining = sequences or CALIBRATION_SEQUENCES
     settings = generation_settings(tokenizer, CALIBRATION_LENGTH - 1, do_sample=True, top_k=0)
     texts = []
-    with writing_plainly(model), seeded(seed, device), torch.inference_mode():
+    with holding(model), writing_plainly(model), seeded(seed, device), torch.inference_mode():
         while remaining > 0:
             rows = min(remaining, CALIBRATION_SEQUENCES)
             start = torch.full((rows, 1), start_token(tokenizer), device=device)
@@ -3589,7 +3666,7 @@ def record_routers(model: nn.Module, batches: Sequence[Tensor], outputs: bool = 
     def add_outputs(layer: MoELayer, forward: Callable, *seen: Tensor) -> None:
         sums[layer.index].add(forward, *(_but_first_positions(part, length) for part in seen))
 
-    with contextlib.ExitStack() as stack, evaluating(model), torch.inference_mode():
+    with contextlib.ExitStack() as stack, holding(model), evaluating(model), torch.inference_mode():
         for layer in layers:
             stack.enter_context(layer.router.register_forward_hook(recorder(layer)))
         if outputs:
@@ -3658,7 +3735,7 @@ def fit_linear_maps(
         chosen[layer.index].append(_but_first_positions(indices, length).to("cpu", torch.int16))
         forwards[layer.index] = forward
 
-    with evaluating(model), torch.inference_mode():
+    with holding(model), evaluating(model), torch.inference_mode():
         with _watched_experts(layers, keep):
             for batch in batches:
                 length = batch.shape[1]
@@ -5062,7 +5139,7 @@ def _checked_row(line: bytes) -> dict[str, Any] | None:
     return json.loads(text)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there is one for every row
 class _Place:
     """Where a finished row lies in a checkpoint file, in bytes, and whether it is one that failed."""
 
@@ -5126,7 +5203,7 @@ class CheckpointFile:
         for line in file:
             row = None if line == self.END[1:] else _checked_row(line)
             if row is not None:
-                self.places[row_key(row)] = _Place(offset, len(line), row["status"])
+                self.places[row_key(row)] = _Place(offset, len(line), sys.intern(row["status"]))
             elif line == self.END[1:]:
                 is_whole = True
             else:
@@ -5194,8 +5271,9 @@ class CheckpointFile:
         self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
         logger.warning(f"the checkpoint was removed while in use; what is finished is now in {self.path}")
 
-    def append(self, row: Row) -> None:
-        """Add one finished row. OSError when the disk is full; the file is then as it was before."""
+    def append(self, row: Row) -> Key:
+        """Add one finished row; returns its key. OSError when the disk is full; the file is then as it was
+        before."""
         text = json.dumps(strict_json(row), allow_nan=False)
         line = f'{text[:-1]}, "crc32": {zlib.crc32(text.encode())}}}'.encode()
         data = (b",\n" if self.places else b"\n") + line
@@ -5210,11 +5288,13 @@ class CheckpointFile:
             self._file.write(self.END)
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         offset = self._end + len(data) - len(line)
-        self.places[row_key(row)] = _Place(offset, len(line), row["status"])
+        key = row_key(row)
+        self.places[key] = _Place(offset, len(line), sys.intern(row["status"]))
         self._end += len(data)
         self._unsynced += 1
         if self._unsynced >= self.sync_every:
             self.sync()
+        return key
 
     def row(self, key: Key) -> dict[str, Any]:
         """The row of a key in `places`."""
@@ -5259,9 +5339,9 @@ class Checkpoint:
             if name.fullmatch(path.name) and path != self.own_path
         ]
 
-    def append(self, row: Row) -> None:
-        """Add one finished row to this process's file."""
-        self.own.append(row)
+    def append(self, row: Row) -> Key:
+        """Add one finished row to this process's file; returns its key."""
+        return self.own.append(row)
 
     def _file_with(self, key: Key) -> CheckpointFile | None:
         """The file whose row of this key counts: one that did not fail, if there is one."""
@@ -5387,6 +5467,45 @@ def _without_bars(is_wanted: bool) -> Iterator[None]:
             bars.enable_progress_bar()
 
 
+def _refuse_unsafe_shards(model_name: str, revision: str | None) -> None:
+    """ValueError where the index of the weights names what is not a safetensors file of its own folder:
+    transformers would open a file anywhere, and would unpickle one that is called otherwise."""
+    maybe = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    index = transformers.utils.cached_file(
+        model_name, transformers.utils.SAFE_WEIGHTS_INDEX_NAME, revision=revision, **maybe
+    )
+    if index is None:
+        return
+    shards = json.loads(_read_text(Path(index), "--model"))["weight_map"].values()
+    for shard in sorted(set(shards)):
+        if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"the index of its weights names {shard!r}, no safetensors file of its folder")
+
+
+def _load_weights(
+    model_name: str, dtype: torch.dtype, placed: Mapping[str, Any], source: Mapping[str, Any]
+) -> nn.Module:
+    """The model, all of its weights from safetensors of its own. placed, source: what transformers is given.
+    ValueError, and whatever transformers raises."""
+    _refuse_unsafe_shards(model_name, source["revision"])
+    placed = dict(placed)
+    quantization = quantization_of(model_name, source)
+    if quantization == "mxfp4":  # its kernels choose the experts themselves
+        logger.info(f"{model_name} brings MXFP4 weights: they are unpacked to {dtype}")
+        placed["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+    elif quantization not in (None, "fp8"):  # what is not packed has a precision that fits what is
+        placed["dtype"] = "auto"
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        model_name, output_loading_info=True, **placed, **source
+    )
+    # transformers would go on with random numbers in their place; packed weights have names of their own
+    if report["missing_keys"] and not quantization:
+        raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+    if quantization and not getattr(model, "is_quantized", False):
+        _to_one_precision(model, dtype)
+    return model
+
+
 def load_model(
     model_name: str,
     device: torch.device,
@@ -5406,15 +5525,7 @@ def load_model(
     try:
         with _without_bars(Path(model_name).is_dir() or not sys.stderr.isatty()):  # a download shows its own
             tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, **source)
-            quantization = quantization_of(model_name, source)
-            if quantization == "mxfp4":  # its kernels choose the experts themselves
-                logger.info(f"{model_name} brings MXFP4 weights: they are unpacked to {dtype}")
-                placed["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
-            elif quantization not in (None, "fp8"):  # what is not packed has a precision that fits what is
-                placed["dtype"] = "auto"
-            model = transformers.AutoModelForCausalLM.from_pretrained(model_name, **placed, **source)
-            if quantization and not getattr(model, "is_quantized", False):
-                _to_one_precision(model, dtype)
+            model = _load_weights(model_name, dtype, placed, source)
         if not tokenizer("text")["input_ids"]:  # what comes of a folder without the tokenizer's files
             raise ValueError("its tokenizer knows no words")
     except Exception as error:  # whatever a damaged folder can raise
@@ -5425,8 +5536,12 @@ def load_model(
     return model, tokenizer
 
 
+_ADAPTER_FIELDS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")  # of a layer of PEFT
+
+
 def model_fingerprint(model: nn.Module) -> str:
-    """16 hex digits that name the weights: of each tensor the name, shape and up to 2,048 values."""
+    """16 hex digits that name the weights: of each tensor the name, shape and up to 2,048 values; and which
+    adapters of PEFT are in use."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):  # what a quantised module keeps beside its weights
@@ -5436,6 +5551,10 @@ def model_fingerprint(model: nn.Module) -> str:
             if not part.is_meta:  # offloaded to disk: known by name and shape only
                 values = part.detach().flatten()
                 digest.update(values[:: max(1, values.numel() // 1024)].double().cpu().numpy().tobytes())
+    for name, module in model.named_modules():
+        if "_active_adapter" in vars(module):
+            adapters = [vars(module).get(field) for field in _ADAPTER_FIELDS]
+            digest.update(f"{name} {adapters}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -5846,14 +5965,74 @@ class ScoredBatch:
 # Scores of tasks
 
 
+@contextlib.contextmanager
+def _sandboxed_templates() -> Iterator[None]:
+    """Inside the block templates of tasks are filled in by jinja2's sandbox: a template of the harness's own
+    environment can call anything."""
+    import jinja2.sandbox
+    from lm_eval import utils
+
+    own = utils.env
+    sandbox = jinja2.sandbox.SandboxedEnvironment(undefined=own.undefined, keep_trailing_newline=True)
+    sandbox.filters.update(own.filters)
+    with contextlib.ExitStack() as stack:
+        _replace(stack, utils, "env", sandbox)
+        yield
+
+
+@contextlib.contextmanager
+def _only_harness_code() -> Iterator[None]:
+    """Inside the block task files outside the harness are data: the Python functions and the metrics by path
+    that they may name are refused before anything of them is imported."""
+    import lm_eval
+    from lm_eval.tasks import _yaml_loader
+
+    evaluate = importlib.import_module("evaluate")  # a requirement of the harness, not of this script
+    harness = Path(lm_eval.__file__).resolve().parent
+    import_function = _yaml_loader._import_func_in_yml
+    load_metric = evaluate.load
+    way_out = "is not executed without --trust-remote-code: give that if you trust who wrote it"
+
+    def import_own(function: str, folder: Path) -> Any:
+        if not Path(folder).resolve().is_relative_to(harness):
+            raise PermissionError(f"the Python function {function} {way_out}")
+        return import_function(function, folder)
+
+    def load_known(path: str, *args: Any, **kwargs: Any) -> Any:
+        if Path(path).name != path or Path(path).exists():
+            raise PermissionError(f"the metric {path} {way_out}")
+        return load_metric(path, *args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        _replace(stack, _yaml_loader, "_import_func_in_yml", import_own)
+        _replace(stack, evaluate, "load", load_known)
+        yield
+
+
 def load_tasks(
-    names: Sequence[str], include_path: str | Path | None = None, num_fewshot: int | None = None
+    names: Sequence[str],
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Mapping[str, Any]]:
     """Name -> tasks and groups of lm-evaluation-harness that it stands for. Raises UserError.
 
-    include_path: a folder with task files of your own, beside the harness's tasks. num_fewshot: examples in
-    the context, instead of a task's own number; one that says 0 keeps it.
+    include_path: a folder with task files of your own, beside the harness's tasks; Python functions that they
+    name are refused without `trust_remote_code`. num_fewshot: examples in the context, instead of a task's
+    own number; one that says 0 keeps it.
     """
+    with contextlib.ExitStack() as stack:
+        if trust_remote_code:
+            logger.warning("--trust-remote-code: Python code that task files name will be executed")
+        else:
+            stack.enter_context(_only_harness_code())
+        stack.enter_context(_sandboxed_templates())
+        return _find_tasks(names, include_path, num_fewshot)
+
+
+def _find_tasks(
+    names: Sequence[str], include_path: str | Path | None, num_fewshot: int | None
+) -> dict[str, Mapping[str, Any]]:
     from lm_eval.tasks import TaskManager
 
     if include_path is None:
@@ -6014,7 +6193,8 @@ def run_task(lm: Any, recorder: RoutingRecorder, tasks: Mapping[str, Any], limit
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     # Never with the harness's cache: it finds answers by the model's name, whatever its routing.
-    evaluated = evaluate(lm, task_dict=tasks, limit=limit)
+    with _sandboxed_templates():
+        evaluated = evaluate(lm, task_dict=tasks, limit=limit)
     documents = []
     for task, samples in evaluated["samples"].items():
         samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
@@ -6174,11 +6354,9 @@ class _Saver:
         return key not in self.done
 
     def save(self, row: Row) -> None:
-        key = row_key(row)
-        if key in self.done:
+        if row_key(row) in self.done:
             return
-        self.checkpoint.append(row)
-        self.done.add(key)
+        self.done.add(self.checkpoint.append(row))  # one key in both, not two that are equal
         if self._phase is not None:
             self._phase.advance(1)
         if self.fail_fast and row["status"] != "ok":
@@ -6262,6 +6440,7 @@ class BHExperimentRunner:
         self.batch_size = "auto" if batch_size == "auto" else check_least("batch_size", batch_size)
         self.calibration_text = calibration_text
         self.command = command
+        self.trust_remote_code = trust_remote_code
         self.sampling: dict[str, float] | None = None
         if sampling is not None:
             self.sampling = {"temperature": 1.0, "top_p": 1.0}
@@ -6315,6 +6494,7 @@ class BHExperimentRunner:
     @contextlib.contextmanager
     def routing(self, config: str | Config) -> Iterator[RoutingRecorder]:
         """Route by a configuration, or the built-in one of that name, in the block; yields the recorder."""
+        self._refuse_changed_model()
         name = "routing"
         if isinstance(config, str):
             name = config
@@ -6328,7 +6508,8 @@ class BHExperimentRunner:
     def generate(self, text: str, max_new_tokens: int = DEFAULT_MAX_TOKENS) -> str:
         """What the model writes after `text` as it is routed now; sampled if the runner samples."""
         run = self._prompt_run(resolve_prompt({"text": text}), max_new_tokens, self.seed)
-        return run.decode(run.generate().tokens)
+        with holding(self.model):
+            return run.decode(run.generate().tokens)
 
     def _apply_routing_config(self, config: Config) -> RoutingRecorder:
         """Route by `config` until the next call or `_restore_original_routing`; returns the live recorder."""
@@ -6346,6 +6527,14 @@ class BHExperimentRunner:
 
     def _routed(self, config: Config) -> contextlib.AbstractContextManager[RoutingRecorder]:
         return patched_routing(self.model, config, self.calibration_for([config]), self.layers)
+
+    def _refuse_changed_model(self) -> None:
+        """Rows and calibration are kept by the model's fingerprint, which is taken once."""
+        if model_fingerprint(self.model) != self.settings["model"]:
+            raise UserError(
+                "the model is another than this runner was made for (its weights, or the adapter in use): "
+                "make a new BHExperimentRunner of it"
+            )
 
     # Configurations, as they are on this model
 
@@ -6710,7 +6899,9 @@ class BHExperimentRunner:
         config = self._resolve(config_name, config)
         prompt = resolve_prompt(prompt_data)
         run = self._prompt_run(prompt, max_new_tokens, self._sample_seed(prompt, sample))
-        row = self._generated_row(run, config_name, config, prompt, sample)
+        with holding(self.model):
+            self._refuse_changed_model()
+            row = self._generated_row(run, config_name, config, prompt, sample)
         return {name: row.get(name) for name in GENERATION.names}
 
     def _generate_unit(self, plan: SuitePlan, prompt: Prompt, sample: int, saver: _Saver) -> None:
@@ -7090,7 +7281,7 @@ class BHExperimentRunner:
             raise UserError("a run needs at least one task")
         configs = self._configs(routing_configs, baseline)
         with _harness_seeds(self.device):
-            loaded = load_tasks(names, include_path, num_fewshot)
+            loaded = load_tasks(names, include_path, num_fewshot, self.trust_remote_code)
         own_files = [] if include_path is None else sorted(Path(include_path).rglob("*.y*ml"))
         task_files = hashlib.sha256(b"".join(path.read_bytes() for path in own_files)).hexdigest()[:16]
         how = {"lm_eval": lm_eval.__version__, "num_fewshot": num_fewshot, "limit": limit}
@@ -7150,6 +7341,8 @@ class BHExperimentRunner:
         self._restore_original_routing()
         folder = self.output_dir / "checkpoints"
         with contextlib.ExitStack() as stack:
+            stack.enter_context(holding(self.model))
+            self._refuse_changed_model()
             if self.processes.rank == 0:
                 stack.enter_context(log_to(self.output_dir / LOG_FILE))
                 stack.enter_context(locked(self.output_dir))
@@ -10831,7 +11024,7 @@ OPTIONS = (
            "else float16 on a GPU and float32 on a CPU", choices=DTYPES, default="auto"),
     Option("no-fp16", "the same as --dtype float32", None),
     Option("revision", "branch, tag or commit of a hub model"),
-    Option("trust-remote-code", "execute Python code that comes with the model", None),
+    Option("trust-remote-code", "execute Python code that a model brings or that task files name", None),
     Option("batch-size", f"texts scored in one forward pass; auto begins with {AUTO_BATCH_TOKENS:,} tokens "
            "and halves when memory is short. Results do not depend on it, but for rounding", _batch_size,
            "auto", "N"),
@@ -11190,24 +11383,40 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM: what a scheduler sends before it kills."""
+    """SIGTERM, what a scheduler sends before it kills, or SIGHUP, what a closed terminal sends."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
 
 
 def _terminate(number: int, frame: Any) -> None:
-    raise _Terminated
+    raise _Terminated(number)
+
+
+def _end_on_signals(stack: contextlib.ExitStack) -> None:
+    """SIGTERM and SIGHUP end a run as Ctrl-C does, until `stack` puts back what they did before."""
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handler
+        return
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        # What is ignored stays ignored: `nohup` starts a program that way.
+        before = signal.SIG_IGN if number is None else signal.getsignal(number)
+        if before is not signal.SIG_IGN:
+            signal.signal(number, _terminate)
+            stack.callback(signal.signal, number, before or signal.SIG_DFL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done, 1 something failed, 2 a wrong call, 130 Ctrl-C, 143 SIGTERM."""
+    """Entry point. Exit codes: 0 done, 1 failures, 2 a wrong call, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     args = parse_options(argv)
     args.command = shlex.join(["run_bh_experiments.py", *(sys.argv[1:] if argv is None else argv)])
     is_first = os.environ.get("RANK", "0") == "0"  # one of several processes speaks, but all may complain
     console = _ConsoleHandler(logging.INFO if is_first else logging.WARNING)
     console.setFormatter(_LineFormatter())
     level = logger.level
-    previous_handler = None
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
-        previous_handler = signal.signal(signal.SIGTERM, _terminate)
+    signals = contextlib.ExitStack()
+    _end_on_signals(signals)
     logger.addHandler(console)
     logger.setLevel(logging.INFO)
     try:
@@ -11220,10 +11429,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as stop:
         logger.error("interrupted; all finished experiments are saved: the same command goes on from there")
-        return 143 if isinstance(stop, _Terminated) else 130
+        return 128 + (stop.number if isinstance(stop, _Terminated) else signal.SIGINT)
     finally:
-        if previous_handler is not None:
-            signal.signal(signal.SIGTERM, previous_handler)
+        signals.close()
         logger.removeHandler(console)
         logger.setLevel(level)
 

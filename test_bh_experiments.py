@@ -3557,8 +3557,11 @@ def small_mock():
     return MockMoE(top_k=2, layers=2, experts=8, hidden=16).eval()
 
 
+LEFT_ALONE = 75  # exit code of a process that waits for one that is gone; a launcher would end it
+
+
 class KillSeries:
-    """A small suite that is killed again and again, and resumed by any number of processes."""
+    """A small run that is killed again and again, and resumed by any number of processes."""
 
     def __init__(self, folder, kills, most_processes):
         torch.set_num_threads(1)
@@ -3569,26 +3572,41 @@ class KillSeries:
         self.most_processes = most_processes
         counted = (
             "killed",
+            "terminated",
             "in a write",
             "rows lost",
             "rows twice",
+            "torn tables",
             "others' files changed",
             "other results",
         )
         self.report = dict.fromkeys(("suites", *counted), 0)
 
+    def new_runner(self, output):
+        return mock_runner(self.model, output)
+
+    def measure(self, runner):
+        runner.run_full_experiment_suite(SMALL, SCORED_PROMPTS, 8)
+
     def suite(self, output, rank=0, world=1, wait=lambda: None, torn=False):
-        runner = mock_runner(self.model, output)
+        runner = self.new_runner(output)
         runner.processes = SimpleNamespace(rank=rank, world=world, wait=wait)
         if torn:
             tear_a_write(self.random)
-        runner.run_full_experiment_suite(SMALL, SCORED_PROMPTS, 8)
+        with contextlib.ExitStack() as stack:
+            bh._end_on_signals(stack)
+            try:
+                self.measure(runner)
+            except bh._Terminated:
+                return 128 + signal.SIGTERM
+            except threading.BrokenBarrierError:
+                return LEFT_ALONE
         return 0
 
     def attempt(self, output, usual):
         """Some processes run the suite, and are killed if enough have not been; whether they finished."""
         world = int(self.random.integers(1, self.most_processes + 1))
-        barrier = multiprocessing.get_context("fork").Barrier(world, timeout=60)
+        barrier = multiprocessing.get_context("fork").Barrier(world, timeout=600)
         kill = self.report["killed"] < self.kills
         torn_rank = int(self.random.integers(world)) if kill and self.random.integers(2) else None
         pids = []
@@ -3603,9 +3621,13 @@ class KillSeries:
             time.sleep(self.random.uniform(0, usual) if kill else 0)
         for pid in pids:  # as a launcher does when one is gone
             if kill and (torn_rank is None or how[0] != 0):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, self.random.choice([signal.SIGKILL, signal.SIGTERM]))
+                time.sleep(self.random.uniform(0, usual / 10))
         how += [ended(pid) for pid in pids]
-        assert set(how) <= {0, -signal.SIGKILL}, how
+        # SIGTERM by itself where it comes before it is waited for.
+        ends = {0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, LEFT_ALONE}
+        assert set(how) <= ends, how
+        self.report["terminated"] += 128 + signal.SIGTERM in how
         finished = not any(how)
         self.report["killed"] += not finished
         self.report["in a write"] += torn_rank is not None and not finished
@@ -3628,13 +3650,23 @@ class KillSeries:
                 if name.removesuffix(".part") not in own:  # its own may lie there, half written
                     self.report["others' files changed"] += now.get(name) != before[name]
             seen = found
+            # The tables are of a finished run, or not there.
+            for name, content in self.tables_of(output).items():
+                self.report["torn tables"] += content.count(b"\n") != self.whole[name].count(b"\n")
         return seen
+
+    @staticmethod
+    def tables_of(output):
+        tables = (*TABLES.values(), bh.LAYER_STATISTICS, bh.EXPERT_USAGE, bh.EXPERT_COUNTS)
+        paths = [output / table.file for table in tables]
+        return {path.name: path.read_bytes() for path in paths if path.exists()}
 
     def run(self):
         start = time.perf_counter()
-        self.suite(self.folder / "whole")
+        assert self.suite(self.folder / "whole") == 0
         usual = time.perf_counter() - start
         whole = bh.Results.read(self.folder / "whole")
+        self.whole = self.tables_of(self.folder / "whole")
         files = set()
         while self.report["killed"] < self.kills:
             output = self.folder / f"suite{self.report['suites']}"
@@ -3650,8 +3682,42 @@ class KillSeries:
         return self.report | {"files": sorted(files)}
 
 
-def kill_series(folder, kills, most_processes):
-    return KillSeries(Path(folder), kills, most_processes).run()
+class BatchSeries(KillSeries):
+    """The same with texts only, scored in batches that are saved row by row."""
+
+    def new_runner(self, output):
+        return mock_runner(self.model, output, batch_size=4)
+
+    def measure(self, runner):
+        texts = [text_item(f"w{n}", range(6 + n, 18 + n), f"d{n // 3}") for n in range(18)]
+        runner.run_full_experiment_suite(SMALL, [], 1, texts=texts)
+
+
+class TaskSeries(KillSeries):
+    """The same with tasks, each saved as a whole under each configuration."""
+
+    def __init__(self, folder, kills, most_processes):
+        super().__init__(folder, kills, most_processes)
+        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+        self.tasks = folder / "tasks"
+        self.tasks.mkdir()
+        write_tasks(self.tasks)
+        self.model = build("olmoe-eager")
+        self.tokenizer = byte_tokenizer()
+
+    def new_runner(self, output):
+        return bh.BHExperimentRunner("tiny", output, model=self.model, tokenizer=self.tokenizer)
+
+    def measure(self, runner):
+        names = ["mini_choice", "mini_text"]
+        runner.run_tasks(names, SMALL, limit=1, include_path=self.tasks)
+
+
+SERIES = {"suite": KillSeries, "batches": BatchSeries, "tasks": TaskSeries}
+
+
+def kill_series(kind, folder, kills, most_processes):
+    return SERIES[kind](Path(folder), kills, most_processes).run()
 
 
 def in_fresh_process(call, *arguments):
@@ -3672,16 +3738,21 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")
 
 
 @needs_fork
-@pytest.mark.parametrize("most_processes", [1, 3])
-def test_killed_at_random_moments(tmp_path, most_processes):
+@pytest.mark.parametrize(
+    ("kind", "most_processes"), [("suite", 1), ("suite", 3), ("batches", 3), ("tasks", 2)]
+)
+def test_killed_at_random_moments(kind, most_processes, tmp_path):
     """Killed at random moments and in the middle of writes, resumed by another number of processes each time:
     no row is lost or run twice, nobody's file is touched by another, and the tables are the same."""
-    report = in_fresh_process("kill_series", tmp_path, KILLS, most_processes)
-    print(report)
-    assert report["killed"] >= KILLS
-    assert report["in a write"] > 0
-    lost = ("rows lost", "rows twice", "others' files changed", "other results")
-    assert [report[name] for name in lost] == [0, 0, 0, 0]
+    if kind == "tasks":
+        pytest.importorskip("lm_eval")
+    kills = KILLS if kind == "suite" or "BH_KILLS" in os.environ else KILLS // 3
+    report = in_fresh_process("kill_series", kind, tmp_path, kills, most_processes)
+    print(kind, report)
+    assert report["killed"] >= kills
+    assert report["in a write"] + report["terminated"] > 0
+    lost = ("rows lost", "rows twice", "torn tables", "others' files changed", "other results")
+    assert [report[name] for name in lost] == [0, 0, 0, 0, 0]
     assert len(report["files"]) == most_processes
 
 
@@ -3730,7 +3801,7 @@ class SignalSeries:
         assert cli(self.model_folder, self.folder / "whole", "--max-tokens", 12, "--text", "none") == 0
         self.whole = bh.Results.read(self.folder / "whole")
         size = self.checkpoint("whole").stat().st_size
-        for name, signals in (("SIGINT", 1), ("SIGTERM", 1), ("SIGINT twice", 2)):
+        for name, signals in (("SIGINT", 1), ("SIGTERM", 1), ("SIGHUP", 1), ("SIGINT twice", 2)):
             pid = self.start(name)
             wait_for_rows(self.checkpoint(name), 2, pid)
             for _ in range(signals):
@@ -3742,7 +3813,20 @@ class SignalSeries:
         wait_for_rows(self.checkpoint("removed folder"), 2, pid)
         shutil.rmtree(self.folder / "removed folder")
         self.resume("removed folder", ended(pid))
+        self.report["tables"] = self.full_disk_at_the_tables()
         return self.report
+
+    def full_disk_at_the_tables(self):
+        """All is measured, and the tables are written anew on a disk too small for the smallest of them: how
+        that ends, and which files of the run are not as they were."""
+        name = "tables"
+        shutil.copytree(self.folder / "whole", self.folder / name)
+        tables = [self.folder / name / table.file for table in (bh.GENERATION, bh.SCORES, bh.EXPERT_COUNTS)]
+        before = {path: path.read_bytes() for path in tables}
+        code = ended(self.start(name, limit=min(map(len, before.values())) // 2))
+        changed = [path.name for path, content in before.items() if path.read_bytes() != content]
+        leftovers = [path.name for path in (self.folder / name).iterdir() if ".part" in path.name]
+        return {"exit": code, "changed": changed, "leftovers": leftovers}
 
 
 def signal_series(model_folder, folder):
@@ -3753,8 +3837,10 @@ def signal_series(model_folder, folder):
 def test_signals_full_disk_and_removed_folder(tiny_folder, tmp_path):
     """Each ends as documented or survives, keeps every finished row, and the same command completes it."""
     report = in_fresh_process("signal_series", tiny_folder, tmp_path)
+    assert report.pop("tables") == {"exit": 2, "changed": [], "leftovers": []}
     generated, scored = 4 * 3, 6 * 3  # also the model's own Top-4; in the scores Top-1 and Top-3 besides
-    for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("full disk", 2), ("removed folder", 0)):
+    ends = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "full disk": 2, "removed folder": 0}
+    for name, code in ends.items():
         assert report[name]["exit"] == code, report[name]
     # The second signal can come when the first was dealt with already, or while Python itself winds up.
     assert report["SIGINT twice"]["exit"] in (130, 1, -signal.SIGINT)
@@ -10855,6 +10941,499 @@ def test_page_in_a_browser(page_run, tmp_path):
         assert max(measured["boxes"]) <= measured["width"]
         assert len(measured["images"]) == 2
         assert min(measured["images"]) > 600
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 22. Other threads, the hooks of others, and what a hostile folder may hold
+# ---------------------------------------------------------------------------------------------------------
+
+
+def in_another_thread(work):
+    """What `work` returns, or the UserError that it raises, in a thread of its own."""
+    outcome = []
+
+    def run():
+        try:
+            outcome.append(work())
+        except bh.UserError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return outcome[0]
+
+
+def test_a_model_at_work_is_refused_to_another_thread(mock_model, tmp_path, monkeypatch):
+    """While one runner measures, or calibrates, without a patch, a second one on the same model is refused
+    whatever it wants, and changes nothing; afterwards it may."""
+    second = mock_runner(mock_model, tmp_path / "second")
+    layers = second.layers
+    prompt = bh.resolve_prompt(SCORED_PROMPTS[0])
+
+    def patch():
+        with bh.patched_routing(mock_model, FLAT, layers=layers):
+            pass
+
+    attempts = {
+        "suite": lambda: run_suite(mock_model, tmp_path / "second"),
+        "one": lambda: second.run_single_experiment("flat", FLAT, prompt, 2),
+        "text": lambda: second.generate("The cat"),
+        "patch": patch,
+        "look": lambda: bh.find_moe_layers(mock_model),
+        "calibrate": lambda: bh.calibrate(mock_model, MockTokenizer(), 0),
+    }
+    refused = collections.defaultdict(list)
+
+    def meanwhile(moment):
+        for name, attempt in attempts.items():
+            outcome = in_another_thread(attempt)
+            refused[moment].append((name, "at work in another thread" in str(outcome)))
+
+    generate = mock_model.generate
+
+    def generating(*args, **kwargs):
+        if not refused["generating"]:
+            meanwhile("generating")
+        return generate(*args, **kwargs)
+
+    undisturbed = run_suite(mock_model, tmp_path / "undisturbed", SMALL)
+    monkeypatch.setattr(mock_model, "generate", generating, raising=False)
+    bh.sample_calibration_text(mock_model, MockTokenizer(), 0)
+    calibrating = refused.pop("generating")
+    assert_same_results(run_suite(mock_model, tmp_path / "first", SMALL), undisturbed)
+    assert calibrating == refused["generating"] == [(name, True) for name in attempts]
+    for name, attempt in attempts.items():
+        assert not isinstance(in_another_thread(attempt), bh.UserError), name
+
+
+def test_two_runs_at_once_give_what_they_give_alone(tmp_path):
+    """Two runners of two models, in two threads that share torch's random generators: each samples the text
+    that it samples alone."""
+
+    def sampled(folder):
+        runner = mock_runner(small_mock(), folder, sampling={"temperature": 1.0})
+        return list(runner.run_full_experiment_suite(SMALL, SCORED_PROMPTS, 8, num_samples=2).generated_text)
+
+    alone = sampled(tmp_path / "alone")
+    together = {}
+    threads = [
+        threading.Thread(target=lambda name=name: together.update({name: sampled(tmp_path / name)}))
+        for name in ("a", "b")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == {"a": alone, "b": alone}
+
+
+def test_activations_are_captured_as_they_are_computed(tiny):
+    """Forward hooks that somebody else has on router, experts and block see what is computed, dropped slots
+    with weight zero, and are there afterwards; what they saw is what the recorder counts."""
+    layer = tiny.layers[0]
+    block = tiny.model.get_submodule(layer.name.rpartition(".")[0])
+    seen = collections.defaultdict(list)
+    with contextlib.ExitStack() as stack:
+        for name, module in (("router", layer.router), ("experts", layer.experts), ("block", block)):
+            keep = lambda module, args, output, name=name: seen[name].append((args, output))  # noqa: E731
+            stack.callback(module.register_forward_hook(keep).remove)
+        plain = logits_of(tiny.model, sample_ids())
+        seen.clear()
+        with bh.patched_routing(tiny.model, FLAT, layers=tiny.layers) as recorder:
+            routed = logits_of(tiny.model, sample_ids())
+            counts = recorder.total().counts[0]
+        weights = seen["router"][0][1][1]  # [T, K]
+        assert torch.equal(seen["experts"][0][0][2], weights)
+        kept = torch.bincount((weights != 0).sum(1), minlength=len(counts))
+        assert kept.tolist() == counts.tolist()
+        output = seen["block"][0][1]
+        assert torch.equal(output.reshape(-1, output.shape[-1]), seen["experts"][0][1])
+        seen.clear()
+        assert torch.equal(logits_of(tiny.model, sample_ids()), plain)
+        assert not torch.equal(routed, plain)
+        assert [len(calls) for calls in seen.values()] == [1, 1, 1]
+
+
+def test_hooks_of_accelerate(mock_model):
+    """One that is there before is gone through as before, and stays; one that is put on a patched module is
+    refused at the end of the block, where the model is itself again."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Counting(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    ids = sample_ids()
+    plain = logits_of(mock_model, ids)
+    with bh.patched_routing(mock_model, FLAT):
+        routed = logits_of(mock_model, ids)
+    layers = bh.find_moe_layers(mock_model)
+    for module in (layers[0].router, layers[1].experts):
+        hook = Counting()
+        add_hook_to_module(module, hook)
+        with bh.patched_routing(mock_model, FLAT, layers=layers):
+            assert torch.equal(logits_of(mock_model, ids), routed)
+        assert hook.calls == 1
+        assert torch.equal(logits_of(mock_model, ids), plain)
+        assert hook.calls == 2
+        remove_hook_from_module(module)
+    before = state_of(mock_model)
+    for module in (layers[0].router, layers[1].experts):
+        patching = bh.patched_routing(mock_model, FLAT, layers=layers)
+        with pytest.raises(bh.UserError, match="was replaced while it was patched"), patching:
+            add_hook_to_module(module, Counting())
+        assert torch.equal(logits_of(mock_model, ids), plain)
+        for name in ("_hf_hook", "_old_forward"):
+            vars(module).pop(name)
+        assert state_of(mock_model) == before
+
+
+class Adapter(nn.Module):
+    """A low-rank adapter as PEFT puts it around a linear layer, with the names that PEFT's layers have."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.down = nn.Parameter(torch.randn(2, base.in_features) * 0.3)
+        self.up = nn.Parameter(torch.randn(base.out_features, 2) * 0.3)
+        self.scaling = {"default": 2.0}
+        self.merged_adapters = []
+        self._active_adapter = ["default"]
+        self._disable_adapters = False
+
+    def forward(self, hidden):
+        output = self.base_layer(hidden)
+        if self._disable_adapters:
+            return output
+        return output + hidden @ self.down.T @ self.up.T * self.scaling["default"]
+
+    def merged(self):
+        merged = copy.deepcopy(self.base_layer)
+        merged.weight.data += self.up.data @ self.down.data * self.scaling["default"]
+        return merged
+
+
+def test_an_adapter_on_attention(tmp_path):
+    """A model with one is scored like the model that it is merged into; the adapter in use is part of what a
+    run and a calibration belong to, and a runner whose model was switched is refused."""
+    model = tiny_olmoe()
+    merged = copy.deepcopy(model)
+    torch.manual_seed(0)
+    for own, other in zip(model.model.layers, merged.model.layers, strict=True):
+        own.self_attn.q_proj = Adapter(own.self_attn.q_proj)
+        other.self_attn.q_proj = own.self_attn.q_proj.merged()
+
+    def runner(model, folder):
+        return bh.BHExperimentRunner("tiny", tmp_path / folder, model=model, tokenizer=byte_tokenizer())
+
+    scores = []
+    for name, subject in (("adapted", model), ("merged", merged)):
+        runs = runner(subject, name)
+        runs.run_full_experiment_suite(SMALL, SCORED_PROMPTS, 2)
+        scores.append(runs.results.scores)
+    np.testing.assert_allclose(scores[0].nll, scores[1].nll, atol=1e-4)
+    used = runner(model, "adapted")
+    used.run_full_experiment_suite(SMALL, SCORED_PROMPTS, 2)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj._disable_adapters = True
+    prompt = SCORED_PROMPTS[0]
+    for work in (
+        lambda: used.run_full_experiment_suite(SMALL, SCORED_PROMPTS, 2),
+        lambda: used.run_single_experiment("flat", FLAT, prompt, 2),
+        lambda: used.routing(FLAT).__enter__(),
+    ):
+        with pytest.raises(bh.UserError, match="another than this runner was made for"):
+            work()
+    with pytest.raises(bh.UserError, match="results of another run"):
+        runner(model, "adapted").run_full_experiment_suite(SMALL, SCORED_PROMPTS, 2)
+
+
+def rewritten(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def with_index(folder, shard):
+    """A model folder whose weights are named by an index, in a file `shard`."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if shard.endswith(".bin"):
+        torch.save(weights, folder / shard)
+    else:
+        save_file(weights, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def make_hostile(kind, folder):
+    """Change a good model folder into one that would have code run, or files read, that are not its own."""
+    code = f"open({str(folder.parent / 'ran')!r}, 'w')\n"
+    (folder / "evil.py").write_text(code)
+    if kind == "code for a model that is known":
+        own = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+        rewritten(folder / "config.json", auto_map=own)
+    elif kind == "code of a tokenizer":
+        own = {"AutoTokenizer": ["evil.Tokenizer", None]}
+        rewritten(folder / "tokenizer_config.json", auto_map=own, tokenizer_class="Tokenizer")
+    elif kind in ("a template that loops", "a template that imports"):
+        loop = "{% for i in range(10**9) %}{% for j in range(10**9) %}x{% endfor %}{% endfor %}"
+        imports = "{{ cycler.__init__.__globals__.os.system('touch " + str(folder.parent / "ran") + "') }}"
+        template = loop if "loops" in kind else imports
+        rewritten(folder / "tokenizer_config.json", chat_template=template)
+        (folder / "chat_template.jinja").write_text(template)
+    elif kind == "weights above":
+        with_index(folder, "../outside.safetensors")
+    elif kind == "weights by an absolute path":
+        with_index(folder, str(folder.parent / "absolute.safetensors"))
+    elif kind == "pickled weights in an index":
+        with_index(folder, "weights.bin")
+    else:
+        assert kind == "a tensor is missing"
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(folder / "model.safetensors")
+        del weights["model.norm.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", [
+    "code for a model that is known", "code of a tokenizer", "a template that loops",
+    "a template that imports",
+])  # fmt: skip
+def test_what_a_model_folder_may_hold_and_does_nothing(kind, tiny_folder, tmp_path):
+    """The model is loaded and is the same; nothing of it is executed, and no template is filled in."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    make_hostile(kind, tmp_path / "model")
+    runner = bh.BHExperimentRunner(str(tmp_path / "model"), tmp_path / "out", device="cpu", use_fp16=False)
+    good = bh.BHExperimentRunner(str(tiny_folder), tmp_path / "good", device="cpu", use_fp16=False)
+    assert runner.generate("The cat", 2) == good.generate("The cat", 2)
+    assert runner.settings == good.settings
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", [
+    "weights above", "weights by an absolute path", "pickled weights in an index", "a tensor is missing",
+])  # fmt: skip
+def test_weights_that_are_not_the_folders_own_are_refused(kind, tiny_folder, tmp_path, capsys):
+    """In one line; transformers alone would load them all, and put random numbers where a tensor lacks."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    make_hostile(kind, tmp_path / "model")
+    assert cli(tmp_path / "model", tmp_path / "out") == 2
+    errors = error_lines(capsys)
+    assert len(errors) == 1
+    assert re.search("no safetensors file of its folder|its weights lack model.norm.weight", errors[0])
+
+
+def test_weights_in_several_files(tiny_folder, tmp_path):
+    """An index that names safetensors files of its own folder is what large models have."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    with_index(tmp_path / "model", "model-00001-of-00001.safetensors")
+    how = (torch.device("cpu"), torch.float32)
+    whole, _ = bh.load_model(str(tiny_folder), *how)
+    sharded, _ = bh.load_model(str(tmp_path / "model"), *how)
+    assert bh.model_fingerprint(whole) == bh.model_fingerprint(sharded)
+
+
+def test_code_beside_data_is_not_run(tmp_path):
+    """A folder of data with a Python program of its name, which datasets once executed."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "rows.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (folder / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(bh.UserError, match="cannot be read"):
+        bh.load_dataset_prompts(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_compressed_data_that_unfolds(kind, tmp_path):
+    """A text beyond any context is refused in one line; a compressed line of that length is not unfolded."""
+    pytest.importorskip("datasets")
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    long = "a" * (bh.MAX_CHARACTERS + 1)
+    if kind == "parquet":
+        table = pyarrow.table({"text": [long]})
+        pyarrow.parquet.write_table(table, folder / "train.parquet", compression="zstd")
+    else:
+        lines = {"jsonl": f'{{"text": "{long}"}}\n', "csv": f"text\n{long}\n"}
+        with gzip.open(folder / f"train.{kind}.gz", "wt", compresslevel=1) as file:
+            file.write(lines[kind])
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 100_000
+    message = "10,000,001 characters, more than" if kind == "parquet" else "a line has more than 10,000,000"
+    with pytest.raises(bh.UserError, match=message):
+        bh.load_dataset_prompts(str(folder))
+
+
+HOSTILE_TASKS = {
+    "function": "process_docs: !function evil.work\n",
+    "included": "include: ../outside.yaml\n",
+    "standard": "process_docs: !function os.system\n",
+    "metric": "metric_list: [{metric: %(evil)s, aggregation: mean, higher_is_better: true}]\n",
+    "template": "doc_to_text: \"{{ cycler.__init__.__globals__.os.system('touch %(ran)s') }}\"\n",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_TASKS)
+def test_task_files_are_data(kind, task_folder, tmp_path):
+    """What a task file would execute, also by a file that it includes, is refused before it is imported."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    ran = tmp_path / "ran"
+    shutil.copy(task_folder / "rows.json", folder)
+    plain = (task_folder / "mini_write.yaml").read_text().replace("mini_write", "bad")
+    names = {"evil": folder / "evil.py", "ran": ran}
+    replaced = HOSTILE_TASKS[kind].split(":")[0]
+    lines = [line for line in plain.splitlines() if not line.startswith(replaced)]
+    (folder / "bad.yaml").write_text("\n".join(lines) + "\n" + HOSTILE_TASKS[kind] % names)
+    (tmp_path / "outside.yaml").write_text("process_docs: !function evil.work\n")
+    for path in (folder, tmp_path):
+        (path / "evil.py").write_text(f"open({str(ran)!r}, 'w')\ndef work(docs): return docs\n")
+    message = ""
+    try:
+        bh.load_tasks(["bad"], folder)
+    except bh.UserError as error:
+        message = str(error)
+    assert not ran.exists()
+    assert "\n" not in message
+    assert "--tasks bad cannot be loaded" in message or kind == "metric"  # the harness goes on without it
+    if kind in ("function", "included"):
+        assert "--trust-remote-code" in message
+        bh.load_tasks(["bad"], folder, trust_remote_code=True)
+        assert ran.exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX only")
+@pytest.mark.parametrize("kind", ["usual", "ignored", "of Windows"])
+def test_sighup_ends_a_run_unless_it_is_ignored(kind, monkeypatch):
+    """`nohup` ignores it: such a run goes on. All is as it was afterwards."""
+    hangup = signal.SIGHUP
+    first = signal.SIG_IGN if kind == "ignored" else signal.SIG_DFL
+    before = signal.signal(hangup, first)
+    try:
+        terminate = signal.getsignal(signal.SIGTERM)
+        if kind == "of Windows":
+            monkeypatch.delattr(signal, "SIGHUP")
+        with contextlib.ExitStack() as stack:
+            bh._end_on_signals(stack)
+            assert signal.getsignal(signal.SIGTERM) is bh._terminate
+            assert signal.getsignal(hangup) is (bh._terminate if kind == "usual" else first)
+        assert (signal.getsignal(hangup), signal.getsignal(signal.SIGTERM)) == (first, terminate)
+    finally:
+        signal.signal(hangup, before)
+
+
+# What mutants survived: benchmarks/mutants.md
+
+
+def test_a_patched_forward_has_the_name_and_signature_of_the_models_own(tiny):
+    """Whoever looks at a module to see what it takes finds the same inside the block."""
+    modules = [module for layer in tiny.layers for module in (layer.router, layer.experts)]
+    own = [(module.forward.__name__, inspect.signature(module.forward)) for module in modules]
+    with bh.patched_routing(tiny.model, FLAT, layers=tiny.layers):
+        assert all("forward" in vars(module) for module in modules)
+        assert [(module.forward.__name__, inspect.signature(module.forward)) for module in modules] == own
+
+
+def test_levels_of_the_diagnosed_nulls(tiny):
+    """Ten to a decade from 0.0001 to 1, where every null pair is at or below."""
+    report = bh.diagnose_nulls(tiny.calibration, tiny.calibration)
+    assert report["levels"] == pytest.approx([10 ** (-4 + n / 10) for n in range(41)])
+    for null in report["nulls"].values():
+        assert {shares[-1] for shares in null["layers"]} == {1}
+
+
+def test_multiplications_of_what_stands_in():
+    assert bh.StandIn(torch.zeros(5, 16)).multiplications == 16
+    linear = bh.StandIn(torch.zeros(5, 16), torch.zeros(5, 3, 16), torch.zeros(5, 16, 3))
+    assert linear.multiplications == 16 + 16 * 3 + 3 * 16
+
+
+def test_a_rule_takes_a_null_only_if_it_says_so(new_rules):
+    knob = bh.rate_field("share", 0.5, 0, 1, "of nothing")
+    bh.register_rule("own", knob, words="w", search=(0.1, 1))(lambda gates, config: None)
+    rule = bh.RULES["own"]
+    assert not rule.uses_null
+    assert bh.NULL_FIELD.name not in [field.name for field in rule.fields]
+
+
+def test_fewest_experts_are_where_the_interval_crosses_the_margin():
+    """Against scipy's interval at every point of the grid, with few documents, where each counts."""
+    scores, configs = simulated_field(5, {"threshold": 0.0, "min_p": 0.0}, documents=4, windows=1)
+    by_config = bh.scored_items(scores)
+    items = by_config["topk_8"].index
+    own = by_config["topk_8"]["nll"]
+    documents = by_config["topk_8"]["document"]
+    ladder = next(x for x in bh.ladders_of(by_config, configs, items) if x.label == "topk")
+    margin = 0.05
+    found = bh.fewest_experts(ladder, own, documents, margin)
+    grid = np.linspace(1, 8, 81)[:-1]  # at the last nothing differs
+    low, high = np.transpose(
+        [stats.ttest_1samp(ladder.at(experts) - own, 0).confidence_interval(0.95) for experts in grid]
+    )
+    for end, name in ((low, "ci95_low"), (high, "ci95_high")):
+        assert found[name] == pytest.approx(grid[np.flatnonzero(end >= margin)[-1] + 1]), name
+
+
+def test_the_third_line_of_a_checkpoint_counts(tmp_path):
+    """Also where it comes later in the alphabet than what is expected."""
+    path = tmp_path / "latest.json"
+    for line in ('"results":  [', '"rows": [', "["):
+        path.write_text(f'{{"schema": {SCHEMA},\n"settings": {{"model": "m", "seed": 0}},\n{line}\n]}}\n')
+        with pytest.raises(bh.UserError, match="not a checkpoint"):
+            open_checkpoint(path)
+
+
+def test_one_token_without_any_allowed_expert_is_named():
+    logits = torch.zeros(3, 4)
+    logits[1] = -math.inf
+    with pytest.raises(bh.UserError, match="a token whose experts are all -inf"):
+        bh.benjamini_hochberg_routing(logits, 0.1)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_experts_that_are_called_with_something_else_are_refused(width):
+    """With more candidates, or fewer, than the router beside them returned."""
+    picked = bh.Candidates(torch.ones(5, 2), torch.zeros(5, 2, dtype=torch.int64), None)
+    call = ((torch.zeros(5, 8), torch.zeros(5, width, dtype=torch.int64), torch.ones(5, width)), {})
+    with pytest.raises(bh._NotPatchable, match="no `experts` beside it"):
+        bh._check_experts(lambda *arguments: None, call, picked)
+
+
+STATISTICS = int(os.environ.get("BH_STATISTICS", 8))  # simulated runs; BH_STATISTICS=400 for a long look
+
+
+def test_error_rates_of_whole_runs(monkeypatch):
+    """Runs of the default shape with a known truth, through the whole analysis: a claim in a run without any
+    difference in at most 5.5 %, differences of three standard errors found in at least 80 %, and every
+    interval right in 93 to 97 %; up to chance, which decides less with more runs."""
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    import error_rates
+
+    def at_most(share):
+        return stats.binom.ppf(0.999, STATISTICS, share) / STATISTICS
+
+    rates = error_rates.in_default_shape(STATISTICS)
+    print(rates)
+    assert len(rates) == 7
+    for name, found in rates.items():
+        if name.startswith("false"):
+            assert found["rate"] <= at_most(0.055), name
+        elif name.startswith("interval"):
+            assert 1 - at_most(1 - 0.93) <= found["rate"] <= at_most(0.97), name
+        elif name.endswith("all"):  # of one alone the adjustment finds fewer
+            assert found["rate"] >= 1 - at_most(1 - 0.80), name
 
 
 if __name__ == "__main__":
