@@ -8084,11 +8084,19 @@ def fewest_experts(ladder: Ladder, own: pd.Series, documents: pd.Series, margin:
     }
 
 
-Curves = Mapping[tuple[str, int], pd.Series]  # (ladder, whole number of experts) -> NLL of each item
+Curves = Mapping[tuple[str, float], pd.Series]  # (ladder, number of experts) -> NLL of each item
+COMPARED_STEPS = 8  # rules are compared at every eighth of the model's own K: of 8, at whole numbers
+
+
+def compared_numbers(own_k: int, most: float) -> list[float]:
+    """The numbers of experts at which rules are compared, up to `most`; whole ones as int."""
+    steps = range(1, int(most * COMPARED_STEPS / own_k) + 1)
+    return [own_k * step / COMPARED_STEPS if own_k * step % COMPARED_STEPS else own_k * step // COMPARED_STEPS
+            for step in steps]  # fmt: skip
 
 
 def _pair_tests(ladders: Sequence[Ladder], curves: Curves, documents: pd.Series) -> list[dict[str, Any]]:
-    """Every two ladders at every whole number of experts that both reach: a `paired_test`, BH-adjusted."""
+    """Every two ladders at every compared number of experts that both reach: a `paired_test`, BH-adjusted."""
     pairs = []
     for first, second in itertools.combinations(ladders, 2):
         for experts in sorted({number for _, number in curves}):
@@ -8114,8 +8122,8 @@ def _beaten_by(label: str, pairs: Sequence[Row]) -> set[str]:
 
 def _differences(
     ladder: Ladder, alike: Sequence[Ladder], curves: Curves, static: str, own: pd.Series
-) -> dict[int, dict[str, float | None]]:
-    """Whole number of experts -> a ladder's NLL minus that of static Top-K, of the best of `alike`, and of
+) -> dict[float, dict[str, float | None]]:
+    """Compared number of experts -> a ladder's NLL minus that of static Top-K, of the best of `alike`, and of
     the model's own routing."""
     means = {key: nll.mean() for key, nll in curves.items()}
     differences = {}
@@ -8135,13 +8143,13 @@ def _differences(
 def compare_field(
     scores: pd.DataFrame, configs: Configs, own_k: int | None, margins: Mapping[str, float] = FIELD_MARGINS
 ) -> dict[str, Any]:
-    """Is it this rule, or would any do? Every ladder against every other, at each whole number of experts
+    """Is it this rule, or would any do? Every ladder against every other, at each compared number of experts
     that both reach: paired by item, tested over documents, BH-adjusted over all pairs.
 
     Returns ladders: label, stand_in, is_bound (no rule: it is compared with none), low and high (experts), at
     (see `_differences`), within (margin -> `fewest_experts`), beaten_by (ladders with the same stand-in);
-    pairs; experts (the whole numbers that more than half of the ladders reach); n_items, n_units. Empty where
-    fewer than two rules have a ladder.
+    pairs; experts (the compared numbers that more than half of the ladders reach); n_items, n_units. Empty
+    where fewer than two rules have a ladder.
     """
     by_config = scored_items(scores)
     own_names = [name for name in by_config if own_k is not None and static_k(configs[name]) == own_k]
@@ -8153,11 +8161,11 @@ def compare_field(
         return {}
     documents = scores.drop_duplicates("item_id").set_index("item_id")["document"]
     own = by_config[own_names[0]].loc[items, "nll"]
-    most = int(max(ladder.experts[-1] for ladder in ladders))
+    most = max(ladder.experts[-1] for ladder in ladders)
     curves = {
         (ladder.label, experts): ladder.at(experts)
         for ladder in ladders
-        for experts in range(1, most + 1)
+        for experts in compared_numbers(own_k, most)
         if ladder.spans(experts)
     }
     compared = [ladder for ladder in ladders if not ladder.rule.uses_outputs]
@@ -9520,7 +9528,7 @@ def field_sentences(analysis: Mapping[str, Any]) -> list[str]:
         words = "With nothing standing in" if stand_in == "nothing" else f"With {stand_in} standing in"
         among = "BH is among them" if has_bh else "BH is not among them"
         sentences.append(
-            f"{words}, of {unbeaten.n_compared} rules these are beaten by no other at any whole number of "
+            f"{words}, of {unbeaten.n_compared} rules these are beaten by no other at any compared number of "
             f"experts (adjusted p below {SIGNIFICANCE_LEVEL:g}): {named}; {among}."
         )
     return sentences
@@ -9944,18 +9952,23 @@ def middle_of(experts: Sequence[int]) -> int | None:
     return experts[len(experts) // 2] if experts else None
 
 
+def league_key(experts: float | None) -> str:
+    """The entry of `league_rows` for a number of experts; of none, one that no row has."""
+    return "" if experts is None else f"at_{experts:g}"
+
+
 def league_rows(field: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every ladder of `compare_field`, those with the same stand-in together, the best of them first."""
     sign = field.get("sign", 1)
     middle = middle_of(field["experts"])
     rows = []
     for ladder in field["ladders"]:
-        at = {int(experts): found for experts, found in ladder["at"].items()}
+        at = {float(experts): found for experts, found in ladder["at"].items()}
         row = {"label": ladder["label"], "stand_in": ladder["stand_in"]}
         row |= {"span_low": ladder["low"], "span_high": ladder["high"]}
         for experts, found in at.items():
             if found["to_static"] is not None:
-                row[f"at_{experts}"] = sign * found["to_static"] + 0.0  # never shown as -0.0000
+                row[league_key(experts)] = sign * found["to_static"] + 0.0  # never shown as -0.0000
         if middle in at:
             row["to_best"] = sign * at[middle]["to_best"] + 0.0
         for key, margin in (("1", "1 %"), ("05", "0.5 %")):
@@ -9969,7 +9982,7 @@ def league_rows(field: Mapping[str, Any]) -> list[dict[str, Any]]:
     stand_ins = in_order(row["stand_in"] for row in rows)
 
     def order(row: Mapping[str, Any]) -> tuple[int, float]:
-        to_static = row.get(f"at_{middle}")
+        to_static = row.get(league_key(middle))
         loss = math.inf if to_static is None else sign * to_static
         return stand_ins.index(row["stand_in"]), loss
 
@@ -9981,9 +9994,11 @@ def league_table(field: Mapping[str, Any]) -> str:
     if not field:
         return ""
     columns = REPORT_TABLES["league"]
-    at = [ReportColumn(f"at {number}", f"at_{number}", "+.4f") for number in field["experts"]]
-    best = ReportColumn(f"to the best at {middle_of(field['experts'])}", "to_best", "+.4f")
-    return markdown_table(league_rows(field), (*columns[:2], *at, best, *columns[2:]))
+    at = [ReportColumn(f"at {number:g}", league_key(number), "+.4f") for number in field["experts"]]
+    middle = middle_of(field["experts"])
+    if middle is not None:
+        at.append(ReportColumn(f"to the best at {middle:g}", "to_best", "+.4f"))
+    return markdown_table(league_rows(field), (*columns[:2], *at, *columns[2:]))
 
 
 def null_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -10198,8 +10213,8 @@ adjusted p below {{ level }}.
 {{ league }}
 
 At: {{ metric }} minus static Top-K's at so many experts, a mean over documents; a curve is interpolated and \
-never extrapolated. Beaten by: rules with the same stand-in that are better at some whole number of experts, \
-paired by document, p adjusted over all pairs.
+never extrapolated. Beaten by: rules with the same stand-in that are better at some compared number of \
+experts, paired by document, p adjusted over all pairs.
 
 {% endfor %}
 {% if quality %}
@@ -10233,8 +10248,9 @@ A rule at several values of its knob is a curve, interpolated and never extrapol
 are effective ones: kept, and for each dropped one of the model's own Top-K what stands in for it costs. \
 At: NLL minus static Top-K's at so many experts. Within: the fewest experts at which the perplexity stays \
 within so much of the model's own (two one-sided t-tests), and where the ends of the 95 % interval of the \
-difference cross that margin. Beaten by: rules with the same stand-in that are better at some whole number \
-of experts, p adjusted over all pairs. The oracle runs every expert: it is a bound, not a rule.
+difference cross that margin. Rules are compared at every eighth of the model's own K that both reach; \
+beaten by: rules with the same stand-in that are better at one of them, p adjusted over all pairs. The \
+oracle runs every expert: it is a bound, not a rule.
 {% endif %}
 
 {% if noise %}
@@ -10890,7 +10906,7 @@ def rule_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the terminal shows of rules: those that no other beats, then the nearest to the best."""
 
     middle = middle_of(analysis["field"]["experts"])
-    rows = [row | {"at_middle": row.get(f"at_{middle}")} for row in league_rows(analysis["field"])]
+    rows = [row | {"at_middle": row.get(league_key(middle))} for row in league_rows(analysis["field"])]
     return sorted(rows, key=lambda row: (row["beaten_by"] != "none", row.get("to_best", math.inf)))
 
 

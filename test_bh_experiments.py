@@ -7217,12 +7217,12 @@ SENTENCES = {
     "field_sentences": {
         "claim": (
             an_analysis(field=a_field([a_ladder("bh, flat"), a_ladder("top_p", ["bh, flat"])])),
-            ["With nothing standing in, of 2 rules these are beaten by no other at any whole number of "
+            ["With nothing standing in, of 2 rules these are beaten by no other at any compared number of "
              "experts (adjusted p below 0.05): `bh, flat`; BH is among them."],
         ),
         "no claim": (
             an_analysis(field=a_field([a_ladder("bh", ["top_p"]), a_ladder("top_p", ["bh"])])),
-            ["With nothing standing in, of 2 rules these are beaten by no other at any whole number of "
+            ["With nothing standing in, of 2 rules these are beaten by no other at any compared number of "
              "experts (adjusted p below 0.05): none; BH is not among them."],
         ),
         "one document": (
@@ -7235,7 +7235,7 @@ SENTENCES = {
     "answer_sentence": {
         "claim": (
             an_analysis(field=a_field([a_ladder("bh"), a_ladder("threshold", ["bh"])])),
-            "**With nothing standing in, of 2 rules these are beaten by no other at any whole number of "
+            "**With nothing standing in, of 2 rules these are beaten by no other at any compared number of "
             "experts (adjusted p below 0.05): `bh`; BH is among them.**",
         ),
         "no claim": (
@@ -8556,6 +8556,18 @@ def test_the_league_shows_the_numbers_of_experts_that_the_ladders_reach():
 def field_entry(field, label, experts):
     """What `compare_field` says of a ladder at a number of experts."""
     return next(ladder["at"][experts] for ladder in field["ladders"] if ladder["label"] == label)
+
+
+def test_rules_are_compared_at_eighths_of_the_models_own_k():
+    """On a model of Top-4 whole numbers would be two or three: too few to say anything by."""
+    assert bh.compared_numbers(8, 8.0) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert bh.compared_numbers(4, 2.2) == [0.5, 1, 1.5, 2]
+    assert bh.compared_numbers(6, 2) == [0.75, 1.5]
+    scores, configs = simulated_field(0, {"threshold": -0.02, "min_p": 0.0}, points=(1.4, 2.2, 2.8))
+    scores = scores[~scores["config_name"].isin(["topk_5", "topk_6", "topk_7", "topk_8"])]
+    field = bh.compare_field(scores, configs, 4)
+    assert field["experts"] == [1.5, 2, 2.5]
+    assert "at 2.5" in bh.league_table(field)
 
 
 @pytest.mark.parametrize("is_better_high", [True, False])
@@ -10701,7 +10713,7 @@ def field_verdicts(methods):
 def test_the_field_marks_what_the_report_calls_unbeaten(as_drawn):
     analysis = field_verdicts({"bh": -0.01, "threshold": -0.03, "top_p": 0.02})
     (sentence,) = bh.field_sentences(analysis)
-    assert "no other at any whole number of experts (adjusted p below 0.05): `threshold" in sentence
+    assert "no other at any compared number of experts (adjusted p below 0.05): `threshold" in sentence
     axes = bh.plot_field(bh.verdict_frame(analysis))
     colors = {text.get_text().split(",")[0]: text.get_color() for text in axes[0].texts}
     assert colors["threshold"] == bh.FIELD_COLORS["beaten by no other"]
