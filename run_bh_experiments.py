@@ -4206,9 +4206,11 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def script_origin() -> dict[str, str]:
     """Which version of this script runs: the hash of the file, and the git commit it lies in, if any."""
     path = Path(__file__).resolve()
-    command = ["git", "-C", str(path.parent), "rev-parse", "HEAD"]
+    git = ["git", "-C", str(path.parent)]
+    run_git = functools.partial(subprocess.run, capture_output=True, text=True, timeout=10, check=True)
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        run_git([*git, "ls-files", "--error-unmatch", path.name])  # installed: not of the repository around
+        commit = run_git([*git, "rev-parse", "HEAD"]).stdout
     except (OSError, subprocess.SubprocessError):
         commit = ""
     return {"script_hash": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "git_commit": commit.strip()}

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Tests of run_bh_experiments.py, without network or download: `python test_bh_experiments.py`, or `pytest`.
 
-`python test_bh_experiments.py --write-manual` writes the tables of the manual anew, from the declarations.
+`python test_bh_experiments.py --write-manual` writes the tables of the manual anew, from the declarations, and
+the lists of requirements from requirements.txt.
 
 Mathematics is checked against references (scipy, a slow loop, the paper's example); the seam on a mock model
 and on tiny random OLMoE and Mixtral models of transformers; the whole on the trained model in
@@ -8649,10 +8650,31 @@ def imported_libraries():
     return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
 
 
-def test_requirements_equal_script_header():
-    """The PEP 723 block of the script lists the runtime part of requirements.txt."""
-    header = re.search(r"^# dependencies = \[\n(.*?)^# \]", SOURCE, re.M | re.S)
-    assert re.findall(r'"(.+?)"', header[1]) == requirements()
+# The files that repeat the requirements, and what their lines begin with.
+REQUIRED_IN = {SCRIPT: "# ", HERE / "pyproject.toml": ""}
+
+
+def with_requirements(text, mark):
+    """A text whose list of dependencies is that of requirements.txt."""
+    lines = "".join(f'{mark}    "{line}",\n' for line in requirements())
+    pattern = rf"^({mark}dependencies = \[\n).*?^({mark}\])"
+    text, number = re.subn(pattern, lambda found: found[1] + lines + found[2], text, flags=re.M | re.S)
+    assert number == 1
+    return text
+
+
+def write_requirements():
+    """Copy the requirements to where they stand as well: `--write-manual`."""
+    for path, mark in REQUIRED_IN.items():
+        path.write_text(with_requirements(path.read_text(encoding="utf-8"), mark), encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", REQUIRED_IN, ids=lambda path: path.name)
+def test_requirements_stand_in_one_place(path):
+    """The PEP 723 block of the script and the package list the runtime part of requirements.txt. Where this
+    fails: `python test_bh_experiments.py --write-manual`."""
+    text = path.read_text(encoding="utf-8")
+    assert text == with_requirements(text, REQUIRED_IN[path])
 
 
 def test_everything_imported_by_name_is_required():
@@ -8864,5 +8886,6 @@ def test_places_to_extend_exist():
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write-manual"]:
         write_manual()
+        write_requirements()
     else:
         sys.exit(pytest.main([__file__, *sys.argv[1:]]))
