@@ -8173,6 +8173,33 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _config_terms(text: str) -> list[str]:
+    """Names, and grids "RULE:FIELD=NUMBER,NUMBER" as a term "RULE:FIELD=NUMBER" for each number.
+
+    Commas and semicolons separate. A number that follows a grid with a comma belongs to it: a value is a
+    number, a name is not.
+    """
+    terms = []
+    for part in text.split(";"):
+        grid = ""
+        for word in map(str.strip, part.split(",")):
+            if "=" in word:
+                grid = word.split("=")[0].strip()
+            elif not _is_number(word):
+                grid = ""
+            continues = grid and "=" not in word
+            terms.append(f"{grid}={word}" if continues else word)
+    return terms
+
+
 @dataclass(frozen=True)
 class Option:
     """An option of the command line, with its words for --help and the manual.
@@ -8226,7 +8253,8 @@ OPTIONS = (
            "and halves when memory is short. Results do not depend on it, but for rounding", _batch_size,
            "auto", "N"),
     Option("suite", "family of configurations: default, frontier, controls, field or all", default="default"),
-    Option("configs", "comma-separated names: only these configurations", _names, metavar="NAMES"),
+    Option("configs", "only these configurations: names, separated by commas; RULE:FIELD=NUMBER,NUMBER is one "
+           "for each number, such as bh:alpha=0.001,0.01", _config_terms, metavar="NAMES"),
     Option("routing-configs", "JSON file of your own configurations, by name", Path, metavar="FILE"),
     Option("match-experts", "set every adaptive rule's knob to keep K experts on the calibration text; of "
            "several numbers, each: NAME_K", _numbers, metavar="K[,K...]"),
@@ -8365,6 +8393,24 @@ def read_routing_configs(path: Path) -> dict[str, dict[str, Any]]:
     return configs
 
 
+def grid_configuration(term: str) -> tuple[str, dict[str, Any]]:
+    """Name and configuration of a term "RULE:FIELD=NUMBER" of --configs: bh_alpha_0.01. Raises UserError."""
+    head, _, value = term.partition("=")
+    method, _, name = map(str.strip, head.partition(":"))
+    rule = RULES[_choice("rule in --configs", method, tuple(RULES))]
+    fields = {field.name: field for field in rule.fields if field.varies_by_layer}
+    field = fields[_choice(f"field of rule {method!r} in --configs", name, tuple(fields))]
+    try:
+        number = float(value)
+        number = int(number) if field.kind is int and number.is_integer() else number
+        number = field.parse(number)
+    except (ValueError, OverflowError):
+        shown = value.strip()
+        raise UserError(f"--configs {head}={shown}: {field.name} must be {field.allowed}") from None
+    description = f"{rule.words}; {field.name} = {number:.15g}"
+    return f"{method}_{name}_{number:.15g}", {"method": method, name: number, "description": description}
+
+
 def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The configurations that --suite, --configs, --routing-configs and --p-values ask for.
 
@@ -8376,8 +8422,12 @@ def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     known = by_suite["all"] | suite | own
     testing = [rule.name for rule in RULES.values() if rule.uses_null]
     configs = {}
-    for name in args.configs or [*suite, *own]:
-        config = known[_choice("configuration in --configs", name, tuple(known))]
+    for term in args.configs or [*suite, *own]:
+        if "=" in term or ":" in term:
+            name, config = grid_configuration(term)
+        else:
+            name = term
+            config = known[_choice("configuration in --configs", name, tuple(known))]
         if args.p_values and config.get("method") in testing:
             config = config | {"p_values": args.p_values}
         configs[name] = resolve_config(name, config)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Tests of run_bh_experiments.py, without network or download: `python test_bh_experiments.py`, or `pytest`.
 
-`python test_bh_experiments.py --write-manual` writes the tables of the manual anew, from the declarations, and
-the lists of requirements from requirements.txt.
+`python test_bh_experiments.py --write-manual` writes the tables of the manual anew, from the declarations,
+and the lists of requirements from requirements.txt.
 
 Mathematics is checked against references (scipy, a slow loop, the paper's example); the seam on a mock model
 and on tiny random OLMoE and Mixtral models of transformers; the whole on the trained model in
@@ -8881,6 +8881,58 @@ def test_places_to_extend_exist():
         names = re.findall(r"`(\w+)(?:`|=)", declared)
         assert names, declared
         assert [name for name in names if not re.search(rf"\b{name}\b", section)] == [], number
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 18. Fits into what people have: grids, chat templates, folders side by side, notebook, package
+# ---------------------------------------------------------------------------------------------------------
+
+# A grid of one knob
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [("topk_8,bh:alpha=0.001,0.01,0.1", ["topk_8", "bh_alpha_0.001", "bh_alpha_0.01", "bh_alpha_0.1"]),
+     ("bh:alpha=.5, 0.50,topk_8", ["bh_alpha_0.5", "topk_8"]),
+     ("bh:alpha=1e-5;topk_8 ; topk:k=1,2", ["bh_alpha_1e-05", "topk_8", "topk_k_1", "topk_k_2"]),
+     ("min_p:ratio=0.1,bh_strict,bh:max_k=4", ["min_p_ratio_0.1", "bh_strict", "bh_max_k_4"])],
+)  # fmt: skip
+def test_grids(words, names):
+    """A value is a number, a name is not; the names say field and value, and fit a file and a table."""
+    configs = bh.choose_configs(bh.parse_options(["--configs", words]))
+    assert list(configs) == names
+    for name, config in configs.items():
+        bh.check_name(name)
+        method, field, value = re.fullmatch(r"(?:(\w+?)_(alpha|k|ratio|max_k)_)?(.+)", name).groups()
+        if method and name not in bh.suites()["all"]:
+            assert config["method"] == method
+            assert config[field] == float(value)
+            assert config["description"].endswith(f"{field} = {value}")
+
+
+def test_a_grid_of_a_rule_of_ones_own(new_rules):
+    register_two_rules()
+    configs = bh.choose_configs(bh.parse_options(["--configs", "topk_8,margin:margin=2,3"]))
+    assert {name: config.get("margin") for name, config in configs.items()} == {
+        "topk_8": None, "margin_margin_2": 2.0, "margin_margin_3": 3.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [("bhh:alpha=0.1", "unknown rule in --configs 'bhh'. Did you mean \"bh\"?"),
+     ("bh:alfa=0.1", "unknown field of rule 'bh' in --configs 'alfa'. Did you mean \"alpha\"?"),
+     ("bh:p_values=1", "Available: alpha, temperature, min_k, max_k"),
+     ("bh:alpha=0.1,2", "--configs bh:alpha=2: alpha must be a number in (0, 1]"),
+     ("bh:alpha=nan", "alpha must be"), ("bh:alpha=", "alpha must be"), ("bh:alpha", "alpha must be"),
+     ("topk:k=1.5", "k must be a whole number of at least 1"), ("topk:k=inf", "k must be a whole number"),
+     ("bh:alpha=0.1;0.2", "unknown configuration in --configs '0.2'"),
+     ("bh:min_k=9", "min_k = 9 is above max_k = 8")],
+)  # fmt: skip
+def test_bad_grids(words, message, tmp_path, capsys):
+    assert bh.main(["--model", "nowhere", "--output", str(tmp_path), "--configs", words]) == 2
+    (error,) = error_lines(capsys)
+    assert message in error
 
 
 if __name__ == "__main__":
