@@ -10,7 +10,7 @@
 #     "matplotlib>=3.9",
 #     "seaborn>=0.13.2",
 #     "tqdm>=4.66",
-#     "jinja2>=3.1",
+#     "jinja2>=3.1.6",
 #     "numpy>=1.26",
 #     "safetensors>=0.8",
 #     "filelock>=3.24",
@@ -473,9 +473,11 @@ PROMPT_IDENTITY: dict[str, bool] = {
 }
 
 
-def input_hashes(prompt: Prompt) -> dict[str, str]:
-    """Field -> hash, for each field of a resolved prompt that its generated rows depend on."""
-    return {field: fingerprint(prompt[field]) for field, counts in PROMPT_IDENTITY.items() if counts}
+def input_hashes(prompt: Prompt, chat_template: str | None = None) -> dict[str, str]:
+    """Field -> hash, for each field of a resolved prompt that its generated rows depend on, and what
+    `chat_template_fingerprint` says of the template it is fed in by, if there is one."""
+    hashes = {field: fingerprint(prompt[field]) for field, counts in PROMPT_IDENTITY.items() if counts}
+    return hashes if chat_template is None else {**hashes, "chat_template": chat_template}
 
 
 def resolve_prompt(prompt: Prompt) -> dict[str, str]:
@@ -702,13 +704,77 @@ def start_token(tokenizer: Any) -> int:
     return next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 
-def reference_items(prompts: Sequence[Prompt], tokenizer: Any) -> list[TextItem]:
-    """The references of resolved prompts, each to be scored after its prompt; a document of its own."""
+CHAT_SECONDS = 10.0  # that a chat template may take for one prompt
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError inside the block after so many seconds; without a limit where Python has no such timer:
+    outside the main thread, and on Windows."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def chat_tokens(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of `text` as the one message of a user, by the tokenizer's chat template, up to where the
+    answer begins; special tokens are those that the template writes. Raises UserError.
+
+    A template is data that comes with a model: transformers renders it in a sandbox of jinja2, where it can
+    import nothing, open nothing and call nothing of Python's. Here it cannot take for ever either.
+    """
+    message = {"role": "user", "content": text}
+    try:
+        with _time_limit(CHAT_SECONDS):
+            encoded = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # whatever a template can raise
+        why = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"--apply-chat-template: the model's chat template cannot be used: {why}") from error
+    return list(encoded["input_ids"])
+
+
+def prompt_tokens(text: str, tokenizer: Any, as_chat: bool = False) -> list[int]:
+    """Token ids of a prompt as it is fed in."""
+    if as_chat:
+        return chat_tokens(text, tokenizer)
+    return list(tokenizer(text, verbose=False)["input_ids"])
+
+
+def chat_template_fingerprint(tokenizer: Any, model_name: str) -> str:
+    """16 hex digits that name what a chat template makes of a message. UserError where there is none, or one
+    that cannot be used."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"--apply-chat-template: the tokenizer of {model_name} has no chat template; leave the option "
+            "out, or give an instruct model"
+        )
+    return fingerprint([int(token) for token in chat_tokens("How are you?", tokenizer)])
+
+
+def reference_items(
+    prompts: Sequence[Prompt], tokenizer: Any, chat_template: str | None = None
+) -> list[TextItem]:
+    """The references of resolved prompts, each to be scored after its prompt; a document of its own.
+
+    chat_template: see `input_hashes`; the prompt is then fed in by it.
+    """
     items = []
     for prompt in prompts:
         reference = prompt["reference"]
         if reference:
-            given = tokenizer(prompt["text"], verbose=False)["input_ids"]
+            given = prompt_tokens(prompt["text"], tokenizer, chat_template is not None)
             predicted = tokenizer(reference, add_special_tokens=False, verbose=False)["input_ids"]
             if not given or not predicted:
                 logger.warning(f"prompt {prompt['id']!r} or its reference has no tokens: it is not scored")
@@ -721,7 +787,10 @@ def reference_items(prompts: Sequence[Prompt], tokenizer: Any) -> list[TextItem]
                     token_ids=np.array([*given, *predicted], dtype=np.int32),
                     context=len(given),
                     num_bytes=len(reference.encode()),
-                    inputs={field: fingerprint(prompt[field]) for field in ("text", "category", "reference")},
+                    inputs={
+                        **input_hashes(prompt, chat_template),
+                        "reference": fingerprint(prompt["reference"]),
+                    },
                 )
             )
     return items
@@ -3381,7 +3450,7 @@ GENERATION = Table(
         Column("prompt_text", str, "the prompt"),
         *_STATUS,
         Column("generated_text", str, "the continuation"),
-        Column("full_text", str, "prompt and continuation"),
+        Column("full_text", str, "prompt, with `--apply-chat-template` as it was fed in, and continuation"),
         Column("num_input_tokens", int, "tokens of the prompt"),
         Column("num_output_tokens", int, "new tokens"),
         *ROUTING_COLUMNS,
@@ -4346,22 +4415,29 @@ class PromptRun:
         new_tokens: int,
         sampling: Mapping[str, float] | None,
         seed: int,
+        as_chat: bool = False,
     ):
-        """sampling: temperature and top_p, or None for greedy decoding."""
+        """sampling: temperature and top_p, or None for greedy decoding. as_chat: see `chat_tokens`."""
         self.model = model
         self.tokenizer = tokenizer
         self.text = text
         self.new_tokens = new_tokens
         self.seed = seed
+        self.as_chat = as_chat
         self.device = input_device(model)
-        encoded = tokenizer(text, return_tensors="pt", verbose=False).to(self.device)
-        self.inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}  # [1, S]
+        ids = torch.tensor([prompt_tokens(text, tokenizer, as_chat)], dtype=torch.int64, device=self.device)
+        self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}  # [1, S]
         how = {"do_sample": False} if sampling is None else {"do_sample": True, "top_k": 0, **sampling}
         self.settings = generation_settings(tokenizer, new_tokens, **how)
 
     @property
     def num_input_tokens(self) -> int:
         return self.inputs["input_ids"].shape[1]
+
+    @property
+    def shown_prompt(self) -> str:
+        """The prompt as a reader of the results sees it: with what a chat template wrote around it."""
+        return self.tokenizer.decode(self.inputs["input_ids"][0]) if self.as_chat else self.text
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -4671,7 +4747,13 @@ class TaskRun:
     report: dict[str, Any]
 
 
-def run_task(lm: Any, recorder: RoutingRecorder, tasks: Mapping[str, Any], limit: float | None) -> TaskRun:
+def run_task(
+    lm: Any,
+    recorder: RoutingRecorder,
+    tasks: Mapping[str, Any],
+    limit: float | None,
+    apply_chat_template: bool = False,
+) -> TaskRun:
     """Run one task, or a group, with the model as it is routed now; see `harness_model` for `lm`."""
     from lm_eval import evaluate
     from lm_eval.defaults import DEFAULT_OTHER_SEED
@@ -4681,7 +4763,7 @@ def run_task(lm: Any, recorder: RoutingRecorder, tasks: Mapping[str, Any], limit
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     # Never with the harness's cache: it finds answers by the model's name, whatever its routing.
-    evaluated = evaluate(lm, task_dict=tasks, limit=limit)
+    evaluated = evaluate(lm, task_dict=tasks, limit=limit, apply_chat_template=apply_chat_template)
     documents = []
     for task, samples in evaluated["samples"].items():
         samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
@@ -4752,6 +4834,7 @@ RUN_IDENTITY: dict[str, str] = {  # argument -> BY_ROW, NOTHING, or the entry of
     **dict.fromkeys(("dtype", "use_fp16"), "dtype"),
     "seed": "seed",
     "sampling": "sampling",
+    "apply_chat_template": "chat_template",
     "calibration_text": "calibration_text",
     **dict.fromkeys(("output_dir", "checkpoint_interval", "command"), NOTHING),
     **dict.fromkeys(("device_map", "batch_size"), NOTHING),  # beyond rounding
@@ -4775,6 +4858,7 @@ class SuitePlan:
     texts: Sequence[TextItem]
     new_tokens: int
     num_samples: int
+    chat_template: str | None
 
     def keys(self) -> dict[str, list[Key]]:
         """The rows it will have, by kind, in the order of their tables."""
@@ -4789,7 +4873,9 @@ class SuitePlan:
 
     def inputs(self) -> dict[str, dict[str, str]]:
         """Kind and name of everything that is fed in -> its hashes by field."""
-        prompts = {f"generation {prompt['id']}": input_hashes(prompt) for prompt in self.prompts}
+        prompts = {
+            f"generation {prompt['id']}": input_hashes(prompt, self.chat_template) for prompt in self.prompts
+        }
         return prompts | {f"score {text.id}": text.inputs for text in self.texts}
 
 
@@ -4835,6 +4921,7 @@ class BHExperimentRunner:
     seed: for the sampled calibration text, and for sampling. dtype: see `choose_dtype`. revision, device_map,
     trust_remote_code: see `load_model`. sampling: {"temperature": ..., "top_p": ...}, greedy when None.
     batch_size: scored texts in a forward pass, a number or "auto". command: what the rows say ran them.
+    apply_chat_template: feed each prompt in as the message of a user, see `chat_tokens`.
 
     `results` holds the three tables of the last run. Raises UserError for a model that cannot be loaded or
     has no routers to patch, or an unknown device.
@@ -4859,6 +4946,7 @@ class BHExperimentRunner:
         sampling: Mapping[str, float] | None = None,
         batch_size: int | str = "auto",
         command: str = "",
+        apply_chat_template: bool = False,
     ):
         if (model is None) != (tokenizer is None):
             raise UserError("a ready model needs its tokenizer: pass both model= and tokenizer=, or neither")
@@ -4891,6 +4979,8 @@ class BHExperimentRunner:
             )
         self.model = model
         self.tokenizer = tokenizer
+        self.apply_chat_template = apply_chat_template
+        self.chat_template = chat_template_fingerprint(tokenizer, model_name) if apply_chat_template else None
         self.layers = find_moe_layers(model)
         self.device = input_device(model)
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -5017,6 +5107,7 @@ class BHExperimentRunner:
             "seed": self.seed,
             "calibration_text": source,
             "sampling": self.sampling,
+            "chat_template": self.chat_template,
         }
 
     @property
@@ -5044,6 +5135,7 @@ class BHExperimentRunner:
         """What a calibration depends on: it is used again only if all of it is the same."""
         about = {**self.settings, "sequences": CALIBRATION_SEQUENCES, "length": CALIBRATION_LENGTH}
         del about["sampling"]
+        del about["chat_template"]
         return about
 
     def _calibrated(self, outputs: bool) -> Calibration:
@@ -5157,7 +5249,8 @@ class BHExperimentRunner:
 
     def _prompt_run(self, prompt: Prompt, new_tokens: int, seed: int) -> PromptRun:
         """UserError where the prompt and the new tokens exceed the context."""
-        run = PromptRun(self.model, self.tokenizer, prompt["text"], new_tokens, self.sampling, seed)
+        settings = (new_tokens, self.sampling, seed, self.apply_chat_template)
+        run = PromptRun(self.model, self.tokenizer, prompt["text"], *settings)
         longest = self.context - new_tokens
         if not 0 < run.num_input_tokens <= longest:
             raise UserError(
@@ -5192,7 +5285,7 @@ class BHExperimentRunner:
             **routing.row(),
             **{column.name: measure(generated) for measure, column in TEXT_METRICS.items()},
             "generated_text": text,
-            "full_text": prompt["text"] + text,
+            "full_text": run.shown_prompt + text,
             "num_input_tokens": run.num_input_tokens,
             "num_output_tokens": len(generation.tokens),
             "routing": routing.pack(),
@@ -5202,7 +5295,7 @@ class BHExperimentRunner:
         self, name: str, config: Config, prompt: Prompt, sample: int, new_tokens: int
     ) -> dict[str, Any]:
         return {
-            **self._row("generation", name, config, input_hashes(prompt)),
+            **self._row("generation", name, config, input_hashes(prompt, self.chat_template)),
             "prompt_id": prompt["id"],
             "sample": sample,
             "prompt_category": prompt["category"],
@@ -5419,14 +5512,14 @@ class BHExperimentRunner:
         num_samples = check_least("num_samples", num_samples)
         if num_samples > 1 and self.sampling is None:
             raise UserError(f"num_samples {num_samples}: greedy texts are all alike; sample with --do-sample")
-        scored = [*reference_items(prompts, self.tokenizer), *texts]
+        scored = [*reference_items(prompts, self.tokenizer, self.chat_template), *texts]
         if not prompts and not scored:
             raise UserError("a suite needs at least one prompt or text")
         check_ids([prompt["id"] for prompt in prompts])
         check_ids([text.id for text in scored])
         configs = self._configs(routing_configs, baseline)
         scoring = self._with_static_ladder(configs) if scored else configs
-        return SuitePlan(configs, scoring, prompts, scored, new_tokens, num_samples)
+        return SuitePlan(configs, scoring, prompts, scored, new_tokens, num_samples, self.chat_template)
 
     def _calibrate_for(self, configs: Configs) -> None:
         """Calibrate if a configuration needs it; a mistake in what was asked for ends the run here."""
@@ -5543,7 +5636,7 @@ class BHExperimentRunner:
         row |= {"task": task, "batch_size": lm.batch_size, "documents": [], "report": {}}
         try:
             with _harness_seeds(self.device), self._routed(config) as recorder:
-                run = run_task(lm, recorder, parts, limit)
+                run = run_task(lm, recorder, parts, limit, self.apply_chat_template)
         except Exception as error:  # one failed task must not end the run
             return self._failed(row, error)
         for document in run.documents:
@@ -8253,8 +8346,8 @@ OPTIONS = (
            "and halves when memory is short. Results do not depend on it, but for rounding", _batch_size,
            "auto", "N"),
     Option("suite", "family of configurations: default, frontier, controls, field or all", default="default"),
-    Option("configs", "only these configurations: names, separated by commas; RULE:FIELD=NUMBER,NUMBER is one "
-           "for each number, such as bh:alpha=0.001,0.01", _config_terms, metavar="NAMES"),
+    Option("configs", "only these configurations: names, separated by commas; RULE:FIELD=NUMBER,NUMBER is "
+           "one for each number, such as bh:alpha=0.001,0.01", _config_terms, metavar="NAMES"),
     Option("routing-configs", "JSON file of your own configurations, by name", Path, metavar="FILE"),
     Option("match-experts", "set every adaptive rule's knob to keep K experts on the calibration text; of "
            "several numbers, each: NAME_K", _numbers, metavar="K[,K...]"),
@@ -8288,6 +8381,8 @@ OPTIONS = (
     Option("p-values", "null for every rule that tests, instead of its own", choices=tuple(NULLS)),
     Option("calibration-text", "text file for the empirical null, instead of text that the model samples",
            metavar="FILE"),
+    Option("apply-chat-template", "feed each prompt in as the message of a user, by the chat template of an "
+           "instruct model", None),
     Option("do-sample", "sample the texts instead of greedy decoding", None),
     Option("sampling-temperature", "with --do-sample; 1 if not given", float, metavar="T", needs="do-sample"),
     Option("sampling-top-p", "with --do-sample; 1 if not given", float, metavar="P", needs="do-sample"),
@@ -8480,6 +8575,7 @@ def build_runner(args: argparse.Namespace) -> BHExperimentRunner:
         sampling=sampling,
         batch_size=args.batch_size,
         command=args.command,
+        apply_chat_template=args.apply_chat_template,
     )
 
 
@@ -8487,6 +8583,8 @@ def measure(args: argparse.Namespace) -> Results | None:
     """Run what the options ask for; None in a process that leaves the report to the first."""
     configs = choose_configs(args)
     prompts = choose_prompts(args)
+    if args.apply_chat_template and not (prompts or args.tasks):
+        raise UserError("--apply-chat-template needs prompts: --text is scored as it is, without a template")
     runner = build_runner(args)
     texts: Sequence[TextItem] = ()
     if args.text:

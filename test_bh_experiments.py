@@ -8935,6 +8935,118 @@ def test_bad_grids(words, message, tmp_path, capsys):
     assert message in error
 
 
+# Chat templates
+
+CHAT = "{{ bos_token }}<user>{{ messages[0]['content'] }}{% if add_generation_prompt %}<answer>{% endif %}"
+
+
+def chat_tokenizer(template=CHAT):
+    """Bytes, and a tokenizer of the kind that puts a beginning-of-text token before whatever it is given."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "additional_special_tokens": ["<user>", "<answer>"]})
+    first = [("<bos>", tokenizer.bos_token_id)]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=first)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chat_runner(folder, apply=True, template=CHAT):
+    return bh.BHExperimentRunner(
+        "tiny", folder, model=build("olmoe-grouped_mm"), tokenizer=chat_tokenizer(template),
+        apply_chat_template=apply,
+    )  # fmt: skip
+
+
+def test_prompts_are_fed_in_by_the_chat_template(tmp_path):
+    """One message of a user, up to where the answer begins, with one beginning; references come after it."""
+    runner = chat_runner(tmp_path)
+    prompt = {"id": "a", "text": "two <b> ", "reference": " is more than one"}
+    runner.run_full_experiment_suite({"topk_4": RULES["topk_4"]}, [prompt], 3)
+    tokenizer = runner.tokenizer
+    bos, user, answer = tokenizer.convert_tokens_to_ids(["<bos>", "<user>", "<answer>"])
+    asked = tokenizer(prompt["text"], add_special_tokens=False)["input_ids"]
+    given = [bos, user, *asked, answer]
+    assert tokenizer(prompt["text"])["input_ids"] == [bos, *asked]
+    (row,) = runner.results.generation.to_dict("records")
+    with torch.no_grad():
+        settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+        written = runner.model.generate(torch.tensor([given]), **settings)[0, len(given) :]
+    assert row["num_input_tokens"] == len(given)
+    assert row["generated_text"] == tokenizer.decode(written, skip_special_tokens=True)
+    assert row["full_text"] == f"<bos><user>{prompt['text']}<answer>{row['generated_text']}"
+    assert row["prompt_text"] == prompt["text"]
+    predicted = tokenizer(prompt["reference"], add_special_tokens=False)["input_ids"]
+    scores = runner.results.scores.set_index("config_name")
+    assert scores.loc["topk_4", "num_tokens"] == len(predicted)
+    expected = plain_nll(runner.model, torch.tensor([[*given, *predicted]]), len(given))
+    assert scores.loc["topk_4", "nll"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_chat_template_is_part_of_what_a_run_is(tmp_path):
+    """Without it, or with another, the results are another run's; every row's hash of inputs differs."""
+    hashes = {}
+    for folder, apply, template in (("a", True, CHAT), ("b", False, CHAT), ("c", True, CHAT + " ")):
+        runner = chat_runner(tmp_path / folder, apply, template)
+        prompt = {"id": "a", "text": "two", "reference": " and one"}
+        runner.run_full_experiment_suite({"topk_4": RULES["topk_4"]}, [prompt], 1)
+        hashes[folder] = [set(frame["input_hash"]) for frame in runner.results if len(frame)]
+    for kind in (0, 1):
+        assert len(set.union(*(of_run[kind] for of_run in hashes.values()))) == 3
+    for apply, template in ((False, CHAT), (True, CHAT + " ")):
+        with pytest.raises(bh.UserError, match="holds results of another run: chat_template is"):
+            chat_runner(tmp_path / "a", apply, template).run_full_experiment_suite(CONFIGS, [prompt], 1)
+
+
+def test_a_model_without_a_chat_template_is_refused(tiny_folder, tmp_path, capsys):
+    assert cli(tiny_folder, tmp_path / "out", "--apply-chat-template") == 2
+    (error,) = error_lines(capsys)
+    assert f"--apply-chat-template: the tokenizer of {tiny_folder} has no chat template" in error
+    text = tmp_path / "text.txt"
+    text.write_text("words " * 100)
+    assert cli(tiny_folder, tmp_path / "out", "--apply-chat-template", "--text", text) == 2
+    (error,) = error_lines(capsys)
+    assert "--apply-chat-template needs prompts" in error
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+     "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "{{ 'x' * 10 ** 13 }}",
+     "{% import 'os' as os %}{{ os.system('touch FILE') }}", "{% include 'FILE' %}",
+     "{{ cycler.__init__.__globals__.os.system('touch FILE') }}", "{{ ().__class__.__subclasses__() }}",
+     "{{ messages.append.__self__.__class__ }}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{"],
+)  # fmt: skip
+def test_chat_templates_execute_nothing(template, tmp_path, monkeypatch):
+    """What loops for ever, imports, opens or reaches for Python objects ends in one line and did nothing."""
+    monkeypatch.setattr(bh, "CHAT_SECONDS", 0.3)
+    file = tmp_path / "made"
+    before = signal.getsignal(signal.SIGALRM)
+    start = time.perf_counter()
+    with pytest.raises(bh.UserError) as caught:
+        chat_runner(tmp_path, template=template.replace("FILE", str(file)))
+    assert str(caught.value).startswith("--apply-chat-template: the model's chat template cannot be used: ")
+    assert "\n" not in str(caught.value)
+    assert time.perf_counter() - start < 5
+    assert not file.exists()
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_the_harness_applies_the_chat_template(task_folder, tmp_path):
+    """--tasks asks by it as well: the harness's own way."""
+    runner = task_runner(tmp_path)
+    runner.tokenizer.chat_template = "Q: {{ messages[0]['content'] }} A:"
+    options = {"apply_chat_template": True, "model": runner.model, "tokenizer": runner.tokenizer}
+    runner = bh.BHExperimentRunner("mini", tmp_path, **options)
+    how = {"limit": 2, "include_path": task_folder}
+    frame = runner.run_tasks(["mini_write"], {"topk_8": bh.ROUTING_CONFIGS["topk_8"]}, **how)
+    assert (frame["status"] == "ok").all()
+    assert all(asked.endswith(" A:") for asked in frame["prompt_text"])
+    assert all("Q: " in asked for asked in frame["prompt_text"])
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write-manual"]:
         write_manual()
