@@ -30,6 +30,7 @@ with static Top-K at the same compute, and reported.
     python run_bh_experiments.py --tasks arc_easy,hellaswag        # tasks of lm-evaluation-harness
     python run_bh_experiments.py --dataset NAME --limit 50         # prompts from a data set
     python run_bh_experiments.py --analyze-only --output results   # tables, plots and report from the CSV
+    python run_bh_experiments.py compare DIR DIR --output DIR      # folders of results side by side
 
     from run_bh_experiments import BHExperimentRunner, analyze_results
     runner = BHExperimentRunner("models/olmoe-mini", output_dir="results")
@@ -51,7 +52,8 @@ Contents, in reading order
     13  Analysis                   rows -> paired tests, verdicts at equal compute
     14  Figures
     15  Report
-    16  Command line
+    16  Folders side by side       runs of several models, seeds or machines
+    17  Command line
 
 Words used throughout
     T tokens (batch and positions flattened) · E experts of a layer · L MoE layers · K candidates the router
@@ -94,6 +96,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import unicodedata
@@ -102,7 +105,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import filelock
 import numpy as np
@@ -6063,6 +6066,16 @@ def scored_items(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return tables
 
 
+def static_curve(by_config: Mapping[str, pd.DataFrame], configs: Configs) -> dict[int, pd.DataFrame]:
+    """k -> the scored items of static Top-k, of what `scored_items` returns."""
+    curve: dict[int, pd.DataFrame] = {}
+    for name, rows in by_config.items():
+        k = static_k(configs[name])
+        if k is not None:
+            curve.setdefault(k, rows)
+    return curve
+
+
 def static_mixture(curve: Curve, mean_experts: float) -> StaticMixture | NotComparable:
     """The mixture of the two static neighbours that spends `mean_experts`, by the means they achieved.
 
@@ -6147,11 +6160,7 @@ def quality_verdicts(
     by_config = scored_items(scores)
     documents = scores.drop_duplicates("item_id").set_index("item_id")["document"]
     documents = documents.where(documents != "", documents.index.to_series())
-    curve: dict[int, pd.DataFrame] = {}
-    for name, rows in by_config.items():
-        k = static_k(configs[name])
-        if k is not None:
-            curve.setdefault(k, rows)
+    curve = static_curve(by_config, configs)
     nothing = scores[:0].set_index("item_id")
     base = by_config.get(baseline, nothing)
 
@@ -7235,6 +7244,15 @@ class DrawnPlots:
     failed: dict[str, str]
 
 
+def _save_figure(path: Path) -> None:
+    """Save the figure that was drawn last."""
+    figure = plt.gcf()
+    sns.despine(figure, left=True)
+    with replacing(path) as part:
+        # No creation date or version in the file: the same results give the same bytes.
+        figure.savefig(part, format="png", dpi=300, metadata={"Software": None})
+
+
 def draw_plots(df: pd.DataFrame, output_dir: Path, analysis: Mapping[str, Any]) -> DrawnPlots:
     """Draw every plot in PLOTS that has data. One that fails is left out and named: it must not lose the
     report."""
@@ -7249,11 +7267,7 @@ def draw_plots(df: pd.DataFrame, output_dir: Path, analysis: Mapping[str, Any]) 
                 if not len(content) or len(analysis["configurations"]) > plot.most:
                     continue
                 plot.draw(content)
-                figure = plt.gcf()
-                sns.despine(figure, left=True)
-                with replacing(path) as part:
-                    # No creation date or version in the file: the same results give the same bytes.
-                    figure.savefig(part, format="png", dpi=300, metadata={"Software": None})
+                _save_figure(path)
                 drawn.paths.append(path)
             except OSError:  # a full disk, say: the report would not fit either
                 raise
@@ -8237,7 +8251,508 @@ def write_report(df: pd.DataFrame, output_dir: str | Path, baseline: str | None 
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 16. Command line
+# 16. Folders side by side
+# ---------------------------------------------------------------------------------------------------------
+#
+# `compare`: what several runs measured, of several models, seeds or machines, in one table and one plot.
+# Where two of them measured the same items, the difference between them is tested as any other.
+
+COMPARISON_FILES = ("COMPARISON.md", "comparison.json", "plots/comparison.png")
+MOST_FOLDERS = 26  # each has a letter
+TERMINAL_COLUMNS = 80
+BETWEEN = {  # quantity -> what its difference between two folders is
+    "delta_nll": "NLL at equal compute, nats per token",
+    "share_of_own": "effective experts, as a share of the model's own K",
+}
+
+
+@dataclass(frozen=True)
+class ResultsFolder:
+    """A folder of results among others: its letter there, and what is known of its configurations."""
+
+    letter: str
+    path: Path
+    results: Results  # what did not fail
+    configs: Configs
+    own_k: int | None
+    baseline: str
+    verdicts: Mapping[str, Mapping[str, Any]]  # see `quality_verdicts`
+
+
+def read_results_folder(letter: str, path: Path) -> ResultsFolder:
+    """The results in a folder, which is left as it is. UserError where there are none."""
+    if not path.is_dir():
+        raise UserError(f"compare {path}: there is no such folder")
+    results = Results.read(path)
+    done = results.finished()
+    if not sum(map(len, done)):
+        raise UserError(f"compare {path}: none of its {sum(map(len, results))} experiments finished")
+    configs = configurations(done)
+    for name in configs:
+        check_name(name)
+    baseline = choose_baseline(done)
+    verdicts = quality_verdicts(done.scores, configs, baseline)
+    return ResultsFolder(letter, path, done, configs, own_k_of(done), baseline, verdicts)
+
+
+def read_results_folders(paths: Sequence[str | Path]) -> list[ResultsFolder]:
+    """Folders of results, lettered from A. UserError for fewer than two, or one that is there twice."""
+    given = [Path(path) for path in paths]
+    if not 2 <= len(given) <= MOST_FOLDERS:
+        raise UserError(f"compare takes 2 to {MOST_FOLDERS} folders of results, not {len(given)}")
+    seen: set[Path] = set()
+    for path in given:
+        if path.resolve() in seen:
+            raise UserError(f"compare {path}: this folder is given twice; a run is not compared with itself")
+        seen.add(path.resolve())
+    return [read_results_folder(chr(ord("A") + place), path) for place, path in enumerate(given)]
+
+
+def _folder_row(folder: ResultsFolder) -> dict[str, Any]:
+    """What a folder holds: model, its K, machine, and how much was measured."""
+    results = folder.results
+    first = getattr(results, main_kind(results)).iloc[0]
+    model = show(first, "model_name", "s")
+    return {
+        "folder": folder.letter,
+        "path": str(folder.path),
+        "model": "" if model == NOTHING_TO_SHOW else model,
+        "own_k": folder.own_k,
+        "machine": machine(first),
+        "seed": first["seed"],
+        "baseline": folder.baseline,
+        "n_prompts": results.generation["prompt_id"].nunique(),
+        "n_windows": results.scores["item_id"].nunique(),
+        "n_documents": results.scores["document"].nunique(),
+        "n_task_documents": results.tasks["document"].nunique(),
+    }
+
+
+def _mean_experts(folder: ResultsFolder, name: str) -> dict[str, float | None]:
+    """Experts and effective experts of a configuration: of the scored text, else of what was generated."""
+    verdict = folder.verdicts.get(name)
+    if verdict is not None:
+        return {"experts": verdict["kept_experts"], "effective_experts": verdict["mean_experts"]}
+    frame = getattr(folder.results, main_kind(folder.results))
+    means = frame.loc[frame["config_name"] == name, ["avg_experts_per_token", COMPUTE]].mean()
+    return {"experts": means["avg_experts_per_token"], "effective_experts": means[COMPUTE]}
+
+
+def _configuration_row(folder: ResultsFolder, name: str) -> dict[str, Any]:
+    """What one folder says of one configuration."""
+    row: dict[str, Any] = {"configuration": name, "folder": folder.letter, **_mean_experts(folder, name)}
+    row["share_of_own"] = None
+    if folder.own_k and not pd.isna(row["effective_experts"]):
+        row["share_of_own"] = row["effective_experts"] / folder.own_k
+    verdict = folder.verdicts.get(name, {})
+    for key in ("delta_nll", "ci95_low", "ci95_high", "verdict", "n_units", "reason"):
+        row[key] = verdict.get(key)
+    k = static_k(folder.configs[name])
+    if k is not None:
+        row["verdict"] = f"own Top-{k}" if k == folder.own_k else f"Top-{k}"
+        row["reason"] = None
+    elif row["delta_nll"] is None:
+        row["verdict"] = None
+        row["reason"] = row["reason"] or "no text was scored"
+    return row
+
+
+def _compared_names(folders: Sequence[ResultsFolder]) -> list[str]:
+    """The configurations that folders are compared by: those that adapt, and the model's own routing; the
+    other points of the static curve only where there is nothing else."""
+    names = distinct(name for folder in folders for name in folder.configs)
+    shown = [
+        name
+        for name in names
+        if any(
+            name == folder.baseline or static_k(folder.configs[name]) is None
+            for folder in folders
+            if name in folder.configs
+        )
+    ]
+    return shown if len(shown) > 1 else names
+
+
+@dataclass(frozen=True)
+class SharedItems:
+    """The items that two folders measured alike, of one of the tables in KINDS, in words; none, with why."""
+
+    kind: str
+    items: pd.Index
+    words: str
+
+
+def _inputs_of(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """Each item's hash of inputs and, where text was scored, its number of tokens, indexed by item."""
+    rows = frame.drop_duplicates(ITEMS[kind].item).set_index(ITEMS[kind].item)
+    return rows[["input_hash", "num_tokens"]] if kind == "scores" else rows[["input_hash"]]
+
+
+def shared_items(first: ResultsFolder, other: ResultsFolder) -> SharedItems:
+    """The items with the same name and the same inputs in both folders: windows of text, else prompts.
+
+    Names and hashes say nothing of a tokenizer where a hash is of words: the same words must also be as many
+    tokens, in all items, or NLL per token is of different things.
+    """
+    kind = "generation"
+    if len(first.results.scores) and len(other.results.scores):
+        kind = "scores"
+    tables = [_inputs_of(getattr(folder.results, kind), kind) for folder in (first, other)]
+    both = tables[0].join(tables[1].add_suffix("_other"), how="inner")
+    word = ITEMS[kind].word
+    pair = f"{other.letter} and {first.letter}"
+    nothing = both.index[:0]
+    known = both[(both["input_hash"] != "") & (both["input_hash_other"] != "")]
+    same = known[known["input_hash"] == known["input_hash_other"]]
+    if both.empty:
+        return SharedItems(kind, nothing, f"{pair} are not paired: no {word} has the same name in both")
+    if known.empty:
+        why = f"an older script did not record what its {word}s were"
+        return SharedItems(kind, nothing, f"{pair} are not paired: {why}")
+    if same.empty:
+        why = f"{word}s of the same name hold other text, or other tokens of it"
+        return SharedItems(kind, nothing, f"{pair} are not paired: {why}")
+    if kind == "scores" and (same["num_tokens"] != same["num_tokens_other"]).any():
+        why = "the same text is another number of tokens there, so NLL per token is of different things"
+        return SharedItems(kind, nothing, f"{pair} are not paired: {why}")
+    return SharedItems(kind, same.index, f"{pair} are paired on {amount(len(same), word)} that both measured")
+
+
+def _equal_compute_differences(folder: ResultsFolder, items: pd.Index) -> dict[str, pd.Series]:
+    """Configuration -> NLL of each of `items` minus that of static Top-K with the same mean experts."""
+    scores = folder.results.scores
+    by_config = scored_items(scores[scores["item_id"].isin(items)])
+    curve = static_curve(by_config, folder.configs)
+    differences = {}
+    for name, rows in by_config.items():
+        compared: EqualCompute | NotComparable = NotComparable("static Top-K: it is the curve")
+        if static_k(folder.configs[name]) is None:
+            compared = equal_compute(rows, rows.index, curve)
+        if isinstance(compared, EqualCompute):
+            differences[name] = difference_to_static(rows.loc[compared.items], compared.mixture, curve)
+    return differences
+
+
+def _shares_of_own(folder: ResultsFolder, shared: SharedItems) -> dict[str, pd.Series]:
+    """Configuration -> each item's effective experts as a share of the model's own K."""
+    if not folder.own_k:
+        return {}
+    frame = getattr(folder.results, shared.kind)
+    item = ITEMS[shared.kind].item
+    frame = frame[frame[item].isin(shared.items)]
+    return {
+        name: rows.groupby(item, sort=False)[COMPUTE].mean() / folder.own_k
+        for name, rows in frame.groupby("config_name", sort=False)
+    }
+
+
+def between_folders(folders: Sequence[ResultsFolder], names: Sequence[str]) -> dict[str, Any]:
+    """Each folder against the first, by `paired_comparison` over the items that both measured alike.
+
+    Returns `tests`, one for each configuration and quantity of BETWEEN, adjusted over all of them, and
+    `notes`, what was paired and what was not.
+    """
+    first, *others = folders
+    tests: list[dict[str, Any]] = []
+    notes = []
+    for other in others:
+        shared = shared_items(first, other)
+        notes.append(shared.words)
+        if not len(shared.items):
+            continue
+        columns = ITEMS[shared.kind]
+        frame = getattr(first.results, shared.kind)
+        documents = frame.drop_duplicates(columns.item).set_index(columns.item, drop=False)[columns.document]
+        values = {"share_of_own": [_shares_of_own(folder, shared) for folder in (first, other)]}
+        if shared.kind == "scores":
+            differences = [_equal_compute_differences(folder, shared.items) for folder in (first, other)]
+            values["delta_nll"] = differences
+        for quantity, title in BETWEEN.items():
+            of_first, of_other = values.get(quantity, ({}, {}))
+            for name in names:
+                if name in of_first and name in of_other:
+                    test = paired_comparison(of_first[name], of_other[name], documents)
+                    about = {"configuration": name, "quantity": quantity, "title": title}
+                    tests.append(about | {"folders": f"{other.letter} minus {first.letter}"} | test)
+    adjust_p_values(tests)
+    return {"tests": tests, "notes": notes}
+
+
+def _as_code(value: Any) -> str:
+    """A value of a folder's configurations as code in Markdown."""
+    return "`" + _visible(str(value)).replace("`", "'") + "`"
+
+
+def _verdict_notes(rows: Sequence[Row]) -> list[str]:
+    """Each configuration's verdicts, where more than one folder has one; or why there is nothing to say."""
+    notes = []
+    for name in distinct(row["configuration"] for row in rows):
+        judged = [row for row in rows if row["configuration"] == name and row["delta_nll"] is not None]
+        words = {row["verdict"] for row in judged}
+        if len(judged) > 1 and len(words) == 1:
+            letters = ", ".join(row["folder"] for row in judged)
+            notes.append(f"`{name}` is {words.pop()} in each of {letters}.")
+        elif len(judged) > 1:
+            by_folder = ", ".join(f"{row['verdict']} in {row['folder']}" for row in judged)
+            notes.append(f"`{name}` is {by_folder}.")
+    counts = collections.Counter(row["configuration"] for row in rows)
+    if max(counts.values()) < 2:
+        return ["No configuration stands in more than one folder: nothing can be set side by side."]
+    return notes or ["No configuration has a verdict in more than one folder."]
+
+
+def _setting_notes(folders: Sequence[ResultsFolder], names: Sequence[str]) -> list[str]:
+    """Where a configuration has other settings in another folder."""
+    notes = []
+    for name in names:
+        having = [folder for folder in folders if name in folder.configs]
+        for field in distinct(field for folder in having for field in folder.configs[name]):
+            values = [folder.configs[name].get(field) for folder in having]
+            if any(value != values[0] for value in values):
+                by_folder = ", ".join(
+                    f"{_as_code(value)} in {folder.letter}"
+                    for folder, value in zip(having, values, strict=True)
+                )
+                notes.append(f"`{name}` is not the same everywhere: {_as_code(field)} is {by_folder}.")
+    return notes
+
+
+# What is said of it
+
+COMPARISON_TABLES: dict[str, tuple[ReportColumn, ...]] = {
+    "folders": (
+        ReportColumn("folder", "folder", "s"),
+        ReportColumn("path", "path"),
+        ReportColumn("model", "model"),
+        ReportColumn("its own K", "own_k", "d"),
+        ReportColumn("machine", "machine"),
+        ReportColumn("seed", "seed", ".0f"),
+        ReportColumn("baseline", "baseline", "code"),
+        ReportColumn("prompts", "prompts", "d"),
+        ReportColumn("windows", "windows", "s"),
+        ReportColumn("documents of tasks", "task_documents", "d"),
+    ),
+    "configurations": (
+        _CONFIGURATION,
+        ReportColumn("folder", "folder", "s"),
+        ReportColumn("experts", "experts", ".2f"),
+        ReportColumn("effective", "effective_experts", ".2f"),
+        ReportColumn("share of K", "share_of_own", ".0%"),
+        ReportColumn("NLL at equal compute", "delta_nll", "+.4f"),
+        ReportColumn("95 % interval", "ci95", "+.4f to +.4f"),
+        ReportColumn("verdict", "verdict", "s"),
+        ReportColumn("documents", "n_units", "d"),
+        ReportColumn("why not", "reason"),
+    ),
+    "between": (
+        _CONFIGURATION,
+        ReportColumn("difference", "folders", "s"),
+        ReportColumn("of", "title", "s"),
+        ReportColumn("mean", "mean_difference", "+.4f"),
+        ReportColumn("95 % interval", "ci95", "+.4f to +.4f"),
+        ReportColumn("p", "p_value", "p"),
+        ReportColumn("p adjusted", "p_value_adjusted", "p"),
+        ReportColumn("d", "cohens_d", ".2f"),
+        ReportColumn("significant", "is_significant", "s"),
+        ReportColumn("items", "n_pairs", "d"),
+        ReportColumn("documents", "n_units", "d"),
+    ),
+    "terminal": (
+        ReportColumn("configuration", "configuration", "s"),
+        ReportColumn("in", "folder", "s"),
+        ReportColumn("experts", "effective_experts", ".2f"),
+        ReportColumn("of K", "share_of_own", ".0%"),
+        ReportColumn("NLL", "delta_nll", "+.4f"),
+        ReportColumn("95 % interval", "ci95", "+.4f to +.4f"),
+        ReportColumn("verdict", "verdict", "s"),
+    ),
+}
+
+COMPARISON_TEMPLATE = """\
+# Folders of results side by side
+
+{{ bullets(verdict_notes) }}
+
+## Folders
+
+{{ table("folders", folders) }}
+
+## Configurations
+
+{{ table("configurations", configurations) }}
+
+Experts: mean over tokens and layers of the scored text, else of what was generated; effective: what stands \
+in for a dropped expert is counted by its cost; share of K: effective experts over those that the model \
+itself runs. NLL at equal compute: nats per token minus that of static Top-K mixed to the same experts, on \
+the same text; interval and verdict (adjusted p below {{ level }} within the folder) as in each folder's own \
+report.
+
+{{ bullets(setting_notes) }}
+
+![Configurations by folder](plots/comparison.png)
+
+## Between folders
+
+{{ bullets(pair_notes) }}
+
+{% if tests %}
+{{ table("between", tests) }}
+
+Paired by items of the same name and inputs: another folder minus {{ first }}, Student's t over documents, \
+p adjusted over all rows of this table, significant below {{ level }}.
+{% else %}
+No difference between folders was tested.
+{% endif %}
+"""
+
+
+def terminal_table(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[ReportColumn], width: int = TERMINAL_COLUMNS
+) -> str:
+    """A table for a terminal, at most `width` wide: the first and last column left, the others right; what is
+    too long in the first one is cut."""
+    cells = [[column.title for column in columns]]
+    cells += [[_visible(show(row, column.key, column.form)) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    room = width - sum(widths[1:]) - 2 * (len(widths) - 1)
+    widths[0] = min(widths[0], max(room, 8))
+    lines = []
+    for first, *middle, last in cells:
+        name = first if len(first) <= widths[0] else f"{first[: widths[0] - 1]}…"
+        aligned = [cell.rjust(size) for cell, size in zip(middle, widths[1:-1], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *aligned, last]).rstrip())
+    return "\n".join(line[:width] for line in lines)
+
+
+def _difference_notes(tests: Sequence[Row]) -> list[str]:
+    """The differences between folders that are claimed, or that there is none."""
+    claimed = [test for test in tests if test["significant"]]
+    if tests and not claimed:
+        return ["Between folders no difference is significant."]
+    return [
+        f"{test['folders']}, {test['configuration']}, {test['title']}: "
+        f"{show(test, 'mean_difference', '+.4f')} ({show(test, 'ci95', '+.4f to +.4f')})"
+        for test in claimed
+    ]
+
+
+def terminal_comparison(comparison: Mapping[str, Any]) -> str:
+    """What `compare` says on the terminal: folders, table, verdicts, and what was paired."""
+    lines = []
+    for folder in comparison["folders"]:
+        own_k = f"top-{folder['own_k']}" if folder["own_k"] else "K unknown"
+        words = f"{folder['folder']}  {folder['path']}: {folder['model']}, {own_k}, {folder['machine']}"
+        lines += textwrap.wrap(_visible(words), TERMINAL_COLUMNS, subsequent_indent="   ")
+    lines += ["", terminal_table(comparison["configurations"], COMPARISON_TABLES["terminal"]), ""]
+    for note in (
+        *comparison["verdict_notes"],
+        *comparison["setting_notes"],
+        *comparison["pair_notes"],
+        *_difference_notes(comparison["tests"]),
+    ):
+        lines += textwrap.wrap(_visible(note), TERMINAL_COLUMNS, subsequent_indent="   ")
+    return "\n".join(lines)
+
+
+def plot_comparison(comparison: Mapping[str, Any], axes: Any = None) -> Any:
+    """Share of the model's own K that ran, and NLL minus static Top-K's at equal experts (95 %), by folder."""
+    names = distinct(row["configuration"] for row in comparison["configurations"])
+    letters = [folder["folder"] for folder in comparison["folders"]]
+    height = 1.9 + 0.17 * len(names) * (len(letters) + 1)
+    axes = _two_axes(axes, min(max(height, 3.4), MAX_INCHES))
+    colors = dict(zip(letters, _distinct_colors(len(letters)), strict=True))
+    offsets = dict(zip(letters, np.linspace(-0.3, 0.3, len(letters)), strict=True))
+    spans = [0.0]
+    for row in strict_json(comparison["configurations"]):
+        y = names.index(row["configuration"]) + offsets[row["folder"]]
+        color = colors[row["folder"]]
+        if row["share_of_own"] is not None:
+            axes[0].plot(100 * row["share_of_own"], y, "o", color=color, markersize=5)
+        if row["delta_nll"] is not None:
+            is_tested = row["ci95_low"] is not None
+            ends = [row["ci95_low"], row["ci95_high"]] if is_tested else [row["delta_nll"]] * 2
+            axes[1].plot(ends, [y, y], color=color, linewidth=1.8, solid_capstyle="butt")
+            axes[1].plot(row["delta_nll"], y, "o", color=color, markersize=5)
+            spans += ends
+    _nats_scale(axes[1], "x", spans)
+    axes[0].axvline(100, color="0.2", linewidth=1)
+    axes[1].axvline(0, color="0.2", linewidth=1)
+    for folder in comparison["folders"]:
+        label = _visible(f"{folder['folder']}: {Path(folder['model']).name}").replace("$", r"\$")
+        axes[1].plot([], [], "o-", color=colors[folder["folder"]], label=label[:40])
+    for ax in axes:
+        ax.set(ylim=(len(names) - 0.4, -0.6))
+        ax.set_yticks(range(len(names)), names if ax is axes[0] else [""] * len(names))
+    axes[0].set(xlabel="effective experts, % of the model's own K", title="Compute")
+    axes[0].set_xlim(0, None)
+    axes[1].set(xlabel="NLL minus static Top-K at equal experts, nats per token")
+    axes[1].set_title("Quality at equal compute (left is better)")
+    axes[1].legend(**LEGEND_BESIDE, fontsize="small")
+    return axes
+
+
+def _comparison_context(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template is filled with."""
+    folders = []
+    for folder in comparison["folders"]:
+        shown = dict(folder)
+        shown["prompts"] = folder["n_prompts"] or None
+        shown["task_documents"] = folder["n_task_documents"] or None
+        if folder["n_windows"]:
+            shown["windows"] = f"{folder['n_windows']} of {amount(folder['n_documents'], 'document')}"
+        folders.append(shown)
+    return {
+        **comparison,
+        "folders": folders,
+        "tests": [test | {"is_significant": significance(test)} for test in comparison["tests"]],
+        "first": comparison["folders"][0]["folder"],
+        "level": f"{SIGNIFICANCE_LEVEL:g}",
+        "bullets": lambda sentences: "\n".join(f"- {sentence}" for sentence in sentences),
+        "table": lambda name, rows: markdown_table(rows, COMPARISON_TABLES[name]),
+    }
+
+
+def compare_results(folders: Sequence[str | Path], output_dir: str | Path) -> dict[str, Any]:
+    """Two or more folders of results side by side: COMPARISON.md, comparison.json and plots/comparison.png.
+
+    folders: of any models, seeds and machines, of older scripts too; they are only read. Configurations go by
+    their names. Folders whose items are the same, by name and hash of inputs, are compared with the first by
+    `paired_comparison`; others stand beside each other.
+
+    Returns a dict with folders, configurations (one entry for each configuration and folder), tests (see
+    `between_folders`), verdict_notes, setting_notes and pair_notes. Raises UserError for fewer than two
+    folders, one that is there twice, or one without results.
+    """
+    read = read_results_folders(folders)
+    names = _compared_names(read)
+    rows = [_configuration_row(folder, name) for name in names for folder in read if name in folder.configs]
+    between = between_folders(read, names)
+    comparison = strict_json(
+        {
+            "folders": [_folder_row(folder) for folder in read],
+            "configurations": rows,
+            "tests": between["tests"],
+            "verdict_notes": _verdict_notes(rows),
+            "setting_notes": _setting_notes(read, names),
+            "pair_notes": between["notes"],
+        }
+    )
+    folder = Path(output_dir)
+    write_json(folder / "comparison.json", comparison)
+    with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
+        try:
+            plot_comparison(comparison)
+            _save_figure(folder / "plots" / "comparison.png")
+        finally:
+            plt.close("all")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = environment.from_string(COMPARISON_TEMPLATE).render(_comparison_context(comparison))
+    write_whole(folder / "COMPARISON.md", re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+    return comparison
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 17. Command line
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -8400,11 +8915,29 @@ ALONE = {  # option that runs nothing -> the options that mean something beside 
 }
 
 
+COMPARE = "compare"  # the one subcommand: folders of results, and these options
+COMPARE_OPTIONS = (Option("output", f"folder for {', '.join(COMPARISON_FILES)}", Path, Path("comparison")),)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """A mistake is one line, without the whole list of options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def program_name() -> str:
+    """What this is called by: the script, or the command that pip installs."""
+    installed = "bh-experiments"
+    return installed if Path(sys.argv[0]).stem == installed else "run_bh_experiments.py"
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line, from OPTIONS."""
-    parser = argparse.ArgumentParser(
-        prog="run_bh_experiments.py",
+    parser = _OneLineParser(
+        prog=program_name(),
         description="Compare Benjamini-Hochberg expert routing with Top-K in a mixture-of-experts model.",
+        epilog=f"{COMPARE} DIR DIR ... --output DIR sets folders of results side by side: {COMPARE} --help",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for option in OPTIONS:
@@ -8412,18 +8945,41 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def build_compare_parser() -> argparse.ArgumentParser:
+    """The command line of `compare`, from COMPARE_OPTIONS."""
+    parser = _OneLineParser(
+        prog=f"{program_name()} {COMPARE}",
+        description="Set two or more folders of results side by side: of other models, seeds or machines.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a folder that a run wrote")
+    for option in COMPARE_OPTIONS:
+        option.add_to(parser)
+    return parser
+
+
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of a command line, and which of them it gave: `given`, for those with a default too."""
+    """The options of a command line, and which of them it gave: `given`, for those with a default too.
+
+    `folders` are those of `compare`, None for any other command line.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
-    args = parser.parse_args(argv)
+    if words[:1] == [COMPARE]:
+        parser = build_compare_parser()
+        words = words[1:]
+    args = parser.parse_args(words)
     nothing = argparse.Namespace(**dict.fromkeys(vars(args)))  # what is set already gets no default
-    seen = vars(parser.parse_args(argv, nothing))
+    seen = vars(parser.parse_args(words, nothing))
     args.given = {name for name, value in seen.items() if value is not None}
+    args.folders = getattr(args, "folders", None)
     return args
 
 
 def check_options(args: argparse.Namespace) -> None:
     """UserError for options that are out of range, mean nothing or contradict each other."""
+    if args.folders is not None:
+        return
     given = {option.key: getattr(args, option.key) for option in OPTIONS if option.key in args.given}
     for owner, allowed in ALONE.items():
         others = [name for name in given if name not in (owner, *allowed)]
@@ -8618,6 +9174,10 @@ def measure(args: argparse.Namespace) -> Results | None:
 def run(args: argparse.Namespace) -> int:
     """What the command line asks for; returns the exit code: 0, or 1 when something failed."""
     check_options(args)
+    if args.folders is not None:
+        print(terminal_comparison(compare_results(args.folders, args.output)))
+        logger.info(f"comparison: {args.output / COMPARISON_FILES[0]}")
+        return 0
     if args.list_architectures:
         columns = [ReportColumn(title, title, "s") for title in ("model type", "class", "status", "why")]
         print(markdown_table(list_architectures(), columns))
@@ -8642,7 +9202,7 @@ def _terminate(number: int, frame: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 1 something failed, 2 a wrong call, 130 Ctrl-C, 143 SIGTERM."""
     args = parse_options(argv)
-    args.command = shlex.join(["run_bh_experiments.py", *(sys.argv[1:] if argv is None else argv)])
+    args.command = shlex.join([program_name(), *(sys.argv[1:] if argv is None else argv)])
     is_first = os.environ.get("RANK", "0") == "0"  # one of several processes speaks, but all may complain
     console = _ConsoleHandler(logging.INFO if is_first else logging.WARNING)
     console.setFormatter(_LineFormatter())
