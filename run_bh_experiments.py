@@ -8328,7 +8328,7 @@ def _folder_row(folder: ResultsFolder) -> dict[str, Any]:
     }
 
 
-def _mean_experts(folder: ResultsFolder, name: str) -> dict[str, float | None]:
+def _experts_of(folder: ResultsFolder, name: str) -> dict[str, float | None]:
     """Experts and effective experts of a configuration: of the scored text, else of what was generated."""
     verdict = folder.verdicts.get(name)
     if verdict is not None:
@@ -8340,7 +8340,7 @@ def _mean_experts(folder: ResultsFolder, name: str) -> dict[str, float | None]:
 
 def _configuration_row(folder: ResultsFolder, name: str) -> dict[str, Any]:
     """What one folder says of one configuration."""
-    row: dict[str, Any] = {"configuration": name, "folder": folder.letter, **_mean_experts(folder, name)}
+    row: dict[str, Any] = {"configuration": name, "folder": folder.letter, **_experts_of(folder, name)}
     row["share_of_own"] = None
     if folder.own_k and not pd.isna(row["effective_experts"]):
         row["share_of_own"] = row["effective_experts"] / folder.own_k
@@ -8655,16 +8655,20 @@ def terminal_comparison(comparison: Mapping[str, Any]) -> str:
 
 
 def plot_comparison(comparison: Mapping[str, Any], axes: Any = None) -> Any:
-    """Share of the model's own K that ran, and NLL minus static Top-K's at equal experts (95 %), by folder."""
+    """Share of the model's own K that ran, and NLL at equal compute with 95 % intervals, by folder."""
     names = distinct(row["configuration"] for row in comparison["configurations"])
     letters = [folder["folder"] for folder in comparison["folders"]]
     height = 1.9 + 0.17 * len(names) * (len(letters) + 1)
     axes = _two_axes(axes, min(max(height, 3.4), MAX_INCHES))
     colors = dict(zip(letters, _distinct_colors(len(letters)), strict=True))
-    offsets = dict(zip(letters, np.linspace(-0.3, 0.3, len(letters)), strict=True))
     spans = [0.0]
-    for row in strict_json(comparison["configurations"]):
-        y = names.index(row["configuration"]) + offsets[row["folder"]]
+    folders_of = collections.defaultdict(list)
+    for row in comparison["configurations"]:
+        folders_of[row["configuration"]].append(row["folder"])
+    for row in comparison["configurations"]:
+        having = folders_of[row["configuration"]]
+        place = having.index(row["folder"]) - (len(having) - 1) / 2
+        y = names.index(row["configuration"]) + 0.7 * place / len(letters)
         color = colors[row["folder"]]
         if row["share_of_own"] is not None:
             axes[0].plot(100 * row["share_of_own"], y, "o", color=color, markersize=5)
@@ -8678,14 +8682,18 @@ def plot_comparison(comparison: Mapping[str, Any], axes: Any = None) -> Any:
     axes[0].axvline(100, color="0.2", linewidth=1)
     axes[1].axvline(0, color="0.2", linewidth=1)
     for folder in comparison["folders"]:
-        label = _visible(f"{folder['folder']}: {Path(folder['model']).name}").replace("$", r"\$")
-        axes[1].plot([], [], "o-", color=colors[folder["folder"]], label=label[:40])
+        label = f"{folder['folder']}: {Path(folder['path']).name}, {Path(folder['model']).name}"
+        label = _visible(label)[:40].replace("$", r"\$")
+        axes[1].plot([], [], "o-", color=colors[folder["folder"]], label=label)
     for ax in axes:
+        ax.grid(visible=False, axis="y")
         ax.set(ylim=(len(names) - 0.4, -0.6))
         ax.set_yticks(range(len(names)), names if ax is axes[0] else [""] * len(names))
-    axes[0].set(xlabel="effective experts, % of the model's own K", title="Compute")
-    axes[0].set_xlim(0, None)
-    axes[1].set(xlabel="NLL minus static Top-K at equal experts, nats per token")
+        for y in range(0, len(names), 2):  # every other configuration on a band of its own
+            ax.axhspan(y - 0.5, y + 0.5, color="0.5", alpha=0.07, linewidth=0)
+    axes[0].set(xlabel="effective experts, % of the model's K", title="Compute")
+    axes[0].set_xlim(0, 1.04 * axes[0].get_xlim()[1])
+    axes[1].set(xlabel="NLL minus static Top-K's, nats per token")
     axes[1].set_title("Quality at equal compute (left is better)")
     axes[1].legend(**LEGEND_BESIDE, fontsize="small")
     return axes

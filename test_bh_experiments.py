@@ -9047,6 +9047,225 @@ def test_the_harness_applies_the_chat_template(task_folder, tmp_path):
     assert all("Q: " in asked for asked in frame["prompt_text"])
 
 
+# Folders side by side
+
+
+def two_folders(folder, change=None, names=("topk_8", "bh_strict", "bh_loose"), prompts=12):
+    """Two folders of the same invented run, the second with its scores changed: [first, second]."""
+    results = invented_results(names, prompts)
+    other = results
+    if change is not None:
+        other = dataclasses.replace(results, scores=change(results.scores.copy()))
+    for name, content in (("first", results), ("second", other)):
+        (folder / name).mkdir()
+        write_results(content, folder / name)
+    return [folder / "first", folder / "second"]
+
+
+def shifted(scores):
+    """The scores with bh_strict worse by .01 nats, more or less: the shifts are those of `shifts`."""
+    rows = scores["config_name"] == "bh_strict"
+    scores.loc[rows, "nll"] += shifts(rows.sum())
+    return scores
+
+
+def shifts(number):
+    return np.random.default_rng(5).normal(0.01, 0.003, number)
+
+
+def files_in(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_compare_sets_folders_side_by_side(tmp_path, capsys):
+    """Each folder's own numbers and verdicts in one table, on the terminal too; no folder is changed."""
+    folders = two_folders(tmp_path, shifted)
+    before = [files_in(folder) for folder in folders]
+    output = tmp_path / "out"
+    assert bh.main(["compare", *map(str, folders), "--output", str(output)]) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert [files_in(folder) for folder in folders] == before
+    assert {str(name) for name in files_in(output)} == set(bh.COMPARISON_FILES)
+    comparison = strict_loads((output / "comparison.json").read_text(encoding="utf-8"))
+    rows = {(row["configuration"], row["folder"]): row for row in comparison["configurations"]}
+    assert list(rows) == list(itertools.product(("topk_8", "bh_strict", "bh_loose"), "AB"))
+    text = (output / "COMPARISON.md").read_text(encoding="utf-8")
+    assert all(len(widths) == 1 for widths in table_widths(text))
+    for letter, folder in zip("AB", folders, strict=True):
+        results = bh.Results.read(folder)
+        configs = bh.configurations(results)
+        verdicts = bh.quality_verdicts(results.scores, configs, "topk_8")
+        for name in ("bh_strict", "bh_loose"):
+            row = rows[name, letter]
+            for key in ("delta_nll", "ci95_low", "ci95_high", "verdict"):
+                assert row[key] == verdicts[name][key]
+            assert row["share_of_own"] == pytest.approx(verdicts[name]["mean_experts"] / 8)
+            experts = f"{verdicts[name]['mean_experts']:.2f}"
+            for shown in (said, text):
+                assert re.search(rf"{name}\W+{letter}\W+{re.escape(experts)}.*{row['verdict']}", shown)
+        assert rows["topk_8", letter]["verdict"] == "own Top-8"
+    assert rows["bh_strict", "A"]["verdict"] != rows["bh_strict", "B"]["verdict"]
+    assert f"`bh_strict` is {rows['bh_strict', 'A']['verdict']} in A, worse in B." in text
+
+
+def test_folders_with_the_same_items_are_tested(tmp_path):
+    """By the test of every comparison, on the differences item by item, adjusted over all of the table."""
+    comparison = bh.compare_results(two_folders(tmp_path, shifted), tmp_path / "out")
+    tests = {(test["configuration"], test["quantity"]): test for test in comparison["tests"]}
+    assert set(tests) == {
+        ("topk_8", "share_of_own"),
+        *itertools.product(("bh_strict", "bh_loose"), bh.BETWEEN),
+    }
+    test = tests["bh_strict", "delta_nll"]
+    expected = bh.paired_test(shifts(12))
+    assert (test["n_pairs"], test["n_units"], test["folders"]) == (12, 12, "B minus A")
+    for key in ("mean_difference", "p_value", "ci95_low", "ci95_high"):
+        assert test[key] == pytest.approx(expected[key], rel=1e-9)
+    known = [test["p_value"] for test in comparison["tests"] if test["p_value"] is not None]
+    adjusted = [test["p_value_adjusted"] for test in comparison["tests"] if test["p_value"] is not None]
+    assert adjusted == pytest.approx(list(stats.false_discovery_control(known)))
+    assert test["significant"] is True
+    assert tests["bh_loose", "delta_nll"]["reason"] == "nothing differs"
+    assert comparison["pair_notes"] == ["B and A are paired on 12 windows that both measured"]
+    assert "B minus A, bh_strict, NLL at equal compute" in bh.terminal_comparison(comparison).replace(
+        "\n  ", ""
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [(lambda scores: scores.assign(item_id="other" + scores["item_id"]), "no window has the same name"),
+     (lambda scores: scores.assign(input_hash="y"), "windows of the same name hold other text"),
+     (lambda scores: scores.assign(input_hash=""), "an older script did not record what its windows were"),
+     (lambda scores: scores.assign(num_tokens=51), "the same text is another number of tokens there")],
+)  # fmt: skip
+def test_folders_with_other_items_are_not_paired(change, note, tmp_path):
+    """They stand side by side, nothing is tested, and it is said why."""
+    comparison = bh.compare_results(two_folders(tmp_path, change), tmp_path / "out")
+    assert comparison["tests"] == []
+    (said,) = comparison["pair_notes"]
+    assert said.startswith("B and A are not paired: ")
+    assert note in said
+    text = (tmp_path / "out" / "COMPARISON.md").read_text(encoding="utf-8")
+    assert said in text
+    assert "No difference between folders was tested." in text
+    assert len(comparison["configurations"]) == 6
+
+
+def test_only_the_items_that_both_have_are_paired(tmp_path):
+    folders = two_folders(tmp_path, lambda scores: scores[~scores["item_id"].isin(["p0", "p3"])])
+    comparison = bh.compare_results(folders, tmp_path / "out")
+    assert {test["n_pairs"] for test in comparison["tests"]} == {10}
+    assert {test["reason"] for test in comparison["tests"]} == {"nothing differs"}
+
+
+def test_folders_that_share_no_configuration_are_told(tmp_path, capsys):
+    for name, configs in (("first", ["bh_strict"]), ("second", ["bh_loose"])):
+        (tmp_path / name).mkdir()
+        results = only(invented_results(("topk_8", *configs), 4), *configs)
+        write_results(dataclasses.replace(results, generation=results.generation[:0]), tmp_path / name)
+    folders = [str(tmp_path / name) for name in ("first", "second")]
+    assert bh.main(["compare", *folders, "--output", str(tmp_path / "out")]) == 0
+    assert "No configuration stands in more than one folder" in capsys.readouterr().out.replace("\n   ", " ")
+    text = (tmp_path / "out" / "COMPARISON.md").read_text(encoding="utf-8")
+    assert "No configuration stands in more than one folder" in text
+
+
+def test_folders_of_different_models(mock_model, tiny_folder, tmp_path, monkeypatch):
+    """Top-8 and Top-4, beside an older folder: shares of K, and what differs in a configuration."""
+    only_plots(monkeypatch)
+    first, second = tmp_path / "mock", tmp_path / "tiny"
+    configs = {"topk_8": bh.ROUTING_CONFIGS["topk_8"], "bh_loose": {**FLAT, "max_k": 8}}
+    run_suite(mock_model, first, configs)
+    runner = bh.BHExperimentRunner(
+        "tiny", second, model=build("olmoe-grouped_mm"), tokenizer=byte_tokenizer()
+    )
+    runner.run_full_experiment_suite(configs | {"bh_loose": FLAT}, SCORED_PROMPTS, 2)
+    comparison = bh.compare_results([first, second, TESTDATA / OLDER[0]], tmp_path / "out")
+    assert [folder["own_k"] for folder in comparison["folders"]] == [8, 4, 8]
+    rows = {(row["configuration"], row["folder"]): row for row in comparison["configurations"]}
+    assert [rows["topk_8", letter]["share_of_own"] for letter in "ABC"] == [1, 1, 1]
+    assert rows["topk_8", "B"]["verdict"] == "own Top-4"
+    assert rows["bh_loose", "B"]["experts"] / 4 == rows["bh_loose", "B"]["share_of_own"]
+    notes = comparison["setting_notes"]
+    assert "`topk_8` is not the same everywhere: `k` is `8` in A, `4` in B, `8` in C." in notes
+    assert any("`bh_loose`" in note and "`max_k`" in note for note in notes)
+    assert len(comparison["pair_notes"]) == 2
+    assert max(map(len, bh.terminal_comparison(comparison).splitlines())) <= 80
+
+
+def test_hostile_words_get_nowhere_in_a_comparison(tmp_path):
+    """The name of a model, of a machine, of a folder: no table breaks, nothing hides on the terminal."""
+    folders = two_folders(
+        tmp_path, lambda scores: scores.assign(model_name=HOSTILE[6], device="a\x1b[2J | b")
+    )
+    hostile = folders[1].rename(tmp_path / "x | <b> `$")
+    results = bh.Results.read(hostile)
+    generation = results.generation.assign(model_name=HOSTILE[6], device="a\x1b[2J | b")
+    write_results(dataclasses.replace(results, generation=generation), hostile)
+    comparison = bh.compare_results([folders[0], hostile], tmp_path / "out")
+    text = (tmp_path / "out" / "COMPARISON.md").read_text(encoding="utf-8")
+    assert all(len(widths) == 1 for widths in table_widths(text))
+    assert "<b>" not in text
+    assert "\x1b" not in text + bh.terminal_comparison(comparison)
+    assert (tmp_path / "out" / "plots" / "comparison.png").stat().st_size > 0
+
+
+def test_terminal_tables_fit():
+    """Long names are cut, and only these."""
+    columns = [
+        bh.ReportColumn("name", "name", "s"),
+        bh.ReportColumn("x", "x", ".1f"),
+        bh.ReportColumn("y", "y"),
+    ]
+    rows = [{"name": "a" * 90, "x": 1.0, "y": "good"}, {"name": "b", "x": None, "y": "bad"}]
+    lines = bh.terminal_table(rows, columns, width=30).splitlines()
+    assert max(map(len, lines)) <= 30
+    assert lines[1].endswith("…  1.0  good")
+    assert lines[2].split() == ["b", "–", "bad"]
+
+
+def test_no_name_is_defined_twice():
+    """The later one would silently take the place of the earlier."""
+    for tree in (TREE, ast.parse(Path(__file__).read_text(encoding="utf-8"))):
+        defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        assert [name for name, times in collections.Counter(defined).items() if times > 1] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([], "required: DIR"), (["{a}"], "compare takes 2 to 26 folders of results, not 1"),
+     (["{a}", "{a}/../a"], "this folder is given twice"), (["{a}", "{b}"], "run the experiments first"),
+     (["{a}", "{b}/nowhere"], "there is no such folder"), (["{a}", "{file}"], "there is no such folder"),
+     (["{a}", "{a}", "--colour"], "unrecognized arguments: --colour"),
+     (["{a}", "{c}", "--output", "{file}"], "{file}"), (["{a}"] * 27, "not 27"),
+     (["{a}", "{failed}"], "none of its 4 experiments finished")],
+)  # fmt: skip
+def test_bad_comparisons(words, message, tmp_path, capsys):
+    """One line, exit code 2, and nothing is written."""
+    names = {name: tmp_path / name for name in ("a", "b", "c", "failed", "file")}
+    names["b"].mkdir()
+    names["file"].write_text("keep me")
+    results = invented_results(("topk_8",), 4)
+    broken = changed(results, lambda frame: frame.assign(status="error"))
+    for name, content in (("a", results), ("c", results), ("failed", broken)):
+        names[name].mkdir()
+        write_results(dataclasses.replace(content, scores=results.scores[:0]), names[name])
+    output = [] if "--output" in words else ["--output", str(tmp_path / "out")]
+    given = [word.format(**names) for word in words]
+    try:
+        code = bh.main(["compare", *given, *output])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "error: " in line
+    assert message.format(**names) in line
+    assert not (tmp_path / "out").exists()
+    assert names["file"].read_text() == "keep me"
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write-manual"]:
         write_manual()
