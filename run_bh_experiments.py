@@ -315,6 +315,8 @@ _CONTROLS = {
     "min_p": {"method": "min_p", "ratio": 0.25},
     "threshold": {"method": "threshold", "threshold": 0.03},
 }
+# On a model whose own K is not 8, as OLMoE's is, the 8 of these is the model's own K: see `with_own_k`.
+BUILT_IN = ROUTING_CONFIGS | {name: config for name, config in _CONTROLS.items() if "max_k" in config}
 
 
 # Every published rule, to be moved to the same mean numbers of experts by --match-experts.
@@ -1704,6 +1706,22 @@ def _num_layers_told_apart(about: str, config: Config) -> int:
         lengths = ", ".join(f"{name} has {len(value)}" for name, value in lists.items())
         raise UserError(f"{about}: lists must have a value for each MoE layer, but {lengths}")
     return len(next(iter(lists.values()), [None]))
+
+
+def _chosen_null(config: Config) -> dict[str, Any]:
+    """The null of a configuration, which --p-values may have chosen, if it takes one."""
+    return {"p_values": config["p_values"]} if "p_values" in config else {}
+
+
+def with_own_k(name: str, config: Config, own_k: int) -> dict[str, Any]:
+    """A configuration of BUILT_IN, resolved, on a model whose own K is `own_k`: the baseline runs as many,
+    the others at most as many, so that static Top-K up to the model's own can be their measure."""
+    if name == BASELINE:
+        return {**config, "k": own_k, "description": f"Fixed Top-{own_k}, the baseline: the model's own K"}
+    if config["max_k"] <= own_k:
+        return dict(config)
+    words = f"{config['description']}; " if config["description"] else ""
+    return {**config, "max_k": own_k, "description": f"{words}at most {own_k}, the model's own K"}
 
 
 def layer_config(config: Config, layer_index: int) -> dict[str, Any]:
@@ -5040,11 +5058,11 @@ class BHExperimentRunner:
     # Configurations, as they are on this model
 
     def _resolve(self, name: str, config: Config) -> dict[str, Any]:
-        """`resolve_config` for this model: the built-in baseline, whose 8 is OLMoE's, gets the model's own K,
-        and no cap is above what a layer can run."""
+        """`resolve_config` for this model: the 8 of the built-in configurations, which is OLMoE's own K,
+        becomes the model's own, and no cap is above what a layer can run."""
         resolved = resolve_config(name, config, len(self.layers))
-        if name == BASELINE and resolved == resolve_config(BASELINE, ROUTING_CONFIGS[BASELINE]):
-            resolved["k"] = self.own_k
+        if name in BUILT_IN and resolved == resolve_config(name, BUILT_IN[name] | _chosen_null(resolved)):
+            resolved = with_own_k(name, resolved, self.own_k)
         widest = min(layer.max_k for layer in self.layers)
         caps = resolved.get("max_k")
         if isinstance(caps, list):
@@ -5084,6 +5102,14 @@ class BHExperimentRunner:
             if name not in given:
                 why = "the others are compared with it"
                 logger.info(f"{name}, the model's own routing, is run as well: {why}")
+
+    def _say_what_names_mean(self, configs: Configs) -> None:
+        """What the default names, which are OLMoE's, stand for on a model with another K."""
+        if self.own_k == ROUTING_CONFIGS.get(BASELINE, {}).get("k"):
+            return
+        for name in ROUTING_CONFIGS:
+            if name in configs:
+                logger.info(f"{name} on this model: {configs[name]['description']}")
 
     def _with_static_ladder(self, configs: Configs) -> dict[str, dict[str, Any]]:
         """`configs` and every static Top-k up to the model's own that is not among them."""
@@ -5483,6 +5509,7 @@ class BHExperimentRunner:
         with self._opened(settings, resume) as checkpoint:
             self._check_rows(checkpoint, plan.scoring, plan.inputs())
             self._say_what_was_added(plan.configs, routing_configs)
+            self._say_what_names_mean(plan.configs)
             done = checkpoint.done(retry_failed)
             all_keys = [key for of_kind in keys.values() for key in of_kind]
             pending = sum(key not in done for key in all_keys)
@@ -5609,6 +5636,7 @@ class BHExperimentRunner:
         with self._opened(settings, resume) as checkpoint:
             self._check_rows(checkpoint, configs, inputs)
             self._say_what_was_added(configs, routing_configs)
+            self._say_what_names_mean(configs)
             done = checkpoint.done(retry_failed)
             pending = [key for key in keys["task"] if key not in done]
             finished = len(keys["task"]) - len(pending)
@@ -7548,6 +7576,18 @@ def baseline_sentences(analysis: Mapping[str, Any]) -> list[str]:
     return [f"Differences are to `{base}`; the model's own routing is Top-{own_k}."]
 
 
+def name_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """Which static configurations are another Top-K than their names say."""
+    sentences = []
+    for name, config in analysis["configurations"].items():
+        k = static_k(config)
+        named = re.fullmatch(r"topk_(\d+)", name)
+        if named and k is not None and int(named[1]) != k:
+            own = ", the model's own routing" if k == analysis["own_k"] else ""
+            sentences.append(f"`{name}` is Top-{k} on this model{own}, whatever its name says.")
+    return sentences
+
+
 MOST_FINDINGS = 30  # configurations that get a sentence each
 
 
@@ -8185,7 +8225,7 @@ def report_context(
         "subject": subject_sentence(results, analysis),
         "item": ITEMS[kind].word,
         "is_timed": kind == "generation",
-        "findings": [*baseline_sentences(analysis), *finding_sentences(analysis)],
+        "findings": [*name_sentences(analysis), *baseline_sentences(analysis), *finding_sentences(analysis)],
         "tasks": task_rows(analysis),
         "quality": quality_rows(analysis),
         "field": field_sentences(analysis),
@@ -9157,6 +9197,7 @@ def measure(args: argparse.Namespace) -> Results | None:
         texts = text_windows(args.text, runner.tokenizer, args.window)
     targets = args.match_experts or (FIELD_EXPERTS if args.suite == "field" and not args.configs else ())
     if targets:
+        configs = {name: runner._resolve(name, config) for name, config in configs.items()}
         with log_to(args.output / LOG_FILE):
             calibration = runner.calibration_for(configs.values()) or runner.calibration
             configs = match_ladder(configs, targets, calibration)

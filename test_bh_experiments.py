@@ -7017,6 +7017,17 @@ SENTENCES = {
         ),
         "nothing to say": (an_analysis(), []),
     },
+    "name_sentences": {
+        "claim": (
+            an_analysis(own_k=4, configurations={"topk_8": {"method": "topk", "k": 4}}),
+            ["`topk_8` is Top-4 on this model, the model's own routing, whatever its name says."],
+        ),
+        "no claim": (
+            an_analysis(own_k=4, configurations={"topk_7": {"method": "topk", "k": 2}}),
+            ["`topk_7` is Top-2 on this model, whatever its name says."],
+        ),
+        "nothing to say": (an_analysis(), []),
+    },
     "finding_sentences": {
         "claim": (
             with_tests(avg_experts_per_token=a_test(), inference_time_sec=CLOCK)
@@ -9264,6 +9275,53 @@ def test_bad_comparisons(words, message, tmp_path, capsys):
     assert message.format(**names) in line
     assert not (tmp_path / "out").exists()
     assert names["file"].read_text() == "keep me"
+
+
+# Models with another K
+
+
+def test_the_default_configurations_on_a_model_with_another_k(tiny_folder, tmp_path, monkeypatch, caplog):
+    """On a Top-4 model they run at most 4, and descriptions, log and report say so; what was asked for by
+    other names or numbers stays as it is."""
+    only_plots(monkeypatch, "expert_counts")
+    caplog.set_level("INFO", "bh_experiments")
+    runner = bh.BHExperimentRunner(str(tiny_folder), tmp_path, device="cpu", use_fp16=False)
+    assert runner.own_k == 4
+    default = {name: runner._resolve(name, config) for name, config in bh.ROUTING_CONFIGS.items()}
+    assert [config.get("k", config.get("max_k")) for config in default.values()] == [4] * 5
+    assert default["topk_8"]["description"] == "Fixed Top-4, the baseline: the model's own K"
+    words = bh.ROUTING_CONFIGS["bh_strict"]["description"]
+    assert default["bh_strict"]["description"] == f"{words}; at most 4, the model's own K"
+    for name, null in (("bh_strict_shuffled", "empirical"), ("bh_loose", "flat")):
+        config = bh.suites()["all"][name] | {"p_values": null}
+        assert runner._resolve(name, config)["max_k"] == 4
+    assert runner._resolve("bh_flat_0.5_max16", bh.suites()["all"]["bh_flat_0.5_max16"])["max_k"] == 16
+    assert runner._resolve("mine", bh.ROUTING_CONFIGS["bh_strict"])["max_k"] == 8
+    assert runner._resolve("bh_strict", bh.ROUTING_CONFIGS["bh_strict"] | {"max_k": 7})["max_k"] == 7
+
+    configs = {name: bh.ROUTING_CONFIGS[name] for name in ("topk_8", "bh_loose")}
+    frame = runner.run_full_experiment_suite(configs, SCORED_PROMPTS, 2)
+    assert frame["max_experts"].max() <= 4
+    assert "topk_8 on this model: Fixed Top-4" in caplog.text
+    assert "bh_loose on this model: BH at a loose level: more experts; at most 4" in caplog.text
+    bh.write_report(frame, tmp_path)
+    report = (tmp_path / "REPORT.md").read_text(encoding="utf-8")
+    assert "- `topk_8` is Top-4 on this model, the model's own routing, whatever its name says." in report
+    verdict = json.loads((tmp_path / "analysis_summary.json").read_text())["verdict"]["bh_loose"]
+    assert verdict["delta_nll"] is not None
+
+
+def test_the_default_configurations_on_a_model_with_their_k(mock_model, tmp_path, caplog):
+    caplog.set_level("INFO", "bh_experiments")
+    runner = mock_runner(mock_model, tmp_path)
+    default = {name: runner._resolve(name, config) for name, config in bh.ROUTING_CONFIGS.items()}
+    for name, config in default.items():
+        assert config == bh.resolve_config(name, bh.ROUTING_CONFIGS[name]) | {
+            "description": config["description"]
+        }
+        assert "at most" not in config["description"]
+    runner._say_what_names_mean(default)
+    assert "on this model" not in caplog.text
 
 
 if __name__ == "__main__":
