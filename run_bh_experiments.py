@@ -3697,9 +3697,16 @@ def read_table(table: Table, folder: Path) -> pd.DataFrame:
     return fit_table(frame, table)
 
 
+# What `Results.summary` shows the means of.
+RESULTS_MEANS = ("avg_experts_per_token", "effective_experts", "inference_time_sec", "nll", "score")
+
+
 @dataclass(frozen=True)
 class Results:
-    """What a run measured, as frames with the columns of GENERATION, SCORES and TASKS."""
+    """What a run measured, as frames with the columns of GENERATION, SCORES and TASKS.
+
+    In a notebook it shows itself as `summary`.
+    """
 
     generation: pd.DataFrame
     scores: pd.DataFrame
@@ -3719,6 +3726,21 @@ class Results:
     def finished(self) -> Results:
         """The rows that did not fail."""
         return Results(*(frame[frame["status"] == "ok"] for frame in self))
+
+    def summary(self) -> pd.DataFrame:
+        """One row a table and configuration: rows, how many failed, and means over those that did not."""
+        parts = {}
+        for (name, frame), table in zip(vars(self).items(), (GENERATION, SCORES, TASKS), strict=True):
+            has_failed = (frame["status"] != "ok").groupby(frame["config_name"], sort=False)
+            rows = has_failed.agg(rows="size", failed="sum")
+            done = frame[frame["status"] == "ok"].groupby("config_name", sort=False)
+            shown = [column for column in RESULTS_MEANS if column in table.names]
+            if len(frame):
+                parts[name] = rows.join(done[shown].mean())
+        return pd.concat(parts, names=["table"]) if parts else pd.DataFrame()
+
+    def _repr_html_(self) -> str:
+        return self.summary().to_html(float_format="{:.3f}".format, na_rep="")
 
     @classmethod
     def read(cls, folder: Path) -> Results:
@@ -6573,8 +6595,11 @@ def summarize_layers(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def _hypothesis_value(analysis: Mapping[str, Any], name: str, quantity: str) -> float | None:
-    """What was measured of a quantity that the earlier attempt expected something of."""
-    tests = analysis["statistical_tests"].get(name, {})
+    """What was measured of a quantity that the earlier attempt expected something of. What it expected of
+    tests was about the model's own Top-K: those against another baseline say nothing of it."""
+    baseline = analysis["configurations"][analysis["baseline"]]
+    is_own = analysis["own_k"] is None or static_k(baseline) == analysis["own_k"]
+    tests = analysis["statistical_tests"].get(name, {}) if is_own else {}
     experts = tests.get("avg_experts_per_token", {})
     if quantity == "experts_p_value":
         return experts.get("p_value")
@@ -8155,7 +8180,7 @@ experts says that the rule did something, not that it did good.
 {% elif tasks %}
 Tasks are compared one by one, in the table of downstream tasks.
 {% else %}
-There is nothing to compare: no item was measured under two configurations.
+There is nothing to compare: no {{ item }} was measured under `{{ baseline }}` and another configuration.
 {% endif %}
 
 ## Performance by category
@@ -9143,7 +9168,9 @@ def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             "adapts, see --suite and --configs"
         )
     keeps_names = len(args.match_experts or ()) < 2 and args.suite != "field"
-    if args.baseline is not None and keeps_names:  # else the run itself will say
+    # Else the run itself will say: which Top-K is the model's own, and run beside others, is not known here.
+    may_be_own = BASELINE not in configs and re.fullmatch(r"topk_\d+", args.baseline or "")
+    if args.baseline is not None and keeps_names and not may_be_own:
         _choice("--baseline", args.baseline, tuple(configs))
     return configs
 

@@ -7442,7 +7442,7 @@ ODD_RUNS = {  # name -> results, what the summary says, and what sections must a
         lambda: invented_results(("topk_8",), 3),
         "1 configuration x 3 prompts with 10 new tokens each, ",
         {"Executive summary": "the same 1 and 7 of static Top-K beside them.",
-         "Statistical tests": "There is nothing to compare: no item was measured under two configurations."},
+         "Statistical tests": "There is nothing to compare: no prompt was measured under"},
         ("all differ by the same amount", "paired by"),
     ),
     "one prompt": (
@@ -7457,7 +7457,7 @@ ODD_RUNS = {  # name -> results, what the summary says, and what sections must a
         lambda: all_failed_but("bh_strict"),
         "2 configurations x 1 prompt with 10 new tokens each, ",
         {"Executive summary": "5 of 6 rows failed and are left out.",
-         "Statistical tests": "There is nothing to compare: no item was measured under two configurations.",
+         "Statistical tests": "There is nothing to compare: no prompt was measured under",
          "Failed experiments": "| `topk_8` | p0 | OutOfMemoryError: no \\| memory |"},
         ("Quality at equal compute", "± 0", "topk_8` | 8"),
     ),
@@ -9322,6 +9322,71 @@ def test_the_default_configurations_on_a_model_with_their_k(mock_model, tmp_path
         assert "at most" not in config["description"]
     runner._say_what_names_mean(default)
     assert "on this model" not in caplog.text
+
+
+# Another baseline
+
+
+def test_expectations_of_tests_are_about_the_models_own_routing(tmp_path):
+    """Against another baseline they are not measured; what needs no baseline is, as before."""
+    results = invented_results()
+    by_baseline = {}
+    for baseline in (None, "bh_loose"):
+        rows = analysis_of(results, tmp_path, baseline)["hypotheses"]
+        by_baseline[baseline] = {(row["configuration"], row["quantity"]): row["measured"] for row in rows}
+    for (name, quantity), measured in by_baseline["bh_loose"].items():
+        if quantity in ("slowdown_percent", "experts_p_value", "experts_abs_d"):
+            assert measured is None
+            assert (by_baseline[None][name, quantity] is not None) == (name in ("bh_strict", "bh_loose"))
+        else:
+            assert measured == by_baseline[None][name, quantity]
+
+
+def test_a_baseline_that_was_only_scored(tmp_path):
+    """A point of the static curve, of which nothing was generated: said so; differences of NLL are to it."""
+    report = report_of(invented_results(), tmp_path)
+    assert "There is nothing to compare" not in report
+    analysis = analysis_of(invented_results(), tmp_path, "topk_3")
+    path = bh.generate_markdown_report(invented_results().generation, analysis, tmp_path / "REPORT.md")
+    text = path.read_text(encoding="utf-8")
+    assert "no prompt was measured under `topk_3` and another configuration" in text
+    assert "Differences are to `topk_3`; the model's own routing is Top-8." in text
+    assert analysis["verdict"]["bh_strict"]["delta_to_baseline"] < 0
+
+
+def test_the_models_own_routing_can_be_the_baseline_before_it_is_known():
+    """`topk_8` is run beside others where it is not among them, so it may be named; nothing else may."""
+    asked = ["--configs", "bh_strict,bh_loose", "--baseline"]
+    for name in ("topk_8", "topk_4"):
+        assert list(bh.choose_configs(bh.parse_options([*asked, name]))) == ["bh_strict", "bh_loose"]
+    with pytest.raises(bh.UserError, match="unknown --baseline 'bh_moderate'"):
+        bh.choose_configs(bh.parse_options([*asked, "bh_moderate"]))
+
+
+# The three tables in a notebook
+
+
+def test_results_show_themselves():
+    """A row a table and configuration; words of a run are no markup there."""
+    results = invented_results(("topk_8", "bh_strict"), 4)
+    results.generation.loc[0, "status"] = "error"
+    summary = results.summary()
+    assert set(summary.index.get_level_values("table")) == {"generation", "scores"}
+    row = summary.loc["generation", "topk_8"]
+    assert (row["rows"], row["failed"]) == (4, 1)
+    done = results.finished().generation
+    times = done.loc[done["config_name"] == "topk_8", "inference_time_sec"]
+    assert row["inference_time_sec"] == pytest.approx(times.mean())
+    scores = results.scores
+    nll = scores.loc[scores["config_name"] == "bh_strict", "nll"].mean()
+    assert summary.loc["scores", "bh_strict"]["nll"] == pytest.approx(nll)
+    shown = results._repr_html_()
+    assert shown.count("<tr") == len(summary) + 2
+    assert f"{nll:.3f}" in shown
+    hostile = renamed(results, bh_strict="<script>")
+    assert "<script>" not in hostile._repr_html_()
+    assert bh.EMPTY_RESULTS.summary().empty
+    assert bh.EMPTY_RESULTS._repr_html_()
 
 
 if __name__ == "__main__":
