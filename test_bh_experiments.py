@@ -9389,6 +9389,51 @@ def test_results_show_themselves():
     assert bh.EMPTY_RESULTS._repr_html_()
 
 
+# The notebook
+
+
+def test_notebook_runs(tmp_path, monkeypatch):
+    """Every cell, on the embedded model: nothing is installed, the run is whole, page and tables shown."""
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    chosen = {"MODEL": EMBEDDED, "DTYPE": "float32", "MAX_TOKENS": 2, "OUTPUT": tmp_path}
+    prompts = shlex.quote(str(TESTDATA / "prompts.json"))
+    chosen["MORE"] = f"--configs topk_8,bh_flat_0.5_max8 --prompts {prompts}"
+    for name, value in chosen.items():
+        monkeypatch.setenv(f"BH_{name}", str(value))
+    if "report.html" not in bh.RUN_FILES:
+        (tmp_path / "report.html").write_text("<p>a page</p>", encoding="utf-8")
+    notebook = nbformat.read(HERE / "notebooks" / "colab.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    cells = {cell["id"]: cell for cell in notebook.cells}
+    assert all(cell.get("outputs", []) == [] for cell in notebook.cells)  # stored without results
+    resources = {"metadata": {"path": str(HERE / "notebooks")}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    (said,) = cells["install"]["outputs"]
+    assert said["text"] == "installed: nothing was lacking\n"
+    results = bh.Results.read(tmp_path)
+    assert (len(results.generation), results.num_failed) == (4, 0)
+    (page,) = cells["page"]["outputs"]
+    assert 'srcdoc="&lt;' in page["data"]["text/html"]
+    (tables,) = cells["tables"]["outputs"]
+    assert tables["data"]["text/html"] == results._repr_html_()
+
+
+def test_settings_of_the_notebook_are_for_a_t4():
+    """Without anything set in the environment: OLMoE in float16, and options that the script takes."""
+    notebook = json.loads((HERE / "notebooks" / "colab.ipynb").read_text(encoding="utf-8"))
+    cells = {cell["id"]: "".join(cell["source"]) for cell in notebook["cells"]}
+    space = {}
+    code = cells["settings"].replace("os.environ.get", "(lambda name, default: default)")
+    exec(compile(code, "settings", "exec"), space)
+    assert (space["MODEL"], space["DTYPE"], space["MORE"]) == (bh.DEFAULT_MODEL, "float16", "")
+    assert space["MAX_TOKENS"] == str(bh.DEFAULT_MAX_TOKENS)
+    options = re.search(r"settings = \[(.*)\]", cells["run"])[1]
+    words = [str(space.get(word, word)).strip('"') for word in options.split(", ")]
+    bh.check_options(bh.parse_options(words))
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write-manual"]:
         write_manual()
