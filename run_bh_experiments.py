@@ -26,7 +26,7 @@ with static Top-K at the same compute, and reported.
 
     python run_bh_experiments.py --model models/olmoe-mini         # the embedded model: no download, no GPU
     python run_bh_experiments.py                                   # OLMoE-1B-7B-0924 from the hub
-    python run_bh_experiments.py --suite frontier --text FOLDER    # score text under many configurations
+    python run_bh_experiments.py --suite frontier --text FOLDER    # score your text under many configurations
     python run_bh_experiments.py --tasks arc_easy,hellaswag        # tasks of lm-evaluation-harness
     python run_bh_experiments.py --dataset NAME --limit 50         # prompts from a data set
     python run_bh_experiments.py --analyze-only --output results   # tables, plots and report from the CSV
@@ -75,6 +75,7 @@ import collections
 import contextlib
 import copy
 import csv
+import dataclasses
 import difflib
 import errno
 import functools
@@ -283,6 +284,10 @@ DEFAULT_CHECKPOINT_INTERVAL = 5
 DEFAULT_SEED = 0
 DEFAULT_WINDOW = 256
 DEFAULT_LIMIT = 100  # rows of a data set that become prompts
+DEFAULT_TEXT_LIMIT = 10_000  # ... or documents to be scored
+DEFAULT_MAX_WINDOWS = 100  # windows of the text that is scored where none is named ...
+MANY_PARAMETERS = 10**9
+MAX_WINDOWS_ON_CPU = 30  # ... and under a model of more parameters than that, on a CPU
 CALIBRATION_SEQUENCES = 32  # sequences of calibration text ...
 CALIBRATION_LENGTH = 128  # ... and tokens in each; the first position of each is left out
 SIGNIFICANCE_LEVEL = 0.05  # for the tests in the report; unrelated to a configuration's alpha
@@ -319,8 +324,9 @@ _CONTROLS = {
 BUILT_IN = ROUTING_CONFIGS | {name: config for name, config in _CONTROLS.items() if "max_k" in config}
 
 
-# Every published rule, to be moved to the same mean numbers of experts by --match-experts.
-FIELD_EXPERTS = (3.0, 4.0, 5.0, 6.0)
+# Every published rule, to be moved to the same mean numbers of experts by --match-experts; without it to
+# these shares of the model's own K (3, 4, 5 and 6 where it is 8).
+FIELD_SHARES = (3 / 8, 4 / 8, 5 / 8, 6 / 8)
 _FIELD: dict[str, dict[str, Any]] = {
     "bh": _BH | {"alpha": 0.05},
     "bh_flat": _BH | {"alpha": 0.5, "p_values": "flat"},
@@ -358,6 +364,15 @@ def field_suite() -> dict[str, dict[str, Any]]:
     for threshold in (0.4, 0.6, 0.8, 1.0):
         suite[f"oracle_{threshold:g}"] = {"method": "oracle", "threshold": threshold}
     return suite
+
+
+def field_on(configs: Configs, own_k: int) -> dict[str, Config]:
+    """`configs` of the field suite on a model with its own K: without static Top-k above it, which the suite
+    has up to 7."""
+    wider = {f"topk_{k}" for k in range(own_k + 1, 8)}
+    stand_ins = ("", "_mean", f"_{LINEAR.replace(':', '')}")
+    left_out = {static + stand_in for static in wider for stand_in in stand_ins}
+    return {name: config for name, config in configs.items() if name not in left_out}
 
 
 def suites() -> dict[str, dict[str, dict[str, Any]]]:
@@ -571,11 +586,11 @@ DATASET_FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "
 SHUFFLE_BUFFER = 10_000  # rows held at a time when rows are drawn at random
 
 
-def _dataset_source(dataset: str) -> tuple[str, tuple[str, ...], dict[str, str]]:
+def _dataset_source(option: str, dataset: str) -> tuple[str, tuple[str, ...], dict[str, str]]:
     """The name of a data set, and the arguments with which `datasets.load_dataset` finds it."""
     path = Path(dataset)
     if path.is_file():
-        builder = DATASET_FILES[_choice("kind of --dataset file", path.suffix.lower(), tuple(DATASET_FILES))]
+        builder = DATASET_FILES[_choice(f"kind of {option} file", path.suffix.lower(), tuple(DATASET_FILES))]
         return path.name, (builder,), {"data_files": str(path)}
     if path.exists():
         return path.name or dataset, (dataset,), {}
@@ -583,34 +598,40 @@ def _dataset_source(dataset: str) -> tuple[str, tuple[str, ...], dict[str, str]]
 
 
 def _dataset_rows(
-    dataset: str, split: str | None, limit: int, random_seed: int | None
+    option: str, dataset: str, split: str | None, limit: int, random_seed: int | None = None
 ) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
-    """The split that was read, and (number, row) of the rows taken."""
+    """The split that was read, and (number, row) of the rows taken: at least one, else a UserError."""
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(f"{option} {dataset} needs the datasets library: pip install datasets")
     import datasets
 
-    _, source, files = _dataset_source(dataset)
+    _, source, files = _dataset_source(option, dataset)
     try:
         splits = datasets.load_dataset(*source, **files, streaming=True)
         if split is None:
             split = "train" if "train" in splits or len(splits) > 1 else next(iter(splits))
-            option = f"default --split of {dataset}"
+            chosen = f"default --split of {dataset}"
         else:
-            option = f"--split of {dataset}"
-        rows = splits[_choice(option, split, tuple(splits))]
+            chosen = f"--split of {dataset}"
+        rows = splits[_choice(chosen, split, tuple(splits))]
         # Numbered before they are shuffled: a row keeps its number, whichever rows are drawn.
         columns = rows.column_names
         rows = rows.map(lambda row, n: {"row": row, "number": n}, with_indices=True, remove_columns=columns)
         if random_seed is not None:
             rows = rows.shuffle(seed=random_seed, buffer_size=SHUFFLE_BUFFER)
-        return split, [(item["number"], item["row"]) for item in rows.take(limit)]
+        taken = [(item["number"], item["row"]) for item in rows.take(limit)]
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        way_out = "(give a local file or folder of csv, json, jsonl or parquet, or a data set of the hub)"
-        raise UserError(f"--dataset {dataset} cannot be read: {_first_line(error)} {way_out}") from error
+        kinds = "csv, json, jsonl or parquet" if option == "--dataset" else "txt, csv, json, jsonl or parquet"
+        way_out = f"(give a local file or folder of {kinds}, or a data set of the hub)"
+        raise UserError(f"{option} {dataset} cannot be read: {_first_line(error)} {way_out}") from error
+    if not taken:
+        raise UserError(f"{option} {dataset}, split {split}: none of 0 rows has a text")
+    return split, taken
 
 
-def _only_text_column(dataset: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def _only_text_column(option: str, dataset: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """The column that holds the texts: "text" where there is one, else the only column of strings."""
     columns = tuple(rows[0])
     if "text" in columns:
@@ -620,8 +641,23 @@ def _only_text_column(dataset: str, rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     if len(of_strings) != 1:
         why = f'has no column "text" and {len(of_strings)} columns of strings: choose one with --text-column'
-        raise UserError(f"--dataset {dataset} {why}. Available: {', '.join(columns)}")
+        raise UserError(f"{option} {dataset} {why}. Available: {', '.join(columns)}")
     return of_strings[0]
+
+
+def _rows_with_text(
+    option: str, dataset: str, split: str, column: str, rows: Sequence[tuple[int, Mapping[str, Any]]]
+) -> list[tuple[int, Mapping[str, Any]]]:
+    """Those that have a text; the log says how many have none. UserError where none has."""
+    filled = [
+        (number, row) for number, row in rows if isinstance(row.get(column), str) and row[column].strip()
+    ]
+    if not filled:
+        raise UserError(f"{option} {dataset}, split {split}: none of {len(rows)} rows has a text")
+    missing = len(rows) - len(filled)
+    if missing:
+        logger.warning(f"{option} {dataset}: {missing} of {len(rows)} rows have no text in column {column!r}")
+    return filled
 
 
 def load_dataset_prompts(
@@ -640,11 +676,8 @@ def load_dataset_prompts(
     the rows at random instead, from a buffer of SHUFFLE_BUFFER rows, so uniformly if there are no more. Ids
     are NAME-ROW, whatever is drawn. Rows without text are left out. Raises UserError.
     """
-    if importlib.util.find_spec("datasets") is None:
-        raise UserError("--dataset needs the datasets library: pip install datasets")
-    split, taken = _dataset_rows(dataset, split, limit, random_seed)
-    if not taken:
-        raise UserError(f"--dataset {dataset}, split {split}: none of 0 rows has a text")
+    option = "--dataset"
+    split, taken = _dataset_rows(option, dataset, split, limit, random_seed)
     rows = [row for _, row in taken]
     for field, column in (
         ("text", text_column),
@@ -654,27 +687,15 @@ def load_dataset_prompts(
         if column is not None:
             _choice(f"--{field}-column", column, tuple(rows[0]))
     columns = {
-        "text": text_column or _only_text_column(dataset, rows),
+        "text": text_column or _only_text_column(option, dataset, rows),
         "category": category_column,
         "reference": reference_column,
     }
-    name, _, _ = _dataset_source(dataset)
+    name, _, _ = _dataset_source(option, dataset)
     prompts = []
-    for number, row in taken:
-        text = row.get(columns["text"])
-        if isinstance(text, str) and text.strip():
-            given = {
-                field: str(row[column]) for field, column in columns.items() if row.get(column) is not None
-            }
-            prompts.append(resolve_prompt({"id": f"{name}-{number}", "category": name, **given}))
-    if not prompts:
-        raise UserError(f"--dataset {dataset}, split {split}: none of {len(taken)} rows has a text")
-    missing = len(taken) - len(prompts)
-    if missing:
-        column = columns["text"]
-        logger.warning(
-            f"--dataset {dataset}: {missing} of {len(taken)} rows have no text in column {column!r}"
-        )
+    for number, row in _rows_with_text(option, dataset, split, columns["text"], taken):
+        given = {field: str(row[column]) for field, column in columns.items() if row.get(column) is not None}
+        prompts.append(resolve_prompt({"id": f"{name}-{number}", "category": name, **given}))
     return prompts
 
 
@@ -689,6 +710,7 @@ class TextItem:
     context: int
     num_bytes: int  # of the predicted text, in UTF-8
     inputs: dict[str, str]  # field -> hash, of everything that its scores depend on
+    source: str = "text"  # or "reference", of a prompt
 
     def __post_init__(self) -> None:
         """Takes any list of token ids. UserError where there is nothing given, or nothing to predict."""
@@ -796,55 +818,229 @@ def reference_items(
                         **input_hashes(prompt, chat_template),
                         "reference": fingerprint(prompt["reference"]),
                     },
+                    source="reference",
                 )
             )
     return items
 
 
-def _text_files(paths: Sequence[Path]) -> list[tuple[str, Path]]:
-    """(name, file) of each text file: those given, and the .txt files of the folders given."""
-    files = []
-    for path in paths:
-        if not path.is_dir():
-            files.append((path.name, path))
-            continue
-        inside = sorted(path.rglob("*.txt"))
-        if not inside:
-            raise UserError(f"--text {path}: the folder holds no .txt file")
-        files += [(str(file.relative_to(path)), file) for file in inside]
-    return files
+# Texts to be scored: documents, cut into windows
 
 
-def text_windows(paths: Sequence[Path], tokenizer: Any, window: int) -> list[TextItem]:
-    """Plain text files, or folders of .txt files, cut into windows of `window` tokens to be scored.
+@dataclass(frozen=True)
+class Document:
+    """A text that is cut into windows. Those of one document are not independent of each other."""
 
-    Each file is a document. Every token is scored once, with the one before its window as first context (the
-    end-of-text token at the start): the windows of lm-evaluation-harness's rolling log-likelihood. A last
-    window shorter than half is left out.
+    name: str
+    text: str
+    category: str = "text"
+
+
+NO_TEXT = "none"  # as --text: score no text but the prompts' references
+HELDOUT_FOLDER = "heldout"  # in a model's folder
+PYTHON_DOCS = "pydoc_data.topics"
+# What is scored where no text is named: category of its documents -> what it is, in the report.
+DEFAULT_TEXTS = {
+    HELDOUT_FOLDER: "text that comes with the model, of the same kind as its training data but held out of "
+    "it",
+    PYTHON_DOCS: "the language reference that every Python carries (`pydoc_data.topics`). The model was "
+    "probably trained on it: a paired comparison can bear that, but it says nothing about other text; "
+    "`--text` takes yours",
+}
+
+
+def default_documents(model_name: str) -> list[Document]:
+    """What is scored where no text is named: that of the model's folder, else what every Python brings."""
+    folder = Path(model_name) / HELDOUT_FOLDER
+    files = sorted(folder.rglob("*.txt"))
+    if files:
+        return [
+            Document(file.relative_to(folder).as_posix(), _read_text(file, "--text"), HELDOUT_FOLDER)
+            for file in files
+        ]
+    try:
+        topics = importlib.import_module(PYTHON_DOCS).topics
+    except ImportError as error:
+        raise UserError(f"this Python lacks its text: {error}") from error
+    return [Document(f"{PYTHON_DOCS}/{name}", text, PYTHON_DOCS) for name, text in sorted(topics.items())]
+
+
+def _text_rows(
+    dataset: str, split: str | None, text_column: str | None, limit: int, prefix: str = ""
+) -> list[Document]:
+    """The first `limit` rows of a data set that have a text, a document each, as NAME-ROW."""
+    option = "--text"
+    split, taken = _dataset_rows(option, dataset, split, limit)
+    rows = [row for _, row in taken]
+    if text_column is not None:
+        _choice("--text-column", text_column, tuple(rows[0]))
+    column = text_column or _only_text_column(option, dataset, rows)
+    if len(taken) == limit:
+        logger.info(f"{option} {dataset}: the first {limit:,} rows were read; --limit N takes others")
+    name, _, _ = _dataset_source(option, dataset)
+    return [
+        Document(f"{prefix}{name}-{number}", row[column])
+        for number, row in _rows_with_text(option, dataset, split, column, taken)
+    ]
+
+
+TEXT_FOLDER_FILES = (".txt", ".csv", ".jsonl", ".parquet")  # .json is too often about the others
+
+
+def _folder_documents(folder: Path, split: str | None, text_column: str | None, limit: int) -> list[Document]:
+    """The documents of a folder with .txt files: each of these, and the rows of its data files."""
+    documents = []
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.suffix == ".txt":
+            documents.append(Document(name, _read_text(file, "--text")))
+        elif file.suffix in TEXT_FOLDER_FILES:
+            prefix = name.removesuffix(file.name)
+            documents += _text_rows(str(file), split, text_column, limit, prefix)
+    return documents
+
+
+def _may_be_of_hub(source: str) -> bool:
+    """Whether what is not there may be a data set of the hub, and no mistyped file."""
+    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[^/\\]+)?", source)
+    return bool(is_name) and Path(source).suffix.lower() not in (".txt", ".md", *DATASET_FILES)
+
+
+def load_text_documents(
+    sources: Sequence[str | Path],
+    split: str | None = None,
+    text_column: str | None = None,
+    limit: int = DEFAULT_TEXT_LIMIT,
+) -> list[Document]:
+    """The documents of text files, data sets and folders of either.
+
+    A text file is a document. So is a row of a data set: a .csv, .json, .jsonl or .parquet file, a folder of
+    such files, or a hub NAME or NAME:CONFIG (see `load_dataset_prompts` for split and text_column; of each
+    the first `limit` rows). Of a folder with .txt files every text and data file is taken. Raises UserError.
     """
-    items = []
-    for name, file in _text_files(paths):
-        tokens = tokenizer(_read_text(file, "--text"), add_special_tokens=False, verbose=False)["input_ids"]
+    documents = []
+    for source in map(str, sources):
+        path = Path(source)
+        is_dataset = path.suffix.lower() in DATASET_FILES if path.exists() else _may_be_of_hub(source)
+        if path.is_dir():
+            suffixes = {file.suffix for file in path.rglob("*")}
+            if suffixes.isdisjoint((".txt", *DATASET_FILES)):
+                kinds = ", ".join(DATASET_FILES)
+                raise UserError(f"--text {source}: the folder holds no .txt file, and none of {kinds}")
+            is_dataset = ".txt" not in suffixes
+        if is_dataset:
+            documents += _text_rows(source, split, text_column, limit)
+        elif path.is_dir():
+            documents += _folder_documents(path, split, text_column, limit)
+        else:
+            documents.append(Document(path.name, _read_text(path, "--text")))
+    return documents
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window of a document: token_ids int32 [S], the first of which stands before it."""
+
+    document: Document
+    first: int  # place of its own first token in the document
+    token_ids: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return f"{self.document.name}:{self.first}"
+
+    def item(self, tokenizer: Any) -> TextItem:
+        return TextItem(
+            id=self.name,
+            document=self.document.name,
+            category=self.document.category,
+            token_ids=self.token_ids,
+            context=1,
+            num_bytes=len(tokenizer.decode(self.token_ids[1:]).encode()),
+            inputs={
+                "token_ids": fingerprint(self.token_ids.tolist()),
+                "document": fingerprint(self.document.name),
+            },
+        )
+
+
+def cut_windows(documents: Iterable[Document], tokenizer: Any, window: int) -> list[Window]:
+    """Documents cut into windows of `window` tokens.
+
+    Every token is in one window, with the one before it as first context (the end-of-text token at the
+    start): the windows of lm-evaluation-harness's rolling log-likelihood. A last window shorter than half a
+    window, or half of DEFAULT_WINDOW where that is less, is left out.
+    """
+    shortest = max(1, min(window, DEFAULT_WINDOW) // 2)
+    windows = []
+    for document in documents:
+        tokens = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
         tokens = np.array([start_token(tokenizer), *tokens], dtype=np.int32)
         for first in range(1, len(tokens), window):
             part = tokens[first - 1 : first + window]
-            if len(part) > max(1, window // 2):
-                inputs = {"token_ids": fingerprint(part.tolist()), "document": fingerprint(name)}
-                items.append(
-                    TextItem(
-                        id=f"{name}:{first - 1}",
-                        document=name,
-                        category="text",
-                        token_ids=part,
-                        context=1,
-                        num_bytes=len(tokenizer.decode(part[1:]).encode()),
-                        inputs=inputs,
-                    )
-                )
-    if not items:
-        raise UserError(f"--text: no file has {window // 2} tokens, half a window of {window}")
-    check_ids([item.id for item in items])
-    return items
+            if len(part) > shortest:
+                windows.append(Window(document, first - 1, part))
+    if not windows:
+        way_out = "give a longer text, or a smaller --window"
+        raise UserError(f"--text: no document has {amount(shortest, 'token')}: {way_out}")
+    check_ids([part.name for part in windows])
+    return windows
+
+
+def _evenly(number: int, of: int) -> list[int]:
+    """`number` places spread evenly over range(`of`)."""
+    return [int((place + 0.5) * of / number) for place in range(number)]
+
+
+def spread_over_documents(windows: Sequence[Window], most: int) -> list[Window]:
+    """At most `most` windows: of every document as many as of any other, as far as it has them, spread evenly
+    over it. Of more documents than that, one each of some that are spread evenly over all."""
+    by_document: dict[str, list[Window]] = {}
+    for window in windows:
+        by_document.setdefault(window.document.name, []).append(window)
+    groups = list(by_document.values())
+    if len(groups) > most:
+        groups = [groups[place] for place in _evenly(most, len(groups))]
+    taken = [0] * len(groups)
+    remaining = min(most, sum(map(len, groups)))
+    while remaining:
+        for place, group in enumerate(groups):
+            if remaining and taken[place] < len(group):
+                taken[place] += 1
+                remaining -= 1
+    return [
+        group[place]
+        for group, number in zip(groups, taken, strict=True)
+        for place in (_evenly(number, len(group)) if number else ())
+    ]
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """Of a text the windows that are scored, and the others, on which nulls can be calibrated."""
+
+    scored: list[TextItem]
+    unscored: list[Window]
+
+
+def sample_text(
+    documents: Iterable[Document],
+    tokenizer: Any,
+    window: int = DEFAULT_WINDOW,
+    max_windows: int | None = None,
+) -> TextSample:
+    """The windows of documents, of which at most `max_windows` are scored: all of them, unless told."""
+    windows = cut_windows(documents, tokenizer, window)
+    chosen = windows if max_windows is None else spread_over_documents(windows, max_windows)
+    names = {part.name for part in chosen}
+    unscored = [part for part in windows if part.name not in names]
+    return TextSample([part.item(tokenizer) for part in chosen], unscored)
+
+
+def text_windows(sources: Sequence[str | Path], tokenizer: Any, window: int) -> list[TextItem]:
+    """All windows of `window` tokens of text files, data sets and folders of either, to be scored; see
+    `load_text_documents` and `cut_windows`."""
+    return sample_text(load_text_documents(sources), tokenizer, window).scored
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2272,6 +2468,21 @@ REFUSED_ARCHITECTURES = {
 }
 
 
+# Models that bring quantised weights: `quant_method` of config.json -> what was run, and what came of it. By
+# the tests, on tiny models on a CPU. The seam itself does not ask for the format.
+QUANTIZED_WEIGHTS = {
+    "fp8": "taken: fine-grained FP8. transformers unpacks it on a CPU, and on a GPU that has no FP8. With "
+    "its FP8 kernels on a newer GPU: not run",
+    "mxfp4": "taken: GPT-OSS, unpacked to `--dtype`, four times the memory or more: its kernels choose the "
+    "experts themselves, so the seam cannot",
+    "bitsandbytes": "taken: 8 bits, and 4 bits as FP4 or NF4 with nested scales, with bitsandbytes 0.50. It "
+    "packs linear layers, here attention; experts and router stay as they are",
+    "torchao": "taken: int8 and float8 weights, int8 activations, of linear layers likewise, with torchao "
+    "0.18. Packed experts: float8 with grouped_mm or eager, int8 with eager only; elsewhere torchao lacks an "
+    "operation, and the model is refused. int4: not run",
+}
+
+
 def list_architectures() -> list[dict[str, str]]:
     """The causal language models of the installed transformers that declare a router, and what is known."""
     auto = transformers.models.auto
@@ -2498,6 +2709,21 @@ ROUTING_COLUMNS = (
     Column("gate_mass_frac", float,
            "mean over decisions of the share of softmax(router logits) that the experts which ran have"),
 )  # fmt: skip
+# What that costs, by the shapes of the model's own parameters. Experts are those that the router picks from,
+# with the share of what stands in for the dropped. All else is used by every token: embeddings, attention,
+# norms, routers, shared experts, dense layers and the head.
+COMPUTE_COLUMNS = (
+    Column("total_parameters", int, "parameters of the model, a tensor that is used twice once"),
+    Column("active_parameters", float,
+           "of these, what a token uses, mean over tokens: all but the experts that did not run, and what is "
+           "no part of the text decoder. Embedding tables in full, as models are named in the field"),
+    Column("active_expert_parameters", float, "of the active, those of the experts that ran"),
+    Column("expert_flops_per_token", float,
+           "floating-point operations of these experts for a token: 2 for each multiply-add, 1 for a bias"),
+    Column("weight_bytes_per_token", float,
+           "bytes of weights that are read to decode one token: of the active, with one row of an embedding "
+           "table that is not the head's as well. Where text was generated: of the tokens after the prefill"),
+)  # fmt: skip
 LAYER_COLUMNS = (
     *ROUTING_COLUMNS,
     Column("use_entropy_bits", float, "entropy of the use of the E experts; log2(E) when even"),
@@ -2559,6 +2785,13 @@ class RoutingStatistics:
         of_use = {name: values.mean(keepdims=True) for name, values in self._use_measures().items()}
         measures = self._decision_measures(over_layers) | of_use
         return strict_json({column.name: measures[column.name][0] for column in ROUTING_COLUMNS})
+
+    @property
+    def effective_experts(self) -> np.ndarray:
+        """Mean effective experts of a token by layer [L]; 0 in a layer that no token came by."""
+        sums = self._sums()
+        ran = sums["counts"] @ np.arange(self.counts.shape[1])
+        return (ran + sums["stand_ins"]) / sums["counts"].sum(1).clip(min=1)
 
     def _sums(self) -> dict[str, np.ndarray]:
         """What may be added over layers, one entry a layer."""
@@ -2636,44 +2869,143 @@ class RoutingStatistics:
         return cls(counts, use, unchosen[:, 0], mass[:, 0], config, tuple(layers))
 
 
+def parameter_count(parameter: Tensor) -> int:
+    """How many numbers a parameter holds, also where bitsandbytes packs two into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else math.prod(packed.shape)
+
+
+def stored_parts(parameter: Tensor) -> list[Tensor]:
+    """The plain tensors that a parameter is stored in: itself, or what a quantised one of torchao holds."""
+    if not hasattr(parameter, "__tensor_flatten__"):
+        return [parameter]
+    names, _ = parameter.__tensor_flatten__()
+    return [part for name in names for part in stored_parts(getattr(parameter, name))]
+
+
+def parameter_bytes(parameter: Tensor) -> int:
+    return sum(part.numel() * part.element_size() for part in stored_parts(parameter))
+
+
+def _text_parameters(model: nn.Module) -> dict[int, Tensor]:
+    """Parameters that a token of text can use, by identity: of the decoder and the head, or of the whole
+    model where it does not say what these are. A vision tower is not among them."""
+    parts = [model]
+    if hasattr(model, "get_decoder"):
+        parts = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
+    return {id(parameter): parameter for part in parts for parameter in part.parameters()}
+
+
+def _unread_bytes(model: nn.Module, parameters: Mapping[int, Tensor]) -> int:
+    """Bytes of embedding tables that a token does not read: all rows but one, where the head reads none."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    of_head = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    tables = {
+        id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    unread = [table for key, table in tables.items() if key in parameters and key not in of_head]
+    return sum(parameter_bytes(table) * (len(table) - 1) // len(table) for table in unread)
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a token costs a model beside its experts, and what one expert of each of L layers costs."""
+
+    total_parameters: int
+    shared_parameters: int  # used by every token, embedding tables in full
+    shared_bytes: int  # of weights, read for one decoded token
+    expert_parameters: np.ndarray  # [L], of one expert
+    expert_flops: np.ndarray  # [L], of one expert for one token
+    expert_bytes: np.ndarray  # [L], of one expert
+
+    @classmethod
+    def of(cls, model: nn.Module, experts: Sequence[nn.Module], num_experts: int) -> ModelCost:
+        """experts: the experts module of each MoE layer, with `num_experts` experts each."""
+        parameters = _text_parameters(model)
+        sizes = np.zeros(len(experts))
+        flops = np.zeros(len(experts))
+        nbytes = np.zeros(len(experts))
+        routed: set[int] = set()
+        for place, module in enumerate(experts):
+            for name, parameter in module.named_parameters():
+                routed.add(id(parameter))
+                size = parameter_count(parameter) / num_experts
+                sizes[place] += size
+                flops[place] += size if name.endswith("bias") else 2 * size
+                nbytes[place] += parameter_bytes(parameter) / num_experts
+        shared = [parameter for key, parameter in parameters.items() if key not in routed]
+        return cls(
+            total_parameters=sum(parameter_count(parameter) for parameter in model.parameters()),
+            shared_parameters=sum(parameter_count(parameter) for parameter in shared),
+            shared_bytes=sum(map(parameter_bytes, shared)) - _unread_bytes(model, parameters),
+            expert_parameters=sizes,
+            expert_flops=flops,
+            expert_bytes=nbytes,
+        )
+
+    def bytes_read(self, experts: np.ndarray) -> float:
+        """Bytes of weights read where so many experts of each layer run, [L]."""
+        return float(self.shared_bytes + experts @ self.expert_bytes)
+
+    def row(self, routing: RoutingStatistics, decoding: RoutingStatistics) -> dict[str, Any]:
+        """COMPUTE_COLUMNS, of all tokens that were routed and of those that were decoded; None for none."""
+        row = dict.fromkeys((column.name for column in COMPUTE_COLUMNS), None)
+        row["total_parameters"] = self.total_parameters
+        if routing.counts.any():
+            experts = routing.effective_experts
+            of_experts = float(experts @ self.expert_parameters)
+            row["active_parameters"] = self.shared_parameters + of_experts
+            row["active_expert_parameters"] = of_experts
+            row["expert_flops_per_token"] = float(experts @ self.expert_flops)
+        if decoding.counts.any():
+            row["weight_bytes_per_token"] = self.bytes_read(decoding.effective_experts)
+        return row
+
+
 @dataclass
 class _Call:
     """One forward pass of the model, as the recorder keeps it until it is summed."""
 
     mask: Tensor | None  # attention mask [B, at least S]; padding is not counted
     shape: tuple[int, int] | None  # B, S
+    phase: int  # 0 for the first since the start, a prefill where text is generated; 1 for the others
     outputs: dict[int, tuple]  # place of the layer -> (logits [T, E], weights [T, K], indices [T, K])
     wanted: dict[int, Tensor]  # place of the layer -> counts [T] before floor and cap
 
 
 class _LayerSums:
-    """The sums of one layer, for each of R rows of the batch, on the layer's device."""
+    """The sums of one layer, for each of 2 phases and R rows of the batch, on the layer's device."""
 
     def __init__(self, layer: MoELayer, rows: int):
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=layer.device)
 
         self.layer = layer
-        self.counts = zeros(rows, layer.num_experts + 1)
-        self.use = zeros(rows, layer.num_experts)
-        self.unchosen = zeros(rows)
-        self.mass = zeros(rows)
+        self.counts = zeros(2, rows, layer.num_experts + 1)
+        self.use = zeros(2, rows, layer.num_experts)
+        self.unchosen = zeros(2, rows)
+        self.mass = zeros(2, rows)
 
     def add(
-        self, output: tuple[Tensor, Tensor, Tensor], wanted: Tensor | None, row: Tensor, is_token: Tensor
+        self,
+        output: tuple[Tensor, Tensor, Tensor],
+        wanted: Tensor | None,
+        place: tuple[Tensor, Tensor],
+        is_token: Tensor,
     ) -> None:
         """Add N tokens. output: logits [N, E], weights [N, K], indices [N, K]. wanted: counts [N] before
-        floor and cap. row: of the batch [N]. is_token: False for padding [N]."""
+        floor and cap. place: phase [N] and row of the batch [N]. is_token: False for padding [N]."""
+        phase, row = place
         first, weights, indices = output
         ran = (weights != 0) & is_token[:, None]  # [N, K]
         gates = self.layer.logits(first).float().softmax(-1)
         mass = gates.gather(-1, indices.clamp(max=gates.shape[-1] - 1)).double()  # [N, K]
-        self._count(self.counts, (row, ran.sum(-1)), is_token)
+        self._count(self.counts, (phase, row, ran.sum(-1)), is_token)
         token, slot = ran.nonzero(as_tuple=True)
-        self._count(self.use, (row[token], indices[token, slot]), torch.ones_like(token))
-        self._count(self.mass, (row,), (mass * ran).sum(-1).mul(MASS_UNIT).round())
+        self._count(self.use, (phase[token], row[token], indices[token, slot]), torch.ones_like(token))
+        self._count(self.mass, (phase, row), (mass * ran).sum(-1).mul(MASS_UNIT).round())
         if wanted is not None:
-            self._count(self.unchosen, (row,), (wanted == 0) & is_token)
+            self._count(self.unchosen, (phase, row), (wanted == 0) & is_token)
 
     @staticmethod
     def _count(sums: Tensor, place: tuple[Tensor, ...], number: Tensor) -> None:
@@ -2699,6 +3031,7 @@ class RoutingRecorder:
     def start(self, rows: int | None = None) -> None:
         """Begin anew. rows: the batch size, to count each row of the batch by itself."""
         self._rows = rows
+        self._phase = 0
         self._calls: list[_Call] = []
         self._tokens = 0
         self._sums = [_LayerSums(layer, rows or 1) for layer in self.layers]
@@ -2712,13 +3045,17 @@ class RoutingRecorder:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             mask = None
         shape = None if ids is None else tuple(ids.shape[:2])
-        self._calls.append(_Call(mask, shape, {}, {}))
+        self._begin_call(mask, shape)
         self._tokens += 0 if ids is None else ids.numel()
+
+    def _begin_call(self, mask: Tensor | None, shape: tuple[int, int] | None) -> None:
+        self._calls.append(_Call(mask, shape, self._phase, {}, {}))
+        self._phase = 1
 
     def _call(self, place: int) -> _Call:
         """The call that a layer is in: a new one where it was called without the whole model."""
         if not self._calls or place in self._calls[-1].outputs:
-            self._calls.append(_Call(None, None, {}, {}))
+            self._begin_call(None, None)
         return self._calls[-1]
 
     def hook(self, place: int) -> Callable:
@@ -2752,9 +3089,10 @@ class RoutingRecorder:
             is_tested = all(place in call.wanted for call in seen)
             wanted = torch.cat([call.wanted[place] for call in seen]) if is_tested else None
             row = torch.cat([self._row_of_tokens(call, place) for call in seen])
+            phase = torch.cat([torch.full((len(call.outputs[place][0]),), call.phase) for call in seen])
             is_token = torch.cat([self._is_token(call, place) for call in seen])
             device = sums.counts.device
-            sums.add(output, wanted, row.to(device), is_token.to(device))
+            sums.add(output, wanted, (phase.to(device), row.to(device)), is_token.to(device))
 
     def _row_of_tokens(self, call: _Call, place: int) -> Tensor:
         """The row of the batch that each token [T] is in; 0 where rows are not told apart."""
@@ -2770,17 +3108,42 @@ class RoutingRecorder:
             return torch.ones(tokens, dtype=torch.bool)
         return call.mask[:, -call.shape[1] :].reshape(-1) != 0
 
+    NAMES = ("counts", "use", "unchosen", "mass")
+
+    def _seen(self) -> dict[str, np.ndarray]:
+        """The sums since the start, brought over at once: name -> [L, 2 phases, R rows, ...]."""
+        self._flush()
+        parts = [getattr(sums, name) for name in self.NAMES for sums in self._sums]
+        at_once = torch.cat([part.flatten().to(parts[0].device) for part in parts]).cpu()
+        arrays = [
+            values.view(part.shape).numpy()
+            for values, part in zip(at_once.split([part.numel() for part in parts]), parts, strict=True)
+        ]
+        num_layers = len(self._sums)
+        return {
+            name: np.stack(arrays[place * num_layers : (place + 1) * num_layers])
+            for place, name in enumerate(self.NAMES)
+        }
+
+    def _statistics_of(self, sums: Mapping[str, np.ndarray]) -> RoutingStatistics:
+        return RoutingStatistics(*(sums[name] for name in self.NAMES), self.config, tuple(self.layers))
+
     def statistics(self) -> list[RoutingStatistics]:
         """What was seen since the start: one for each row of the batch, or one."""
-        self._flush()
-        statistics = []
-        for row in range(self._rows or 1):
-            parts = (
-                np.stack([getattr(sums, name)[row].cpu().numpy() for sums in self._sums])
-                for name in ("counts", "use", "unchosen", "mass")
-            )
-            statistics.append(RoutingStatistics(*parts, self.config, tuple(self.layers)))
-        return statistics
+        seen = self._seen()
+        return [
+            self._statistics_of({name: sums[:, :, row].sum(1) for name, sums in seen.items()})
+            for row in range(self._rows or 1)
+        ]
+
+    def phases(self) -> list[RoutingStatistics]:
+        """What was seen in the first call of the model since the start, and in all after it: prefill and
+        decoding, where text was generated."""
+        seen = self._seen()
+        return [
+            self._statistics_of({name: sums[:, phase].sum(1) for name, sums in seen.items()})
+            for phase in (0, 1)
+        ]
 
     def total(self) -> RoutingStatistics:
         """What was seen since the start."""
@@ -2792,6 +3155,29 @@ class RoutingRecorder:
 
     def _repr_html_(self) -> str:
         return self.summary().to_html(float_format="{:.3f}".format)
+
+
+@contextlib.contextmanager
+def counting_distinct_experts(layers: Sequence[MoELayer]) -> Iterator[list[list[Tensor]]]:
+    """Count how many different experts of each layer run in a call of the model, inside the block: what a
+    batch of tokens makes it read. Yields a list a layer, which grows by a number a call."""
+    counts: list[list[Tensor]] = [[] for _ in layers]
+
+    def counter(place: int) -> Callable:
+        num_experts = layers[place].num_experts
+
+        def count(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            _, weights, indices = output  # [T, K]
+            expert = indices.masked_fill(weights == 0, num_experts).flatten()  # a dropped one is the last
+            runs = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert.device)
+            counts[place].append(runs.index_fill(0, expert, 1)[:num_experts].sum())
+
+        return count
+
+    with contextlib.ExitStack() as stack:
+        for place, layer in enumerate(layers):
+            stack.enter_context(layer.router.register_forward_hook(counter(place)))
+        yield counts
 
 
 def _asked_candidates(layers: Sequence[MoELayer], config: Config) -> list[int]:
@@ -2955,19 +3341,41 @@ def sample_calibration_text(
     return torch.cat(texts)
 
 
-def read_calibration_text(path: Path, tokenizer: Any, sequences: int | None = None) -> Tensor:
-    """Windows spread evenly over a text file, at most `sequences` (CALIBRATION_SEQUENCES unless told): int64
-    [S, CALIBRATION_LENGTH]."""
-    tokens = torch.tensor(tokenizer(_read_text(path, "--calibration-text"), verbose=False)["input_ids"])
-    windows = len(tokens) // CALIBRATION_LENGTH
-    if not windows:
-        raise UserError(f"--calibration-text {path}: {len(tokens)} tokens, {CALIBRATION_LENGTH} are needed")
-    most = sequences or CALIBRATION_SEQUENCES
-    take = torch.linspace(0, windows - 1, min(windows, most)).round().long()
-    return tokens[: windows * CALIBRATION_LENGTH].view(windows, CALIBRATION_LENGTH)[take]
-
-
 SHARED_RUN = 32  # so many equal tokens in a row are the same text, not the same phrase
+LINEAR_SEQUENCES = 256  # sequences of calibration text for the linear stand-ins: 32,768 tokens
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """What nulls and stand-ins are calibrated on: in words, as part of a run's identity, and its windows,
+    int64 [W, CALIBRATION_LENGTH]; None for text that the model writes itself."""
+
+    words: str
+    identity: str
+    windows: Tensor | None = None
+
+    def take(self, sequences: int) -> Tensor | None:
+        """So many of the windows, spread evenly over them, or all of them where there are fewer."""
+        if self.windows is None:
+            return None
+        last = len(self.windows) - 1
+        return self.windows[torch.linspace(0, last, min(last + 1, sequences)).round().long()]
+
+
+SAMPLED = "sampled"  # as --calibration-text
+SAMPLED_TEXT = CalibrationText("text sampled from the model", SAMPLED)
+
+
+def read_calibration_text(path: Path, tokenizer: Any) -> CalibrationText:
+    """All of a text file. UserError where it has no CALIBRATION_LENGTH tokens."""
+    text = _read_text(path, "--calibration-text")
+    tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    number = len(tokens) // CALIBRATION_LENGTH
+    if not number:
+        raise UserError(f"--calibration-text {path}: {len(tokens)} tokens, {CALIBRATION_LENGTH} are needed")
+    windows = tokens[: number * CALIBRATION_LENGTH].view(number, CALIBRATION_LENGTH)
+    identity = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return CalibrationText(f"--calibration-text {path}", identity, windows)
 
 
 def _runs_of(tokens: Tensor, length: int) -> list[tuple[int, ...]]:
@@ -2975,16 +3383,44 @@ def _runs_of(tokens: Tensor, length: int) -> list[tuple[int, ...]]:
     return list(map(tuple, tokens.unfold(1, length, 1).flatten(0, 1).tolist()))
 
 
-def count_shared_tokens(texts: Sequence[Tensor], calibration_text: Path | None, tokenizer: Any) -> int:
+def calibration_rest(text: TextSample) -> CalibrationText | None:
+    """What calibration can take of a text: its windows that are not scored, without those that have a run of
+    SHARED_RUN tokens in common with the scored ones. None where these are too few."""
+    parts = [torch.as_tensor(window.token_ids[1:], dtype=torch.int64) for window in text.unscored]
+    pieces = [piece for part in parts for piece in part.split(CALIBRATION_LENGTH)]
+    pieces = [piece for piece in pieces if len(piece) == CALIBRATION_LENGTH]
+    if len(pieces) < CALIBRATION_SEQUENCES:
+        return None
+    windows = CalibrationText("", "", torch.stack(pieces)).take(2 * LINEAR_SEQUENCES)
+    length = min(SHARED_RUN, CALIBRATION_LENGTH)
+    places: dict[tuple[int, ...], list[int]] = {}  # run -> the windows that have it
+    for place, window in enumerate(windows):
+        for run in _runs_of(window[None], length):
+            places.setdefault(run, []).append(place)
+    is_free = torch.ones(len(windows), dtype=torch.bool)
+    for item in text.scored:
+        if len(item.token_ids) >= length:
+            for run in _runs_of(torch.as_tensor(item.token_ids, dtype=torch.int64)[None], length):
+                is_free[places.get(run, [])] = False
+    windows = windows[is_free]
+    if len(windows) < CALIBRATION_SEQUENCES:
+        return None
+    category = text.unscored[0].document.category
+    name = category if category in DEFAULT_TEXTS else "the text"
+    words = f"windows of {name} that are not scored"
+    return CalibrationText(words, fingerprint(windows.tolist()), windows)
+
+
+def count_shared_tokens(texts: Sequence[Tensor], calibration_text: CalibrationText) -> int:
     """How many tokens of `texts`, each [1, S], lie in a run of SHARED_RUN tokens of the calibration text.
 
     Of that only the windows that calibration takes count, and a text shorter than such a run is looked for
     as a whole. First positions are left out, as everywhere in calibration. 0 where the model wrote its own
     calibration text. Some are told with a warning: there, nothing that is diagnosed was held out.
     """
-    if calibration_text is None:
+    windows = calibration_text.take(CALIBRATION_SEQUENCES)  # [W, CALIBRATION_LENGTH]
+    if windows is None:
         return 0
-    windows = read_calibration_text(calibration_text, tokenizer)  # [W, CALIBRATION_LENGTH]
     longest = min(SHARED_RUN, windows.shape[1])
     known: dict[int, set[tuple[int, ...]]] = {}  # by length of the runs
     shared = 0
@@ -3000,8 +3436,8 @@ def count_shared_tokens(texts: Sequence[Tensor], calibration_text: Path | None, 
     if shared:
         total = sum(text.numel() - 1 for text in texts)
         logger.warning(
-            f"--calibration-text {calibration_text} shares text with what is scored: {shared} of the {total} "
-            "tokens on which the nulls are diagnosed were calibrated on: they say too little about new text"
+            f"{calibration_text.words} shares text with what is scored: {shared} of the {total} tokens on "
+            "which the nulls are diagnosed were calibrated on: they say too little about new text"
         )
     return shared
 
@@ -3115,7 +3551,6 @@ def record_routers(model: nn.Module, batches: Sequence[Tensor], outputs: bool = 
     return calibration
 
 
-LINEAR_SEQUENCES = 256  # sequences of calibration text for the linear stand-ins: 32,768 tokens
 RIDGE = 10.0  # times the mean variance of the inputs: as if so many tokens said that the map is zero
 
 
@@ -3137,7 +3572,8 @@ def _fit_linear_map(inputs: Tensor, outputs: Tensor, ranks: Sequence[int]) -> di
         left, values, right = torch.linalg.svd(weights, full_matrices=False)
         right = right.T
     else:  # a few singular values of a large matrix, by random projections
-        left, values, right = torch.svd_lowrank(weights, q=min(most + 8, len(weights)), niter=4)
+        with seeded(DEFAULT_SEED, weights.device):
+            left, values, right = torch.svd_lowrank(weights, q=min(most + 8, len(weights)), niter=4)
     maps = {}
     for rank in ranks:
         down = (left[:, :rank] * values[:rank]).T
@@ -3201,31 +3637,33 @@ def calibrate(
     model: nn.Module,
     tokenizer: Any,
     seed: int = DEFAULT_SEED,
-    text_path: Path | None = None,
+    text: CalibrationText | Path | None = None,
     *,
     outputs: bool = False,
     linear_ranks: Sequence[int] = (),
 ) -> Calibration:
-    """Record the unpatched routers on text sampled from the model with `seed`, or on a text file.
+    """Record the unpatched routers on a text, or a text file, or by default on text sampled with `seed`.
 
     outputs: also what the experts put out, for the stand-in "mean" and the rule "contribution". linear_ranks:
     also fit the stand-in "linear:R" for these R, on LINEAR_SEQUENCES sequences.
     """
-    tokens = calibration_tokens(model, tokenizer, seed, text_path, CALIBRATION_SEQUENCES)
+    if not isinstance(text, CalibrationText):
+        text = SAMPLED_TEXT if text is None else read_calibration_text(text, tokenizer)
+    tokens = calibration_tokens(model, tokenizer, seed, text, CALIBRATION_SEQUENCES)
     calibration = record_routers(model, tokens.split(4), outputs)
     if linear_ranks:
-        tokens = calibration_tokens(model, tokenizer, seed, text_path, LINEAR_SEQUENCES)
+        tokens = calibration_tokens(model, tokenizer, seed, text, LINEAR_SEQUENCES)
         calibration.linear_maps = fit_linear_maps(model, tokens.split(4), linear_ranks)
     return calibration
 
 
 def calibration_tokens(
-    model: nn.Module, tokenizer: Any, seed: int, text_path: Path | None, sequences: int
+    model: nn.Module, tokenizer: Any, seed: int, text: CalibrationText, sequences: int
 ) -> Tensor:
     """Token ids of calibration text, at most `sequences` of them: int64 [S, CALIBRATION_LENGTH]."""
-    if text_path is None:
+    if text.windows is None:
         return sample_calibration_text(model, tokenizer, seed, sequences)
-    return read_calibration_text(text_path, tokenizer, sequences)
+    return text.take(sequences)
 
 
 MATCHING_ERROR = 0.05  # experts: a rule that misses its target by more jumps over it
@@ -3475,6 +3913,10 @@ GENERATION = Table(
         Column("num_input_tokens", int, "tokens of the prompt"),
         Column("num_output_tokens", int, "new tokens"),
         *ROUTING_COLUMNS,
+        Column("prefill_experts", float, "`avg_experts_per_token` in the prefill: the tokens of the prompt"),
+        Column("decode_experts", float,
+               "the same in decoding: the new tokens but the last; empty where only one was asked for"),
+        *COMPUTE_COLUMNS,
         *TEXT_METRICS.values(),
         Column("inference_time_sec", float, "whole generation, prompt included", clock=True,
                metric=Metric("inference time", "s", 3)),
@@ -3499,7 +3941,9 @@ SCORES = Table(
         _CONFIG_NAME,
         Column("item_id", str, "name of the window, FILE:FIRST-TOKEN, or of the prompt for its reference"),
         Column("document", str, "what the window was cut from: windows of a document are not independent"),
-        Column("category", str, "category of the prompt; `text` for `--text`"),
+        Column("source", str, "`text`, or `reference` of a prompt: where there is text, it alone decides"),
+        Column("category", str, "category of the prompt; `text` for `--text`; where no text was named, what "
+               "was scored: `heldout` or `pydoc_data.topics`"),
         *_STATUS,
         Column("nll", float, "mean NLL of the scored tokens, nats"),
         Column("num_tokens", int, "how many tokens were scored"),
@@ -3514,6 +3958,7 @@ SCORES = Table(
         Column("repeat_nll", float,
                "model's own routing only, first batch: scored a second time, the noise floor"),
         *ROUTING_COLUMNS,
+        *COMPUTE_COLUMNS,
         Column("batch_size", int, "windows in the forward pass that scored it", clock=True),
         *_ORIGIN,
     ),
@@ -3534,6 +3979,33 @@ TASKS = Table(
         Column("score", float, "its value for this document"),
         *ROUTING_COLUMNS,
         Column("batch_size", int, "requests that were answered together", clock=True),
+        *_ORIGIN,
+    ),
+)  # fmt: skip
+
+THROUGHPUT = Table(
+    "throughput.csv",
+    "a configuration and a batch of prompts that are continued together (`--generate-batch`)",
+    (
+        _CONFIG_NAME,
+        Column("batch_size", int, "texts that are generated together"),
+        Column("num_prompts", int, "different prompts among them"),
+        *_STATUS,
+        Column("repeats", int, "how often it was timed; times are medians of these"),
+        Column("tokens_per_sec", float, "new tokens of all texts / `inference_time_sec`", clock=True),
+        Column("inference_time_sec", float, "whole generation, prompts included", clock=True),
+        Column("time_to_first_token_sec", float, "start to the end of the prefill", clock=True),
+        Column("decode_sec_per_step", float,
+               "time after the prefill / (new tokens - 1): a step gives each text a token", clock=True),
+        Column("decode_experts", float, "mean of c in decoding"),
+        Column("distinct_experts", float,
+               "how many different experts of a layer run in a decoding step, mean over steps and layers"),
+        Column("weight_bytes_per_step", float,
+               "bytes of weights that are read for a decoding step: as `weight_bytes_per_token`, of the "
+               "distinct experts. What stands in for the dropped is not counted"),
+        Column("peak_memory_gb", float,
+               "peak of allocated GPU memory during the generation, GiB; empty on a CPU", clock=True),
+        Column("max_new_tokens", int, "how many new tokens each text gets"),
         *_ORIGIN,
     ),
 )  # fmt: skip
@@ -3585,7 +4057,7 @@ EXPERT_COUNTS = Table(
         _RUN_ID,
     ),
 )
-TABLES = (GENERATION, SCORES, TASKS, LAYER_STATISTICS, EXPERT_USAGE, EXPERT_COUNTS)
+TABLES = (GENERATION, SCORES, TASKS, THROUGHPUT, LAYER_STATISTICS, EXPERT_USAGE, EXPERT_COUNTS)
 
 # A spreadsheet would run a cell that begins like this; one more quote in front makes it text, and goes again.
 _FORMULA = re.compile(r"(?='*[=+\-@\t\r])")
@@ -3703,7 +4175,8 @@ RESULTS_MEANS = ("avg_experts_per_token", "effective_experts", "inference_time_s
 
 @dataclass(frozen=True)
 class Results:
-    """What a run measured, as frames with the columns of GENERATION, SCORES and TASKS.
+    """What a run measured, as frames with the columns of GENERATION, SCORES and TASKS. Beside these three,
+    over which it iterates, stands THROUGHPUT: it has no items to pair.
 
     In a notebook it shows itself as `summary`.
     """
@@ -3711,13 +4184,16 @@ class Results:
     generation: pd.DataFrame
     scores: pd.DataFrame
     tasks: pd.DataFrame
+    throughput: pd.DataFrame = dataclasses.field(
+        default_factory=lambda: fit_table(pd.DataFrame(), THROUGHPUT)
+    )
 
     def __iter__(self) -> Iterator[pd.DataFrame]:
         return iter((self.generation, self.scores, self.tasks))
 
     @property
     def num_failed(self) -> int:
-        return sum(int((frame["status"] != "ok").sum()) for frame in self)
+        return sum(int((frame["status"] != "ok").sum()) for frame in (*self, self.throughput))
 
     def __str__(self) -> str:
         amounts = zip(("experiments", "scores of text", "scores of tasks"), map(len, self), strict=True)
@@ -3730,7 +4206,8 @@ class Results:
     def summary(self) -> pd.DataFrame:
         """One row a table and configuration: rows, how many failed, and means over those that did not."""
         parts = {}
-        for (name, frame), table in zip(vars(self).items(), (GENERATION, SCORES, TASKS), strict=True):
+        names = ("generation", "scores", "tasks")
+        for name, frame, table in zip(names, self, (GENERATION, SCORES, TASKS), strict=True):
             has_failed = (frame["status"] != "ok").groupby(frame["config_name"], sort=False)
             rows = has_failed.agg(rows="size", failed="sum")
             done = frame[frame["status"] == "ok"].groupby("config_name", sort=False)
@@ -3745,14 +4222,14 @@ class Results:
     @classmethod
     def read(cls, folder: Path) -> Results:
         """What a run left in its folder. Raises UserError where it left no table."""
-        tables = (GENERATION, SCORES, TASKS)
+        tables = (GENERATION, SCORES, TASKS)  # there is no throughput without these
         if not any((folder / table.file).is_file() for table in tables):
             files = ", ".join(table.file for table in tables)
             raise UserError(
                 f"{folder} holds none of {files}: run the experiments first, or give their folder"
             )
         if not is_of_older_script(folder):
-            return cls(*(read_table(table, folder) for table in tables))
+            return cls(*(read_table(table, folder) for table in (*tables, THROUGHPUT)))
         try:
             return results_of_older_script(folder)
         except UserError:
@@ -3960,6 +4437,7 @@ KEY_COLUMNS = {
     "generation": ("config_name", "prompt_id", "sample"),
     "score": ("config_name", "item_id"),
     "task": ("config_name", "task"),
+    "throughput": ("config_name", "batch_size", "input_hash"),  # of other prompts: another measurement
 }
 
 
@@ -4263,6 +4741,32 @@ def choose_dtype(device: torch.device, dtype: str = "auto") -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def quantization_of(model_name: str, source: Mapping[str, Any]) -> str | None:
+    """The format of the weights that a model brings, as its config.json calls it; None for plain ones.
+
+    ValueError for one that transformers does not know: it would go on with random weights.
+    """
+    config = transformers.AutoConfig.from_pretrained(model_name, **source)
+    settings = getattr(config, "quantization_config", None)
+    if not isinstance(settings, dict):
+        return None
+    method = settings.get("quant_method", "bitsandbytes")  # older ones of these do not say so
+    known = [known.value for known in transformers.utils.quantization_config.QuantizationMethod]
+    if method not in known:
+        raise ValueError(f"transformers knows no quantised weights of the kind {method!r}")
+    return method
+
+
+def _to_one_precision(model: nn.Module, dtype: torch.dtype) -> None:
+    """Weights that were unpacked come at the precision of their scales, the others as they were stored: all
+    get the one that was asked for, but for what the architecture keeps in float32."""
+    kept = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    kept += [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
+
+
 def load_model(
     model_name: str,
     device: torch.device,
@@ -4281,7 +4785,15 @@ def load_model(
     placed = {"dtype": dtype, "device_map": device_map or str(device), "use_safetensors": True}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, **source)
+        quantization = quantization_of(model_name, source)
+        if quantization == "mxfp4":  # its kernels choose the experts themselves
+            logger.info(f"{model_name} brings MXFP4 weights: they are unpacked to {dtype}")
+            placed["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+        elif quantization not in (None, "fp8"):  # what is not packed has a precision that fits what is
+            placed["dtype"] = "auto"
         model = transformers.AutoModelForCausalLM.from_pretrained(model_name, **placed, **source)
+        if quantization and not getattr(model, "is_quantized", False):
+            _to_one_precision(model, dtype)
         if not tokenizer("text")["input_ids"]:  # what comes of a folder without the tokenizer's files
             raise ValueError("its tokenizer knows no words")
     except Exception as error:  # whatever a damaged folder can raise
@@ -4296,10 +4808,13 @@ def model_fingerprint(model: nn.Module) -> str:
     """16 hex digits that name the weights: of each tensor the name, shape and up to 2,048 values."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):  # what a quantised module keeps beside its weights
+            continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if not tensor.is_meta:  # offloaded to disk: known by name and shape only
-            values = tensor.detach().flatten()
-            digest.update(values[:: max(1, values.numel() // 1024)].double().cpu().numpy().tobytes())
+        for part in stored_parts(tensor):
+            if not part.is_meta:  # offloaded to disk: known by name and shape only
+                values = part.detach().flatten()
+                digest.update(values[:: max(1, values.numel() // 1024)].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -4438,7 +4953,7 @@ class _StepWatch:
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated: its token ids [n], and the clock columns."""
+    """What was generated: its token ids [n], of a batch those of the first prompt; and the clock columns."""
 
     tokens: Tensor
     clock: dict[str, float | None]
@@ -4473,6 +4988,27 @@ class PromptRun:
         how = {"do_sample": False} if sampling is None else {"do_sample": True, "top_k": 0, **sampling}
         self.settings = generation_settings(tokenizer, new_tokens, **how)
 
+    @staticmethod
+    def together(runs: Sequence[PromptRun]) -> PromptRun:
+        """The prompts of `runs` as one batch, with the settings of the first.
+
+        Padded on the left, so that each text goes on where its prompt ends; the mask leaves padding out of
+        attention and of what the recorder counts. Texts may differ from those of batch 1 by rounding.
+        """
+        batch = copy.copy(runs[0])
+        pad = batch.settings.pad_token_id
+        filler = {"input_ids": 0 if pad is None else pad, "attention_mask": 0}
+        batch.inputs = {
+            name: nn.utils.rnn.pad_sequence(
+                [run.inputs[name][0] for run in runs],
+                batch_first=True,
+                padding_value=filler[name],
+                padding_side="left",
+            )
+            for name in batch.inputs
+        }  # [B, S]
+        return batch
+
     @property
     def num_input_tokens(self) -> int:
         return self.inputs["input_ids"].shape[1]
@@ -4504,7 +5040,7 @@ class PromptRun:
         steps = self.new_tokens - 1
         clock = {
             "inference_time_sec": end - start,
-            "tokens_per_sec": self.new_tokens / (end - start),
+            "tokens_per_sec": len(output) * self.new_tokens / (end - start),
             "time_to_first_token_sec": watch.prefill_done - start,
             "decode_sec_per_token": (end - watch.prefill_done) / steps if steps else None,
             "peak_memory_gb": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None,
@@ -4835,6 +5371,7 @@ def run_task(
 # 12. BHExperimentRunner
 # ---------------------------------------------------------------------------------------------------------
 
+THROUGHPUT_REPEATS = 3  # how often a batch is timed under each configuration, after one run that is not
 AUTO_BATCH_TOKENS = 8192  # what --batch-size auto begins with; halved whenever memory does not suffice
 # What a run leaves in its folder, in the words of the manual. These are set aside together:
 RUN_FILES: dict[str, str] = {
@@ -4857,6 +5394,8 @@ KEPT_FILES: dict[str, str] = {
     EARLIER.format(number="N"): "what --no-resume, or a run that found no checkpoint, moved aside",
 }
 
+# Kind of a row in the checkpoint -> the table that takes it.
+TABLE_OF_KIND = {"generation": GENERATION, "score": SCORES, "task": TASKS, "throughput": THROUGHPUT}
 # Kind of a row -> its columns with the category and the document that the tables by layer count it under.
 COUNTED_BY = {
     "generation": ("prompt_category", "prompt_id"),
@@ -4884,6 +5423,7 @@ RUN_IDENTITY: dict[str, str] = {  # argument -> BY_ROW, NOTHING, or the entry of
     # run_full_experiment_suite, run_tasks
     **dict.fromkeys(("routing_configs", "test_prompts", "texts", "num_samples", "tasks"), BY_ROW),
     "max_new_tokens": "max_new_tokens",
+    "generate_batch": BY_ROW,
     "num_fewshot": "num_fewshot",
     "limit": "limit",
     "include_path": "task_files",
@@ -4902,6 +5442,17 @@ class SuitePlan:
     new_tokens: int
     num_samples: int
     chat_template: str | None
+    generate_batch: int | None  # how many prompts are continued together besides, to measure the throughput
+
+    @property
+    def batch(self) -> list[Prompt]:
+        """The prompts that are continued together: from the first on, again from there where they are too
+        few."""
+        return list(itertools.islice(itertools.cycle(self.prompts), self.generate_batch or 0))
+
+    @property
+    def batch_inputs(self) -> dict[str, str]:
+        return {"texts": fingerprint([prompt["text"] for prompt in self.batch])}
 
     def keys(self) -> dict[str, list[Key]]:
         """The rows it will have, by kind, in the order of their tables."""
@@ -4912,7 +5463,11 @@ class SuitePlan:
             for name in self.configs
         ]
         score = [("score", name, text.id) for text in self.texts for name in self.scoring]
-        return {"generation": generation, "score": score}
+        keys = {"generation": generation, "score": score}
+        if self.generate_batch:
+            batch = (self.generate_batch, fingerprint(self.batch_inputs))
+            keys["throughput"] = [("throughput", name, *batch) for name in self.configs]
+        return keys
 
     def inputs(self) -> dict[str, dict[str, str]]:
         """Kind and name of everything that is fed in -> its hashes by field."""
@@ -4960,7 +5515,8 @@ class BHExperimentRunner:
     checkpoint_interval: each finished experiment is written at once; so many are forced to the disk together.
     device: "auto" (None is the same), "cuda" or "cpu". use_fp16: False is the same as dtype "float32".
     model, tokenizer: a model that is loaded already; device and dtype are then its own.
-    calibration_text: a text file for the empirical nulls; without it the model writes its own text.
+    calibration_text: a text file for the empirical nulls, or "sampled": the model writes its own text; see
+    `calibration_source` for what is taken without it.
     seed: for the sampled calibration text, and for sampling. dtype: see `choose_dtype`. revision, device_map,
     trust_remote_code: see `load_model`. sampling: {"temperature": ..., "top_p": ...}, greedy when None.
     batch_size: scored texts in a forward pass, a number or "auto". command: what the rows say ran them.
@@ -4993,8 +5549,9 @@ class BHExperimentRunner:
     ):
         if (model is None) != (tokenizer is None):
             raise UserError("a ready model needs its tokenizer: pass both model= and tokenizer=, or neither")
-        if calibration_text is not None and not Path(calibration_text).is_file():
-            raise UserError(f"--calibration-text {calibration_text}: there is no such file")
+        if calibration_text not in (None, SAMPLED) and not Path(calibration_text).is_file():
+            why = f"there is no such file; {SAMPLED} stands for text that the model samples"
+            raise UserError(f"--calibration-text {calibration_text}: {why}")
         if not use_fp16 and dtype not in ("auto", "float32"):
             raise UserError(f"--no-fp16 means --dtype float32, but dtype is {dtype}: give one of them")
         self.model_name = model_name
@@ -5002,7 +5559,7 @@ class BHExperimentRunner:
         self.checkpoint_interval = check_least("checkpoint_interval", checkpoint_interval)
         self.seed = check_seed("seed", seed)
         self.batch_size = "auto" if batch_size == "auto" else check_least("batch_size", batch_size)
-        self.calibration_text = None if calibration_text is None else Path(calibration_text)
+        self.calibration_text = calibration_text
         self.command = command
         self.sampling: dict[str, float] | None = None
         if sampling is not None:
@@ -5036,6 +5593,7 @@ class BHExperimentRunner:
         self.checkpoint: Checkpoint | None = None
         self._routing = contextlib.ExitStack()
         self._calibration: Calibration | None = None
+        self._calibration_source: CalibrationText | None = None
         self._batch_limit = sys.maxsize  # how many texts the memory was enough for
 
     def __repr__(self) -> str:
@@ -5142,24 +5700,82 @@ class BHExperimentRunner:
                 ladder[_unused_name(f"topk_{k}", ladder)] = self._static(k)
         return ladder
 
+    # Text that is scored where none is named, and text to calibrate on
+
+    @functools.cached_property
+    def default_text(self) -> TextSample:
+        """What is scored where no text is named: what the model's folder brings, else what Python brings."""
+        return self.sample_default_text()
+
+    def sample_default_text(self, window: int = DEFAULT_WINDOW, max_windows: int | None = None) -> TextSample:
+        """Of that text `max_windows` windows; unless told, fewer of them where they would take long."""
+        if max_windows is None:
+            max_windows = DEFAULT_MAX_WINDOWS
+            size = sum(parameter.numel() for parameter in self.model.parameters())
+            if self.device.type == "cpu" and size > MANY_PARAMETERS:
+                max_windows = MAX_WINDOWS_ON_CPU
+                why = f"this model has {size / 1e9:.1f} billion parameters and runs on a CPU"
+                logger.info(f"{max_windows} windows of text are scored: {why}; --max-windows N scores more")
+        try:
+            documents = default_documents(self.model_name)
+            return sample_text(documents, self.tokenizer, min(window, self.context), max_windows)
+        except UserError as error:
+            logger.warning(f"no text is scored, as none was named: {error}")
+            return TextSample([], [])
+
+    def calibrate_on(self, text: TextSample) -> None:
+        """Calibrate on what of a text is not scored, unless a calibration text was named; where that is too
+        little, on the default text, without what it shares with the one that is scored; else on text that the
+        model samples."""
+        if self.calibration_text is not None:
+            return
+        source = calibration_rest(text)
+        if source is None:
+            source = calibration_rest(TextSample(text.scored, self.default_text.unscored))
+        self._calibration_source = source or SAMPLED_TEXT
+        self._calibration = None
+
+    @property
+    def calibration_source(self) -> CalibrationText:
+        """The calibration text: the one that was named, else what `calibrate_on` chose, which is the default
+        text unless it was told another."""
+        if self._calibration_source is None:
+            if self.calibration_text is None:
+                self.calibrate_on(self.default_text)
+            elif self.calibration_text == SAMPLED:
+                self._calibration_source = SAMPLED_TEXT
+            else:
+                self._calibration_source = read_calibration_text(Path(self.calibration_text), self.tokenizer)
+        return self._calibration_source
+
     # What decides the numbers, besides configuration and prompt
 
     @functools.cached_property
-    def settings(self) -> dict[str, Any]:
-        """What every row of this runner has in common; a run is resumed only with the same."""
-        source = "sampled"
-        if self.calibration_text is not None:
-            source = hashlib.sha256(self.calibration_text.read_bytes()).hexdigest()[:16]
+    def _subject(self) -> dict[str, Any]:
+        """What runs, and where."""
         return {
             "model": model_fingerprint(self.model),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "dtype": self.dtype,
             "device": self.device.type,
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What every row of this runner has in common; a run is resumed only with the same."""
+        return {
+            **self._subject,
             "seed": self.seed,
-            "calibration_text": source,
+            "calibration_text": self.calibration_source.identity,
             "sampling": self.sampling,
             "chat_template": self.chat_template,
         }
+
+    @functools.cached_property
+    def cost(self) -> ModelCost:
+        """What a token costs this model."""
+        experts = [layer.experts for layer in self.layers]
+        return ModelCost.of(self.model, experts, self.layers[0].num_experts)
 
     @property
     def calibration(self) -> Calibration:
@@ -5200,11 +5816,11 @@ class BHExperimentRunner:
             if self._calibration is not None and (self._calibration.means is not None or not outputs):
                 return self._calibration
             self._calibration = calibrate(
-                self.model, self.tokenizer, self.seed, self.calibration_text, outputs=outputs
+                self.model, self.tokenizer, self.seed, self.calibration_source, outputs=outputs
             )
             self._calibration.save(path, self._calibrated_from)
         null = self._calibration.null(0, 1.0)
-        source = self.calibration_text or "text sampled from the model"
+        source = self.calibration_source.words
         smallest = null.smallest_alpha(self.layers[0].num_experts)
         logger.info(
             f"calibrated on {self._calibration.logits.shape[1]} tokens of {source} in "
@@ -5212,6 +5828,13 @@ class BHExperimentRunner:
             f"{smallest:.2g}"
         )
         return self._calibration
+
+    @property
+    def _linear_source(self) -> CalibrationText:
+        """The calibration text, unless nobody named it and it is too short to fit linear maps on."""
+        source = self.calibration_source
+        is_short = source.windows is not None and len(source.windows) < LINEAR_SEQUENCES
+        return SAMPLED_TEXT if is_short and self.calibration_text is None else source
 
     def _linear_maps(self, rank: int) -> list[StandIn]:
         """The stand-ins "linear:rank", one a layer: from the output folder, or fitted now."""
@@ -5221,8 +5844,8 @@ class BHExperimentRunner:
         with waiting_for(self.output_dir / ".calibration.lock"):
             stored = load_tensors(path, about)
             if not stored:
-                source = (self.model, self.tokenizer, self.seed, self.calibration_text, LINEAR_SEQUENCES)
-                tokens = calibration_tokens(*source)
+                source = self._linear_source
+                tokens = calibration_tokens(self.model, self.tokenizer, self.seed, source, LINEAR_SEQUENCES)
                 maps = fit_linear_maps(self.model, tokens.split(4), [rank])[rank]
                 stored = {
                     name: torch.stack([getattr(layer_maps, name) for layer_maps in maps])
@@ -5231,7 +5854,8 @@ class BHExperimentRunner:
                 save_tensors(path, {name: part.contiguous() for name, part in stored.items()}, about)
                 seconds = time.perf_counter() - start
                 logger.info(
-                    f"linear stand-ins of rank {rank} fitted on {tokens.numel()} tokens in {seconds:.1f} s"
+                    f"linear stand-ins of rank {rank} fitted on {tokens.numel()} tokens of {source.words} in "
+                    f"{seconds:.1f} s"
                 )
         return [StandIn(*parts) for parts in zip(stored["offset"], stored["down"], stored["up"], strict=True)]
 
@@ -5246,7 +5870,8 @@ class BHExperimentRunner:
         if not batches:
             return {}
         report = diagnose_nulls(self.calibration, record_routers(self.model, batches))
-        report["n_shared_tokens"] = count_shared_tokens(batches, self.calibration_text, self.tokenizer)
+        report["n_shared_tokens"] = count_shared_tokens(batches, self.calibration_source)
+        report["calibrated_on"] = self.calibration_source.words
         write_json(self.output_dir / NULL_DIAGNOSTICS, {"run_id": run_id} | report, indent=None)
         return report
 
@@ -5262,7 +5887,7 @@ class BHExperimentRunner:
             "own_k": self.own_k,
             "model_name": self.model_name,
             "model_revision": self.revision,
-            "model_hash": self.settings["model"],
+            "model_hash": self._subject["model"],
             "device": "cpu" if on_cpu else torch.cuda.get_device_name(self.device),
             "dtype": self.dtype,
             "seed": self.seed,
@@ -5322,7 +5947,8 @@ class BHExperimentRunner:
         row = self._prompt_row(name, config, prompt, sample, run.new_tokens)
         with self._routed(config) as recorder:
             generation = run.generate()
-            routing = recorder.total()
+            prefill, decoding = recorder.phases()
+        routing = prefill + decoding
         # The model's own routing runs again by itself: what the others are compared with, and, beside its
         # first run, the noise floor.
         own = run.own
@@ -5334,6 +5960,9 @@ class BHExperimentRunner:
             **row,
             **generation.clock,
             **routing.row(),
+            "prefill_experts": prefill.row()["avg_experts_per_token"],
+            "decode_experts": decoding.row()["avg_experts_per_token"],
+            **self.cost.row(routing, decoding),
             **{column.name: measure(generated) for measure, column in TEXT_METRICS.items()},
             "generated_text": text,
             "full_text": run.shown_prompt + text,
@@ -5392,6 +6021,65 @@ class BHExperimentRunner:
                 row = self._failed(row, error)
             saver.save(row)
 
+    # Throughput
+
+    def _throughput_row(self, name: str, config: Config, plan: SuitePlan) -> dict[str, Any]:
+        return {
+            **self._row("throughput", name, config, plan.batch_inputs),
+            "batch_size": plan.generate_batch,
+            "num_prompts": min(plan.generate_batch, len(plan.prompts)),
+            "max_new_tokens": plan.new_tokens,
+            "repeats": THROUGHPUT_REPEATS,
+        }
+
+    def _routing_of_batch(self, batch: PromptRun, config: Config) -> dict[str, Any]:
+        """The columns of THROUGHPUT that no clock decides, from a run that also warms up."""
+        with self._routed(config) as recorder, counting_distinct_experts(self.layers) as counts:
+            batch.generate()
+            _, decoding = recorder.phases()
+        columns = {"decode_experts": decoding.row()["avg_experts_per_token"]}
+        steps = [of_layer[1:] for of_layer in counts]  # without the prefill
+        if all(steps):
+            distinct = np.array([torch.stack(of_layer).double().mean().item() for of_layer in steps])  # [L]
+            columns["distinct_experts"] = float(distinct.mean())
+            columns["weight_bytes_per_step"] = self.cost.bytes_read(distinct)
+        return columns
+
+    def _throughput_unit(self, plan: SuitePlan, saver: _Saver) -> None:
+        """Continue a batch of prompts under every configuration, in turns; a failure is a row. Rows are saved
+        together: what was timed alone, before an interruption, does not compare."""
+        rows = {name: self._throughput_row(name, config, plan) for name, config in plan.configs.items()}
+        rows = {name: row for name, row in rows.items() if saver.lacks(row_key(row))}
+        batch: PromptRun | None = None
+        clocks: dict[str, list[dict[str, float | None]]] = {name: [] for name in rows}
+        for turn in range(1 + THROUGHPUT_REPEATS):
+            for name in [name for name, row in rows.items() if row["status"] == "ok"]:
+                config = plan.configs[name]
+                try:
+                    if batch is None:
+                        runs = [self._prompt_run(prompt, plan.new_tokens, self.seed) for prompt in plan.batch]
+                        batch = PromptRun.together(runs)
+                    if turn == 0:
+                        rows[name] |= self._routing_of_batch(batch, config)
+                    else:
+                        with self._routed(config):
+                            clocks[name].append(batch.generate().clock)
+                except Exception as error:  # one failed configuration must not end the suite
+                    rows[name] = self._failed(rows[name], error)
+        for name, row in rows.items():
+            if row["status"] == "ok":
+                row |= self._median_clock(clocks[name])
+            saver.save(row)
+
+    @staticmethod
+    def _median_clock(clocks: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+        """The clock columns of THROUGHPUT from those of several generations."""
+        medians = strict_json(pd.DataFrame(clocks, dtype=float).median().to_dict())
+        return {
+            **{name: medians[name] for name in THROUGHPUT.names if name in medians},
+            "decode_sec_per_step": medians["decode_sec_per_token"],
+        }
+
     # Scoring
 
     def _score_row(self, name: str, config: Config, item: TextItem) -> dict[str, Any]:
@@ -5399,6 +6087,7 @@ class BHExperimentRunner:
             **self._row("score", name, config, item.inputs),
             "item_id": item.id,
             "document": item.document,
+            "source": item.source,
             "category": item.category,
         }
 
@@ -5422,10 +6111,12 @@ class BHExperimentRunner:
                 with self._routed(config):
                     again = batch.nll()
                 measured = [row | {"repeat_nll": nll} for row, nll in zip(measured, again, strict=True)]
-        return [
-            self._score_row(name, config, item) | row | {"routing": row["routing"].pack()}
-            for item, row in zip(batch.items, measured, strict=True)
-        ]
+        rows = []
+        for item, row in zip(batch.items, measured, strict=True):
+            routing = row["routing"]
+            cost = self.cost.row(routing, routing)
+            rows.append(self._score_row(name, config, item) | row | cost | {"routing": routing.pack()})
+        return rows
 
     def _rows_or_failures(
         self, batch: ScoredBatch, name: str, config: Config, repeats: bool
@@ -5504,8 +6195,9 @@ class BHExperimentRunner:
         max_new_tokens: int = DEFAULT_MAX_TOKENS,
         resume: bool = True,
         *,
-        texts: Sequence[TextItem] = (),
+        texts: Sequence[TextItem] | None = None,
         num_samples: int = 1,
+        generate_batch: int | None = None,
         retry_failed: bool = False,
         fail_fast: bool = False,
         baseline: str | None = None,
@@ -5514,17 +6206,22 @@ class BHExperimentRunner:
 
         Returns the rows of generation, one for each prompt and configuration in that order; `results` has all
         three tables, and they are written to the output folder. Scored are the prompts' references and
-        `texts` (see `text_windows`), also by static Top-k for every k up to the model's own.
+        `texts` (see `text_windows`), also by static Top-k for every k up to the model's own. None: the
+        `default_text` beside the built-in prompts, no text beside prompts of your own. Where text is scored
+        the verdict is about it alone, not about the references.
 
         Configurations take turns within each prompt, so that a machine that slows down slows all of them
         alike. The model's own routing is run as well where it is not among them. With `resume`, what the
         output folder holds is not run again; without, it is set aside. A failed experiment becomes a row with
         status "error"; retry_failed tries the earlier ones again, fail_fast stops at the first. num_samples:
-        texts to sample for each prompt. baseline: the configuration that the others will be compared with;
-        refused where it is not one of them. Ctrl-C keeps what is finished and is passed on. Under `accelerate
-        launch` each process runs its share.
+        texts to sample for each prompt. generate_batch: so many prompts are continued together as well, for
+        the throughput at that batch size, see THROUGHPUT. baseline: the configuration that the others will be
+        compared with; refused where it is not one of them. Ctrl-C keeps what is finished and is passed on.
+        Under `accelerate launch` each process runs its share.
         """
-        plan = self._plan(routing_configs, test_prompts, max_new_tokens, texts, num_samples, baseline)
+        plan = self._plan(
+            routing_configs, test_prompts, max_new_tokens, texts, num_samples, generate_batch, baseline
+        )
         settings = {**self.settings, "max_new_tokens": plan.new_tokens}
         keys = plan.keys()
         run_id = fingerprint(strict_json([settings, plan.configs, plan.scoring, plan.inputs(), keys]))
@@ -5554,16 +6251,25 @@ class BHExperimentRunner:
         routing_configs: Configs | None,
         test_prompts: Sequence[Prompt] | None,
         max_new_tokens: int,
-        texts: Sequence[TextItem],
+        texts: Sequence[TextItem] | None,
         num_samples: int,
+        generate_batch: int | None,
         baseline: str | None,
     ) -> SuitePlan:
         """What a suite will measure, checked."""
+        if texts is None:
+            texts = self.default_text.scored if test_prompts is None else ()
         prompts = [resolve_prompt(p) for p in (TEST_PROMPTS if test_prompts is None else test_prompts)]
         new_tokens = check_least("max_new_tokens", max_new_tokens)
         num_samples = check_least("num_samples", num_samples)
         if num_samples > 1 and self.sampling is None:
             raise UserError(f"num_samples {num_samples}: greedy texts are all alike; sample with --do-sample")
+        if generate_batch is not None:
+            check_least("generate_batch", generate_batch, 2)
+            if not prompts:
+                raise UserError(
+                    f"generate_batch {generate_batch}: there is no prompt to be continued; give some"
+                )
         scored = [*reference_items(prompts, self.tokenizer, self.chat_template), *texts]
         if not prompts and not scored:
             raise UserError("a suite needs at least one prompt or text")
@@ -5571,7 +6277,8 @@ class BHExperimentRunner:
         check_ids([text.id for text in scored])
         configs = self._configs(routing_configs, baseline)
         scoring = self._with_static_ladder(configs) if scored else configs
-        return SuitePlan(configs, scoring, prompts, scored, new_tokens, num_samples, self.chat_template)
+        shape = (new_tokens, num_samples, self.chat_template, generate_batch)
+        return SuitePlan(configs, scoring, prompts, scored, *shape)
 
     def _calibrate_for(self, configs: Configs) -> None:
         """Calibrate if a configuration needs it; a mistake in what was asked for ends the run here."""
@@ -5597,6 +6304,9 @@ class BHExperimentRunner:
             for sample in range(plan.num_samples):
                 work = functools.partial(self._generate_unit, plan, prompt, sample, saver)
                 units.append((f"prompt {prompt['id']}", len(plan.configs), work))
+        if plan.generate_batch:
+            work = functools.partial(self._throughput_unit, plan, saver)
+            units.append((f"{plan.generate_batch} prompts together", len(plan.configs), work))
         for number, texts in enumerate(self._batches(plan.texts)):
             repeats = number == 0  # one batch shows the noise floor, at little cost
             work = functools.partial(self._score_unit, plan, texts, repeats, saver)
@@ -5757,7 +6467,7 @@ class BHExperimentRunner:
         if self.processes.rank == 0:
             checkpoint.read_others()
             layer_tables = LayerTables(self.layers, run_id)
-            for kind, table in (("generation", GENERATION), ("score", SCORES), ("task", TASKS)):
+            for kind, table in TABLE_OF_KIND.items():
                 rows = checkpoint.rows(keys.get(kind, ()))
                 if keys.get(kind):
                     counted = self._counted(rows, configs, layer_tables, run_id)
@@ -6126,6 +6836,16 @@ def static_curve(by_config: Mapping[str, pd.DataFrame], configs: Configs) -> dic
     return curve
 
 
+def deciding_scores(scores: pd.DataFrame) -> pd.DataFrame:
+    """What a verdict is about: text where text was scored, else the prompts' references.
+
+    Both are never in one test: a reference is a few dozen tokens after a prompt, a window some hundred of
+    running text, and the mean over both would be about neither. Older tables do not tell them apart.
+    """
+    is_text = scores["source"] == "text"
+    return scores[is_text] if is_text.any() else scores
+
+
 def static_mixture(curve: Curve, mean_experts: float) -> StaticMixture | NotComparable:
     """The mixture of the two static neighbours that spends `mean_experts`, by the means they achieved.
 
@@ -6468,13 +7188,16 @@ def _differences(
     return differences
 
 
-def compare_field(scores: pd.DataFrame, configs: Configs, own_k: int | None) -> dict[str, Any]:
+def compare_field(
+    scores: pd.DataFrame, configs: Configs, own_k: int | None, margins: Mapping[str, float] = FIELD_MARGINS
+) -> dict[str, Any]:
     """Is it this rule, or would any do? Every ladder against every other, at each whole number of experts
     that both reach: paired by item, tested over documents, BH-adjusted over all pairs.
 
     Returns ladders: label, stand_in, is_bound (no rule: it is compared with none), low and high (experts), at
     (see `_differences`), within (margin -> `fewest_experts`), beaten_by (ladders with the same stand-in);
-    pairs; n_items, n_units. Empty where fewer than two rules have a ladder.
+    pairs; experts (the whole numbers that more than half of the ladders reach); n_items, n_units. Empty where
+    fewer than two rules have a ladder.
     """
     by_config = scored_items(scores)
     own_names = [name for name in by_config if own_k is not None and static_k(configs[name]) == own_k]
@@ -6500,9 +7223,7 @@ def compare_field(scores: pd.DataFrame, configs: Configs, own_k: int | None) -> 
     for ladder in ladders:
         alike = [other for other in compared if other.stand_in == ladder.stand_in]
         labels = {other.label for other in alike}
-        within = {
-            name: fewest_experts(ladder, own, documents, margin) for name, margin in FIELD_MARGINS.items()
-        }
+        within = {name: fewest_experts(ladder, own, documents, margin) for name, margin in margins.items()}
         rows.append(
             {
                 "label": ladder.label,
@@ -6515,7 +7236,43 @@ def compare_field(scores: pd.DataFrame, configs: Configs, own_k: int | None) -> 
                 "beaten_by": sorted(_beaten_by(ladder.label, pairs) & labels),
             }
         )
-    return {"ladders": rows, "pairs": pairs, "n_items": len(items), "n_units": documents[items].nunique()}
+    reached = collections.Counter(experts for _, experts in curves)
+    return {
+        "ladders": rows,
+        "pairs": pairs,
+        "experts": sorted(experts for experts, number in reached.items() if 2 * number > len(ladders)),
+        "n_items": len(items),
+        "n_units": documents[items].nunique(),
+    }
+
+
+def higher_is_better(task: str, metric: str, report: Mapping[str, Any]) -> bool:
+    """The direction of a task's metric, as the harness reports it; without a word of it, an error rate or a
+    number of bits is better low. report: task_results.json."""
+    for units in report.get("configurations", {}).values():
+        for unit in units.values():
+            said = unit.get("higher_is_better", {}).get(task, {}).get(metric)
+            if said is not None:
+                return said
+    return not metric.startswith("bits_per_")
+
+
+def compare_field_on_tasks(
+    tasks: pd.DataFrame, configs: Configs, own_k: int | None, report: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Task -> `compare_field` of its documents' scores, where rules have ladders: perplexity alone can pick
+    the wrong setting. A score that is better high counts as its negative, so that lower is better in all of
+    it; `sign` times a difference is one of scores. No margin: a score has no perplexity to be within 1 % of.
+    """
+    fields = {}
+    with_metric = tasks[tasks["metric"] != ""]
+    for task, rows in with_metric.groupby("task", sort=False):
+        sign = -1 if higher_is_better(task, rows["metric"].iloc[0], report) else 1
+        losses = rows.assign(item_id=rows["document"], nll=sign * rows["score"], num_tokens=1)
+        field = compare_field(losses, configs, own_k, margins={})
+        if field:
+            fields[task] = field | {"sign": sign, "metric": rows["metric"].iloc[0]}
+    return fields
 
 
 # Tasks, layers, hypotheses
@@ -6594,6 +7351,78 @@ def summarize_layers(table: pd.DataFrame) -> dict[str, Any]:
     return summary
 
 
+# Compute: what configurations cost, what that allows, and what was measured
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    """above / below; None where one is not known."""
+    return None if pd.isna(above) or pd.isna(below) else float(above / below)
+
+
+def summarize_compute(
+    results: Results, baseline: str, tests: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Configuration -> means of COMPUTE_COLUMNS, experts and median times of prefill and decoding, and how
+    many times as fast as the baseline it decodes.
+
+    `allowed_speedup`: as if reading weights were all that takes time. `decode_speedup`: measured, 1 / the
+    median over prompts of the ratio to the baseline's time. From what was generated, else from the scores of
+    text; empty for rows of older scripts.
+    """
+    rows = results.generation if len(results.generation) else results.scores
+    rows = rows[rows["active_parameters"].notna()]
+    by_name = dict(list(rows.groupby("config_name", sort=False)))
+    means = {column.name: None for column in COMPUTE_COLUMNS}
+    summary = {}
+    for name, own in by_name.items():
+        entry = {column: own[column].mean() for column in means}
+        entry |= {"prefill_experts": None, "decode_experts": None, "prefill_sec": None, "decode_sec": None}
+        if len(results.generation):
+            entry |= {
+                "prefill_experts": own["prefill_experts"].mean(),
+                "decode_experts": own["decode_experts"].mean(),
+                "prefill_sec": own["time_to_first_token_sec"].median(),
+                "decode_sec": own["decode_sec_per_token"].median(),
+            }
+        summary[name] = entry
+    base = summary.get(baseline, {})
+    for name, entry in summary.items():
+        test = tests.get(name, {}).get("decode_sec_per_token", {})
+        slowdown = 1.0 if name == baseline and not pd.isna(entry["decode_sec"]) else test.get("median_ratio")
+        entry["allowed_speedup"] = _ratio(base.get("weight_bytes_per_token"), entry["weight_bytes_per_token"])
+        entry["decode_speedup"] = _ratio(1.0, slowdown)
+    return summary
+
+
+def summarize_throughput(results: Results, baseline: str) -> list[dict[str, Any]]:
+    """Tokens a second at batch 1, the median over prompts, and below it at the batch size that was measured;
+    each beside the baseline's at the same batch size. Empty without `--generate-batch`."""
+    done = results.throughput[results.throughput["status"] == "ok"]
+    if not len(done):
+        return []
+    alone = results.generation[results.generation["status"] == "ok"].groupby("config_name", sort=False)
+    entries = []
+    for name, own in alone:
+        entries.append({
+            "configuration": name,
+            "batch_size": 1,
+            "tokens_per_sec": own["tokens_per_sec"].median(),
+            "decode_experts": own["decode_experts"].mean(),
+            "distinct_experts": own["decode_experts"].mean(),
+            "weight_bytes": own["weight_bytes_per_token"].mean(),
+        })  # fmt: skip
+    for row in done.to_dict("records"):
+        named = {"configuration": row["config_name"], "weight_bytes": row["weight_bytes_per_step"]}
+        columns = ("batch_size", "tokens_per_sec", "decode_experts", "distinct_experts")
+        entries.append(named | {column: row[column] for column in columns})
+    base = {entry["batch_size"]: entry for entry in entries if entry["configuration"] == baseline}
+    for entry in entries:
+        beside = base.get(entry["batch_size"], {})
+        entry["speedup"] = _ratio(entry["tokens_per_sec"], beside.get("tokens_per_sec"))
+        entry["allowed_speedup"] = _ratio(beside.get("weight_bytes"), entry["weight_bytes"])
+    return entries
+
+
 def _hypothesis_value(analysis: Mapping[str, Any], name: str, quantity: str) -> float | None:
     """What was measured of a quantity that the earlier attempt expected something of. What it expected of
     tests was about the model's own Top-K: those against another baseline say nothing of it."""
@@ -6641,7 +7470,8 @@ def results_beside(df: pd.DataFrame, output_dir: Path) -> Results:
     generation = fit_table(df, GENERATION)
     runs = run_ids(generation)
     beside = [
-        frame if not runs or run_ids(frame) <= runs else frame[:0] for frame in (stored.scores, stored.tasks)
+        frame if not runs or run_ids(frame) <= runs else frame[:0]
+        for frame in (stored.scores, stored.tasks, stored.throughput)
     ]
     return Results(generation, *beside)
 
@@ -6655,10 +7485,11 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
     `choose_baseline`.
 
     Returns a dict with baseline, own_k, n_rows, n_failed, n_prompts, configurations, summary_by_config,
-    summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), verdict
-    (`quality_verdicts`), shuffle_effects, field (`compare_field`), noise_floor, tasks (`compare_tasks`),
-    null_diagnostics, layers (`summarize_layers`) and hypotheses. Raises UserError for a table that is none of
-    this script's, for a baseline that is not in it, and when no row is left.
+    summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), compute
+    (`summarize_compute`), throughput (`summarize_throughput`), verdict (`quality_verdicts`), shuffle_effects,
+    field (`compare_field`), task_fields (`compare_field_on_tasks`), quality_margin, noise_floor, tasks
+    (`compare_tasks`), null_diagnostics, layers (`summarize_layers`) and hypotheses. Raises UserError for a
+    table that is none of this script's, for a baseline that is not in it, and when no row is left.
     """
     folder = Path(output_dir)
     results = results_beside(df, folder)
@@ -6671,23 +7502,30 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
     for name in configs:
         check_name(name)
     baseline = choose_baseline(done, baseline)
+    tests = compare_with_baseline(done, baseline)
     runs = set().union(*map(run_ids, results))
+    task_report = read_side_file(folder / TASK_RESULTS, runs)
+    own_k = own_k_of(results)
+    scores = deciding_scores(results.scores)
     analysis = {
         "baseline": baseline,
-        "own_k": own_k_of(results),
+        "own_k": own_k,
         "n_rows": n_rows,
         "n_failed": n_rows - n_done,
         "n_prompts": done.generation["prompt_id"].nunique(),
         "configurations": configs,
         "summary_by_config": summarize(done),
         "summary_by_category": summarize_categories(done),
-        "statistical_tests": compare_with_baseline(done, baseline),
-        "verdict": quality_verdicts(results.scores, configs, baseline),
-        "shuffle_effects": shuffle_effects(results.scores, configs),
-        "field": compare_field(results.scores, configs, own_k_of(results)),
+        "statistical_tests": tests,
+        "compute": summarize_compute(done, baseline, tests),
+        "throughput": summarize_throughput(results, baseline),
+        "verdict": quality_verdicts(scores, configs, baseline),
+        "shuffle_effects": shuffle_effects(scores, configs),
+        "field": compare_field(scores, configs, own_k),
+        "task_fields": compare_field_on_tasks(done.tasks, configs, own_k, task_report),
         "quality_margin": QUALITY_MARGIN,
         "noise_floor": noise_floor(done),
-        "tasks": compare_tasks(done.tasks, baseline, read_side_file(folder / TASK_RESULTS, runs)),
+        "tasks": compare_tasks(done.tasks, baseline, task_report),
         "null_diagnostics": read_side_file(folder / NULL_DIAGNOSTICS, runs) or None,
         "layers": summarize_layers(read_side_table(LAYER_STATISTICS, folder, runs)),
     }
@@ -7428,8 +8266,7 @@ REPORT_TABLES: dict[str, tuple[ReportColumn, ...]] = {
     "league": (
         ReportColumn("rule", "label", "s"),
         ReportColumn("experts", "span", ".2f to .2f"),
-        *(ReportColumn(f"at {k}", f"at_{k}", "+.4f") for k in (4, 5, 6)),
-        ReportColumn("to the best at 5", "to_best", "+.4f"),
+        # Here `league_table` puts a column for each number of experts.
         ReportColumn("within 1 % at", "within_1", ".2f"),
         ReportColumn("95 %", "ci95_1", ".2f to .2f"),
         ReportColumn("within 0.5 % at", "within_05", ".2f"),
@@ -7468,6 +8305,31 @@ REPORT_TABLES: dict[str, tuple[ReportColumn, ...]] = {
         ReportColumn("decode, ms/token", "decode_ms", ".2f"),
         ReportColumn("load CV", "expert_utilization_cv", ".2f"),
         ReportColumn("max/min use", "expert_utilization_max_min_ratio", ".1f"),
+    ),
+    "compute": (
+        _CONFIGURATION,
+        ReportColumn("active parameters", "active", "s"),
+        ReportColumn("of experts", "of_experts", "s"),
+        ReportColumn("expert FLOPs", "flops", "s"),
+        ReportColumn("weights read to decode a token", "read", "s"),
+        ReportColumn("faster decoding allowed", "allowed_speedup", ".2f"),
+        ReportColumn("measured", "decode_speedup", ".2f"),
+    ),
+    "phases": (
+        _CONFIGURATION,
+        ReportColumn("experts in prefill", "prefill_experts", ".2f"),
+        ReportColumn("experts in decoding", "decode_experts", ".2f"),
+        ReportColumn("prefill, ms", "prefill_ms", ".1f"),
+        ReportColumn("decode, ms/token", "decode_ms", ".2f"),
+    ),
+    "throughput": (
+        _CONFIGURATION,
+        ReportColumn("batch size", "batch_size", "d"),
+        ReportColumn("tokens/s", "tokens_per_sec", ".1f"),
+        ReportColumn("of the baseline's", "speedup", ".2f"),
+        ReportColumn("allowed", "allowed_speedup", ".2f"),
+        ReportColumn("experts a token", "decode_experts", ".2f"),
+        ReportColumn("distinct experts a step", "distinct_experts", ".1f"),
     ),
     "layers": (
         _CONFIGURATION,
@@ -7717,6 +8579,27 @@ def null_origin(diagnostics: Mapping[str, Any]) -> str:
     return f"of which {shared} were used for calibration as well (there the nulls look better than they are)"
 
 
+def calibration_sentence(diagnostics: Mapping[str, Any]) -> str:
+    """What the empirical null was calibrated on; results of older scripts do not say."""
+    words = diagnostics.get("calibrated_on")
+    return f"Calibrated on {markdown_text(words)}." if words else ""
+
+
+def text_sentences(scores: pd.DataFrame) -> list[str]:
+    """What text was scored: what it is where none was named, and what else was scored and does not count."""
+    sentences = []
+    for category in distinct(scores["category"][scores["source"] == "text"]):
+        if category in DEFAULT_TEXTS:
+            sentences.append(f"The scored text: {DEFAULT_TEXTS[category]}.")
+    others = len(scores["item_id"].unique()) - len(deciding_scores(scores)["item_id"].unique())
+    if others:
+        sentences.append(
+            f"The references of {amount(others, 'prompt')} were scored too, in `text_scores.csv`; the tests "
+            "are about the text alone."
+        )
+    return sentences
+
+
 def null_distances(diagnostics: Mapping[str, Any]) -> str:
     """How far the p-values of each null are from uniform, by layer."""
     return "; ".join(
@@ -7811,7 +8694,7 @@ def machine(row: Row) -> str:
 
 def scored_words(results: Results, analysis: Mapping[str, Any]) -> str:
     """How much text was scored, and under what: what was asked for, and the static curve beside it."""
-    documents = amount(results.finished().scores["document"].nunique(), "document")
+    documents = amount(deciding_scores(results.finished().scores)["document"].nunique(), "document")
     names = distinct(results.scores["config_name"])
     asked = distinct(results.generation["config_name"])
     static = [name for name in names if static_k(analysis["configurations"][name]) is not None]
@@ -7862,6 +8745,44 @@ def suite_time_sentence(results: Results) -> str:
     )
 
 
+def scaled(number: float | None, units: Sequence[str], digits: int = 2) -> str:
+    """A number with the unit that keeps it short, each unit a thousand times the one before; empty for
+    None."""
+    if number is None:
+        return ""
+    place = 0
+    while number >= 999.5 and place < len(units) - 1:
+        number /= 1000
+        place += 1
+    return f"{number:.{digits}f} {units[place]}".strip()
+
+
+PARAMETERS = ("", "k", "M", "B")  # as models are named: 1.28 B of 6.92 B
+FLOPS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")
+BYTES = ("B", "kB", "MB", "GB", "TB")
+
+
+def compute_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """What a token costs the model under the baseline; and under each other configuration, with the speed-up
+    that this allows and the one that was measured. For the report and a terminal."""
+    baseline = analysis["baseline"]
+    sentences = []
+    for name, entry in sorted(analysis["compute"].items(), key=lambda item: item[0] != baseline):
+        active = scaled(entry["active_parameters"], PARAMETERS)
+        total = scaled(entry["total_parameters"], PARAMETERS)
+        read = scaled(entry["weight_bytes_per_token"], BYTES)
+        flops = scaled(entry["expert_flops_per_token"], FLOPS)
+        sentence = f"A token under `{name}` uses {active} of {total} parameters and {flops} in its experts"
+        if read:
+            sentence += f", and {read} of weights are read to decode one"
+        if name != baseline and entry["allowed_speedup"] is not None:
+            sentence += f": that allows {entry['allowed_speedup']:.2f} times the speed of `{baseline}`"
+            if entry["decode_speedup"] is not None:
+                sentence += f", {entry['decode_speedup']:.2f} times was measured"
+        sentences.append(f"{sentence}.")
+    return sentences
+
+
 CONCLUSIONS: tuple[Callable[[Mapping[str, Any]], list[str]], ...] = (
     quality_sentences,
     clock_sentences,
@@ -7901,19 +8822,29 @@ def task_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def league_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every ladder, those with the same stand-in together, the lowest NLL at 5 experts first."""
+def middle_of(experts: Sequence[int]) -> int | None:
+    """The number of experts that a league is sorted by."""
+    return experts[len(experts) // 2] if experts else None
+
+
+def league_rows(field: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every ladder of `compare_field`, those with the same stand-in together, the best of them first."""
+    sign = field.get("sign", 1)
+    middle = middle_of(field["experts"])
     rows = []
-    for ladder in analysis["field"].get("ladders", ()):
+    for ladder in field["ladders"]:
         at = {int(experts): found for experts, found in ladder["at"].items()}
         row = {"label": ladder["label"], "stand_in": ladder["stand_in"]}
         row |= {"span_low": ladder["low"], "span_high": ladder["high"]}
-        row |= {f"at_{experts}": found["to_static"] for experts, found in at.items()}
-        row["to_best"] = at.get(5, {}).get("to_best")
+        for experts, found in at.items():
+            if found["to_static"] is not None:
+                row[f"at_{experts}"] = sign * found["to_static"] + 0.0  # never shown as -0.0000
+        if middle in at:
+            row["to_best"] = sign * at[middle]["to_best"] + 0.0
         for key, margin in (("1", "1 %"), ("05", "0.5 %")):
-            within = ladder["within"][margin]
-            row |= {f"within_{key}": within["fewest"]}
-            row |= {f"ci95_{key}_low": within["ci95_low"], f"ci95_{key}_high": within["ci95_high"]}
+            within = ladder["within"].get(margin, {})
+            row |= {f"within_{key}": within.get("fewest")}
+            row |= {f"ci95_{key}_low": within.get("ci95_low"), f"ci95_{key}_high": within.get("ci95_high")}
         row["beaten_by"] = f"{len(ladder['beaten_by'])} of these" if ladder["beaten_by"] else "none"
         if ladder["is_bound"]:
             row["beaten_by"] = "a bound"
@@ -7921,15 +8852,54 @@ def league_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     stand_ins = in_order(row["stand_in"] for row in rows)
 
     def order(row: Mapping[str, Any]) -> tuple[int, float]:
-        to_static = row.get("at_5")
-        return stand_ins.index(row["stand_in"]), math.inf if to_static is None else to_static
+        to_static = row.get(f"at_{middle}")
+        loss = math.inf if to_static is None else sign * to_static
+        return stand_ins.index(row["stand_in"]), loss
 
     return sorted(rows, key=order)
+
+
+def league_table(field: Mapping[str, Any]) -> str:
+    """Markdown of `league_rows`; its columns of numbers of experts are those that the ladders reach."""
+    if not field:
+        return ""
+    columns = REPORT_TABLES["league"]
+    at = [ReportColumn(f"at {number}", f"at_{number}", "+.4f") for number in field["experts"]]
+    best = ReportColumn(f"to the best at {middle_of(field['experts'])}", "to_best", "+.4f")
+    return markdown_table(league_rows(field), (*columns[:2], *at, best, *columns[2:]))
 
 
 def null_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     nulls = (analysis["null_diagnostics"] or {}).get("nulls", {})
     return [{"null": name, **row} for name, null in nulls.items() for row in null["alphas"]]
+
+
+def compute_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for name, entry in analysis["compute"].items():
+        shown = {
+            "configuration": name,
+            "active": scaled(entry["active_parameters"], PARAMETERS),
+            "of_experts": scaled(entry["active_expert_parameters"], PARAMETERS),
+            "flops": scaled(entry["expert_flops_per_token"], FLOPS),
+            "read": scaled(entry["weight_bytes_per_token"], BYTES),
+        }
+        rows.append(entry | shown)
+    return rows
+
+
+def phase_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """None where nothing was generated."""
+    rows = []
+    for name, entry in analysis["compute"].items():
+        if entry["prefill_experts"] is not None:
+            row = {"configuration": name}
+            row |= {column: entry[column] for column in ("prefill_experts", "decode_experts")}
+            for phase in ("prefill", "decode"):
+                seconds = entry[f"{phase}_sec"]
+                row[f"{phase}_ms"] = None if seconds is None else 1000 * seconds
+            rows.append(row)
+    return rows
 
 
 def layer_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -8060,6 +9030,10 @@ def failure_rows(results: Results) -> list[dict[str, Any]]:
         for row in frame[frame["status"] != "ok"].to_dict("records"):
             item = row[ITEMS[kind].item] or row[ITEMS[kind].category]
             rows.append({"configuration": row["config_name"], "item": item, "error": row["error"]})
+    batches = results.throughput[results.throughput["status"] != "ok"]
+    for row in batches.to_dict("records"):
+        item = f"batch of {row['batch_size']}"
+        rows.append({"configuration": row["config_name"], "item": item, "error": row["error"]})
     return rows
 
 
@@ -8088,6 +9062,16 @@ adjusted p below {{ level }}.
 {{ few_units(tasks) }}
 {% endif %}
 
+{% for task, (metric, league) in task_leagues.items() %}
+### Every rule on {{ task }}
+
+{{ league }}
+
+At: {{ metric }} minus static Top-K's at so many experts, a mean over documents; a curve is interpolated and \
+never extrapolated. Beaten by: rules with the same stand-in that are better at some whole number of experts, \
+paired by document, p adjusted over all pairs.
+
+{% endfor %}
 {% if quality %}
 ## Quality at equal compute
 
@@ -8100,6 +9084,8 @@ found with 80 % power. Equivalent: two one-sided t-tests against `{{ baseline }}
 within {{ margin }} of perplexity, adjusted likewise. KL: from the predictions of the model's own routing, \
 nats.
 
+{{ bullets(scored_text) }}
+
 {{ table("quality", quality) }}
 
 {{ bullets(untested) }}
@@ -8111,7 +9097,7 @@ nats.
 
 {{ bullets(field) }}
 
-{{ table("league", league) }}
+{{ league }}
 
 A rule at several values of its knob is a curve, interpolated and never extrapolated. Numbers of experts \
 are effective ones: kept, and for each dropped one of the model's own Top-K what stands in for it costs. \
@@ -8140,7 +9126,7 @@ Does it matter which token gets many experts?
 An expert counts as *irrelevant* for a token when the model's own Top-K leaves it out. On {{ \
 diagnostics.n_tokens }} tokens of the scored text, {{ null_origin }}, the p-values of such pairs should be \
 uniform, and BH at alpha should reject at most a share alpha of them. FDR bounds experts picked though \
-irrelevant in this sense; it promises nothing about quality. Before floor and cap:
+irrelevant in this sense; it promises nothing about quality. {{ calibrated_on }} Before floor and cap:
 
 {{ table("nulls", nulls) }}
 
@@ -8154,6 +9140,37 @@ Kolmogorov-Smirnov distance from uniform, by layer: {{ distances }}.
 Experts: mean and standard deviation over {{ item }}s of the mean over tokens and layers; range: fewest and \
 most experts that any token got in any layer. At floor, at cap, no rejection: shares of all (token, layer) \
 decisions of the rules that have them.{% if is_timed %} Times are medians over prompts.{% endif %}
+
+{% if compute %}
+## Compute
+
+{{ table("compute", compute) }}
+
+By the shapes of the model's own parameters, {{ total_parameters }} in all, a tied tensor once. Active: all \
+but the routed experts that did not run, embedding tables in full. Of experts: routed ones; shared ones \
+count with the rest. FLOPs of the routed experts: 2 for each multiply-add. Read to decode a token: active \
+parameters at their precision, of an embedding table one row. Allowed: times as fast as `{{ baseline }}` if \
+reading weights were all that takes time. Measured: from the median over prompts of the ratio of their \
+decode times. A model that fits into caches, or is small beside what each step costs anyway, gains less.
+
+{% if phases %}
+{{ table("phases", phases) }}
+
+Prefill: all tokens of the prompt at once, until the first new token; decoding: the others, one by one. \
+Times are medians over prompts.
+{% endif %}
+
+{% if throughput %}
+### Throughput of a batch
+
+{{ table("throughput", throughput) }}
+
+New tokens a second, prefill included: at batch size 1 the median over prompts, at a larger one that of {{ \
+repeats }} runs of one batch, configurations in turns; and as a multiple of `{{ baseline }}`'s at the same \
+batch size. Allowed: by the bytes of weights that a decoding step reads, of every expert which some text of \
+the batch uses. Prompts are padded on the left; padding is not counted.
+{% endif %}
+{% endif %}
 
 {% if layers %}
 ## Layers
@@ -8254,15 +9271,28 @@ def report_context(
         "tasks": task_rows(analysis),
         "quality": quality_rows(analysis),
         "field": field_sentences(analysis),
-        "league": league_rows(analysis),
+        "league": league_table(analysis["field"]),
+        "task_leagues": {
+            markdown_text(task): (markdown_text(field["metric"]), league_table(field))
+            for task, field in analysis["task_fields"].items()
+        },
+        "scored_text": text_sentences(done.scores),
         "untested": reason_sentences(analysis),
         "noise": noise_sentences(analysis),
         "shuffles": shuffle_sentences(analysis),
         "nulls": null_rows(analysis),
         "diagnostics": diagnostics,
         "null_origin": null_origin(diagnostics),
+        "calibrated_on": calibration_sentence(diagnostics),
         "distances": null_distances(diagnostics),
         "summary": summary_rows(analysis, measured),
+        "compute": compute_rows(analysis),
+        "total_parameters": next(
+            (scaled(entry["total_parameters"], PARAMETERS) for entry in analysis["compute"].values()), ""
+        ),
+        "phases": phase_rows(analysis),
+        "throughput": analysis["throughput"],
+        "repeats": next((int(number) for number in results.throughput["repeats"].dropna()), 0),
         "layers": layers,
         "diverging": any("diverging" in row for row in layers),
         "tests": test_rows(analysis),
@@ -8350,6 +9380,7 @@ def read_results_folder(letter: str, path: Path) -> ResultsFolder:
         raise UserError(f"compare {path}: there is no such folder")
     results = Results.read(path)
     done = results.finished()
+    done = dataclasses.replace(done, scores=deciding_scores(done.scores))
     if not sum(map(len, done)):
         raise UserError(f"compare {path}: none of its {sum(map(len, results))} experiments finished")
     configs = configurations(done)
@@ -8886,7 +9917,7 @@ class Option:
     """An option of the command line, with its words for --help and the manual.
 
     parse: how its value is read; None for a switch. default: what --help says it is without. needs: another
-    option without which it means nothing. least: of a whole number.
+    option without which it means nothing, or several, "one or other". least: of a whole number.
     """
 
     name: str
@@ -8902,6 +9933,11 @@ class Option:
     @property
     def key(self) -> str:
         return self.name.replace("-", "_")
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The options of which it needs one."""
+        return tuple(self.needs.split(" or ")) if self.needs else ()
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         if self.parse is None:
@@ -8933,6 +9969,8 @@ OPTIONS = (
     Option("batch-size", f"texts scored in one forward pass; auto begins with {AUTO_BATCH_TOKENS:,} tokens "
            "and halves when memory is short. Results do not depend on it, but for rounding", _batch_size,
            "auto", "N"),
+    Option("generate-batch", "continue N prompts together as well: throughput at that batch size, beside "
+           "that of one prompt at a time", int, metavar="N", least=2),
     Option("suite", "family of configurations: default, frontier, controls, field or all", default="default"),
     Option("configs", "only these configurations: names, separated by commas; RULE:FIELD=NUMBER,NUMBER is "
            "one for each number, such as bh:alpha=0.001,0.01", _config_terms, metavar="NAMES"),
@@ -8941,20 +9979,26 @@ OPTIONS = (
            "several numbers, each: NAME_K", _numbers, metavar="K[,K...]"),
     Option("prompts", "prompts from a file: .txt (one a line), .jsonl, .json, .csv with text and, if you "
            "like, id, category, description, reference", Path, metavar="FILE"),
-    Option("text", "text files or folders of .txt files to score, cut into windows; without prompts of your "
-           "own nothing is generated", Path, metavar="PATH", several=True),
-    Option("window", "tokens in a window of --text", int, DEFAULT_WINDOW, "N", needs="text", least=1),
+    Option("text", "text to score, cut into windows: text files, data sets as for --dataset (a row is a "
+           "document), folders of either. Beside prompts of your own these are generated, text is scored; "
+           "alone, nothing is generated. Without it: text that comes with the model, or with Python; none: "
+           "only the prompts' references", metavar="PATH", several=True),
+    Option("window", "tokens in a window of text", int, DEFAULT_WINDOW, "N", least=1),
+    Option("max-windows", "windows to score, spread evenly over the documents; all of --text if not given, "
+           f"{DEFAULT_MAX_WINDOWS} where no text is named", int, metavar="N", least=1),
     Option("dataset", "prompts from a data set: a .csv, .json, .jsonl or .parquet file, a folder of such "
            "files, or a hub NAME or NAME:CONFIG", metavar="NAME[:CONFIG]"),
-    Option("split", "split of --dataset; train if not given, or the only one", needs="dataset"),
-    Option("text-column", "of --dataset; text if not given, or the only one of strings", metavar="COLUMN",
-           needs="dataset"),
+    Option("split", "split of --dataset, else of the data sets in --text; train if not given, or the only "
+           "one", needs="dataset or text"),
+    Option("text-column", "of --dataset, else of the data sets in --text; text if not given, or the only one "
+           "of strings", metavar="COLUMN", needs="dataset or text"),
     Option("category-column", "of --dataset; without it the data set is the category", metavar="COLUMN",
            needs="dataset"),
     Option("reference-column", "of --dataset: a continuation of the text, to be scored", metavar="COLUMN",
            needs="dataset"),
-    Option("limit", f"rows of --dataset to take; {DEFAULT_LIMIT} if not given", int, metavar="N",
-           needs="dataset", least=1),
+    Option("limit", f"rows to take of --dataset, {DEFAULT_LIMIT} if not given, else of the data sets in "
+           f"--text, {DEFAULT_TEXT_LIMIT:,} if not given", int, metavar="N", needs="dataset or text",
+           least=1),
     Option("random-rows", "draw the rows of --dataset by --seed, not the first ones", None, needs="dataset"),
     Option("tasks", "comma-separated tasks or groups of lm-evaluation-harness, instead of prompts", _names,
            metavar="NAMES"),
@@ -8967,8 +10011,8 @@ OPTIONS = (
     Option("baseline", "the configuration that the others are compared with; the model's own routing if not "
            "given", metavar="NAME"),
     Option("p-values", "null for every rule that tests, instead of its own", choices=tuple(NULLS)),
-    Option("calibration-text", "text file for the empirical null, instead of text that the model samples",
-           metavar="FILE"),
+    Option("calibration-text", "text file for the empirical null; sampled: text that the model samples. "
+           "Windows of text that are not scored if not given, where they are enough", metavar="FILE"),
     Option("apply-chat-template", "feed each prompt in as the message of a user, by the chat template of an "
            "instruct model", None),
     Option("do-sample", "sample the texts instead of greedy decoding", None),
@@ -9064,6 +10108,7 @@ def check_options(args: argparse.Namespace) -> None:
         if option.key in given:
             _check_option(option, given)
     check_seed("--seed", args.seed)
+    _check_text(given)
     _check_exclusions(args, given)
     _check_ranges(given)
 
@@ -9074,16 +10119,26 @@ def _check_option(option: Option, given: Mapping[str, Any]) -> None:
         raise UserError(f"--{option.name} is empty")
     if option.least is not None:
         check_least(f"--{option.name}", given[option.key], option.least)
-    if option.needs and option.needs.replace("-", "_") not in given:
-        raise UserError(f"--{option.name} needs --{option.needs}")
+    if option.needed and not any(name.replace("-", "_") in given for name in option.needed):
+        raise UserError(f"--{option.name} needs --{' or --'.join(option.needed)}")
 
 
 def _check_exclusions(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
     """UserError for options that contradict each other."""
-    for sources in (("prompts", "dataset", "tasks"), ("text", "tasks")):
-        both = [f"--{name}" for name in sources if name in given]
+    for sources in (
+        ("prompts", "dataset", "tasks"),
+        ("text", "tasks"),
+        ("max_windows", "tasks"),
+        ("window", "tasks"),
+    ):
+        both = [f"--{name.replace('_', '-')}" for name in sources if name in given]
         if len(both) > 1:
             raise UserError(f"{both[0]} and {both[1]} exclude each other: a run takes its items from one")
+    if args.generate_batch and (args.tasks or (args.text and not (args.prompts or args.dataset))):
+        other = "--tasks" if args.tasks else "--text without --prompts or --dataset"
+        raise UserError(
+            f"--generate-batch and {other} exclude each other: there is no prompt to be continued"
+        )
     if args.tasks and args.do_sample:
         raise UserError("--tasks and --do-sample exclude each other: a task says itself how to generate")
     if args.device_map and args.device != "auto":
@@ -9175,6 +10230,26 @@ def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return configs
 
 
+def _check_text(given: Mapping[str, Any]) -> None:
+    """UserError where --text has an empty name, or no text and more, or options that need some text."""
+    text = given.get("text", ())
+    if "" in text:
+        raise UserError("--text is empty")
+    if NO_TEXT not in text:
+        return
+    if len(text) > 1:
+        others = " ".join(source for source in text if source != NO_TEXT)
+        raise UserError(f"--text {NO_TEXT} goes alone, without {others}; a file of this name is ./{NO_TEXT}")
+    about_text = ["window", "max_windows"]
+    if "dataset" not in given:
+        about_text += ["split", "text_column", "limit"]
+    for name in about_text:
+        if name in given:
+            raise UserError(
+                f"--{name.replace('_', '-')} means nothing beside --text {NO_TEXT}: no text is read"
+            )
+
+
 def choose_prompts(args: argparse.Namespace) -> Sequence[Prompt]:
     """The prompts that the options ask for: none where only a text is to be scored."""
     if args.dataset:
@@ -9183,7 +10258,26 @@ def choose_prompts(args: argparse.Namespace) -> Sequence[Prompt]:
         return load_dataset_prompts(args.dataset, args.split, *columns, args.limit or DEFAULT_LIMIT, seed)
     if args.prompts:
         return load_prompts(args.prompts)
-    return () if args.text else TEST_PROMPTS
+    return () if args.text and args.text != [NO_TEXT] else TEST_PROMPTS
+
+
+def choose_documents(args: argparse.Namespace, prompts: Sequence[Prompt]) -> list[Document] | None:
+    """The text that is to be scored; None for the default text, which waits for the model.
+
+    Prompts that bring references of their own have their text: beside them no other is taken by itself.
+    """
+    if args.text == [NO_TEXT] or args.tasks:
+        return []
+    if args.text:
+        columns = (None, None) if args.dataset else (args.split, args.text_column)
+        limit = None if args.dataset else args.limit
+        return load_text_documents(args.text, *columns, limit or DEFAULT_TEXT_LIMIT)
+    has_references = prompts is not TEST_PROMPTS and any(prompt.get("reference") for prompt in prompts)
+    for name in ("window", "max_windows"):
+        if has_references and name in args.given:
+            why = "the prompts bring references, which are scored instead of other text"
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} needs --text: {why}")
+    return [] if has_references else None
 
 
 def build_runner(args: argparse.Namespace) -> BHExperimentRunner:
@@ -9210,19 +10304,39 @@ def build_runner(args: argparse.Namespace) -> BHExperimentRunner:
     )
 
 
+def choose_text(
+    args: argparse.Namespace, documents: list[Document] | None, runner: BHExperimentRunner
+) -> TextSample:
+    """The windows that are scored, and that the runner may calibrate on what else there is of the text."""
+    if documents is None:
+        text = runner.sample_default_text(args.window, args.max_windows)
+    elif documents:
+        window = min(args.window, runner.context)
+        text = sample_text(documents, runner.tokenizer, window, args.max_windows)
+    else:
+        return TextSample([], [])
+    runner.calibrate_on(text)
+    return text
+
+
 def measure(args: argparse.Namespace) -> Results | None:
     """Run what the options ask for; None in a process that leaves the report to the first."""
     configs = choose_configs(args)
     prompts = choose_prompts(args)
+    documents = choose_documents(args, prompts)
     if args.apply_chat_template and not (prompts or args.tasks):
         raise UserError("--apply-chat-template needs prompts: --text is scored as it is, without a template")
     runner = build_runner(args)
-    texts: Sequence[TextItem] = ()
-    if args.text:
-        if args.window > runner.context:
-            raise UserError(f"--window {args.window}: this model's context is {runner.context}")
-        texts = text_windows(args.text, runner.tokenizer, args.window)
-    targets = args.match_experts or (FIELD_EXPERTS if args.suite == "field" and not args.configs else ())
+    if "window" in args.given and args.window > runner.context:
+        raise UserError(f"--window {args.window}: this model's context is {runner.context}")
+    with contextlib.ExitStack() as stack:
+        if runner.processes.rank == 0:
+            stack.enter_context(log_to(args.output / LOG_FILE))
+        text = choose_text(args, documents, runner)
+    targets = args.match_experts or ()
+    if args.suite == "field" and not args.configs:
+        configs = field_on(configs, runner.own_k)
+        targets = targets or [share * runner.own_k for share in FIELD_SHARES]
     if targets:
         configs = {name: runner._resolve(name, config) for name, config in configs.items()}
         with log_to(args.output / LOG_FILE):
@@ -9242,7 +10356,13 @@ def measure(args: argparse.Namespace) -> Results | None:
     else:
         samples = args.num_samples or 1
         runner.run_full_experiment_suite(
-            configs, prompts, args.max_tokens, texts=texts, num_samples=samples, **options
+            configs,
+            prompts,
+            args.max_tokens,
+            texts=text.scored,
+            num_samples=samples,
+            generate_batch=args.generate_batch,
+            **options,
         )
     return runner.results if runner.processes.rank == 0 else None
 

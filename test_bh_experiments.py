@@ -22,6 +22,8 @@ import dataclasses
 import doctest
 import errno
 import functools
+import hashlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -62,6 +64,7 @@ import run_bh_experiments as bh
 
 HERE = Path(__file__).resolve().parent
 EMBEDDED = HERE / "models" / "olmoe-mini"
+DEFAULT_DOCUMENTS = bh.default_documents  # a little text stands for it in most tests
 CALIBRATION = {"CALIBRATION_SEQUENCES": 6, "CALIBRATION_LENGTH": 24}  # just enough for alpha = 0.01
 TABLES = {"generation": bh.GENERATION, "scores": bh.SCORES, "tasks": bh.TASKS}
 
@@ -215,11 +218,19 @@ def build(kind, top_k=None):
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_calibration():
-    """Calibrate on little text, except for the embedded model."""
+    """Calibrate on little text, except for the embedded model; where no text is named, a little is scored.
+
+    So little that nothing is left to calibrate on: the model samples its own text.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for name, value in CALIBRATION.items():
             patch.setattr(bh, name, value)
+        patch.setattr(bh, "default_documents", short_documents)
         yield
+
+
+def short_documents(model_name):
+    return [bh.Document(f"short {number}", f"{number} is a number. " * 60) for number in range(2)]
 
 
 KINDS = ("mock", "olmoe-eager", "olmoe-grouped_mm", "olmoe-batched_mm", "mixtral")
@@ -410,6 +421,18 @@ def test_own_configurations(tmp_path):
         3 * 7 + 1 + 2 * rules + 2 + 4
     )  # static, the model's own, each with and without means, linear, oracle
     assert sizes == {"default": 5, "frontier": 24, "controls": 20, "all": 36, "field": field}
+
+
+def test_the_field_suite_follows_the_models_own_k():
+    """On a model of Top-4 no static rule is wider; on one of Top-8 nothing is left out."""
+    suite = bh.field_suite()
+    assert bh.field_on(suite, 8) == suite
+    on_four = bh.field_on(suite, 4)
+    widths = {
+        config["k"] for name, config in on_four.items() if config["method"] == "topk" and name != "topk_8"
+    }
+    assert widths == {1, 2, 3, 4}
+    assert set(on_four) >= {"topk_8", "topk_4_mean", "bh_mean", "oracle_1"}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -632,7 +655,7 @@ def test_bad_datasets(options, message, data_folder, tmp_path, monkeypatch, caps
 
 def test_embedded_model_runs_a_dataset(data_folder, tmp_path):
     options = ["--dataset", data_folder / "d.parquet", "--limit", 3, "--max-tokens", 2, "--configs", "topk_8"]
-    assert cli(EMBEDDED, tmp_path, *options) == 0
+    assert cli(EMBEDDED, tmp_path, *options, "--text", "none") == 0
     frame = bh.Results.read(tmp_path).generation
     assert list(frame["prompt_id"]) == ["d.parquet-0", "d.parquet-2"]
     assert list(frame["full_text"].str.startswith(tuple(DATA["text"].dropna()))) == [True, True]
@@ -2574,11 +2597,11 @@ def test_calibration(subject, tmp_path):
     assert not torch.equal(other.logits, again.logits)
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 20)
-    from_file = bh.calibrate(subject.model, subject.tokenizer, text_path=text)
+    from_file = bh.calibrate(subject.model, subject.tokenizer, text=text)
     assert from_file.logits.shape[1] % 23 == 0
     text.write_text("too short")
     with pytest.raises(bh.UserError, match="24"):
-        bh.calibrate(subject.model, subject.tokenizer, text_path=text)
+        bh.calibrate(subject.model, subject.tokenizer, text=text)
 
 
 def test_calibration_cache(mock_model, tmp_path, monkeypatch, caplog):
@@ -2818,10 +2841,11 @@ def folders_of_tables(mock_model, task_run, tmp_path_factory):
     prompts += [{"id": "other", "text": "another word", "category": "awkward"}]
     long = {"id": "long", "text": "word " * 300, "category": "plain", "reference": "and more"}
     configs = CONFIGS | {"bh": EMPIRICAL}
-    runner.run_full_experiment_suite(configs, [*prompts, long], 2, texts=WINDOWS, num_samples=2)
-    runner.run_full_experiment_suite(configs, prompts, 2, texts=WINDOWS, num_samples=2)
+    options = {"texts": WINDOWS, "num_samples": 2}
+    runner.run_full_experiment_suite(configs, [*prompts, long], 2, **options)
+    runner.run_full_experiment_suite(configs, prompts, 2, generate_batch=2, **options)
     shutil.copytree(folder, folder / "without failure")
-    runner.run_full_experiment_suite(configs, [*prompts, long], 2, texts=WINDOWS, num_samples=2)
+    runner.run_full_experiment_suite(configs, [*prompts, long], 2, generate_batch=6, **options)
     return folder, folder / "without failure", task_run[1]
 
 
@@ -3675,7 +3699,7 @@ class SignalSeries:
             if limit:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            return cli(self.model_folder, self.folder / name, "--max-tokens", 12)
+            return cli(self.model_folder, self.folder / name, "--max-tokens", 12, "--text", "none")
 
         return in_child(work, stderr=f"{self.folder / name}.err")
 
@@ -3699,7 +3723,7 @@ class SignalSeries:
 
     def run(self):
         # In this process, which also imports all that the children would import one by one.
-        assert cli(self.model_folder, self.folder / "whole", "--max-tokens", 12) == 0
+        assert cli(self.model_folder, self.folder / "whole", "--max-tokens", 12, "--text", "none") == 0
         self.whole = bh.Results.read(self.folder / "whole")
         size = self.checkpoint("whole").stat().st_size
         for name, signals in (("SIGINT", 1), ("SIGTERM", 1), ("SIGINT twice", 2)):
@@ -3888,7 +3912,7 @@ def test_processes_share_the_work(tiny_folder, tmp_path, monkeypatch):
     """Two processes give what one gives; what two began, one finishes, and nobody's file is changed."""
     only_plots(monkeypatch)
     monkeypatch.setattr(bh, "TEST_PROMPTS", bh.TEST_PROMPTS[:5])
-    options = ["--model", tiny_folder, "--device", "cpu", "--no-fp16", "--max-tokens", 3,
+    options = ["--model", tiny_folder, "--device", "cpu", "--no-fp16", "--max-tokens", 3, "--text", "none",
                "--p-values", "flat", "--configs", "topk_8,bh_loose"]  # fmt: skip
     said = launched(tmp_path, [*options, "--output", tmp_path / "two"], 2)
     assert said.count("10 experiments and 25 scores, 0 of them finished already") == 1
@@ -4896,11 +4920,11 @@ def test_exit_codes(tiny_folder, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
 
         patch.setattr(bh.BHExperimentRunner, "_generated_row", interrupt)
-        assert cli(tiny_folder, tmp_path, "--max-tokens", 2) == 130
+        assert cli(tiny_folder, tmp_path, "--max-tokens", 2, "--text", "none") == 130
     assert "same command goes on" in capsys.readouterr().err
-    assert cli(tiny_folder, tmp_path, "--max-tokens", 2) == 0
+    assert cli(tiny_folder, tmp_path, "--max-tokens", 2, "--text", "none") == 0
     monkeypatch.setattr(bh, "TEST_PROMPTS", [*PROMPTS[:2], {"id": "long", "text": "x" * 800}])
-    assert cli(tiny_folder, tmp_path, "--max-tokens", 2) == 1
+    assert cli(tiny_folder, tmp_path, "--max-tokens", 2, "--text", "none") == 1
     assert "Traceback" not in capsys.readouterr().err
     assert bh.logger.handlers == []
 
@@ -5261,7 +5285,7 @@ def test_no_resume_sets_everything_aside(mock_model, tmp_path, monkeypatch):
     files are together in one folder, the log and the calibration stay, and nobody else's file is touched."""
     only_plots(monkeypatch, "avg_experts_comparison")
     configs = CONFIGS | {"bh": EMPIRICAL}
-    bh.write_report(run_suite(mock_model, tmp_path, configs).generation, tmp_path)
+    bh.write_report(run_suite(mock_model, tmp_path, configs, generate_batch=2).generation, tmp_path)
     checkpoint = tmp_path / "checkpoints" / bh.CHECKPOINT_FILE
     lines = checkpoint.read_text().splitlines(keepends=True)  # the others' rows are in their own files
     for rank in (1, 2):
@@ -5300,7 +5324,7 @@ def test_no_message_advises_what_was_given(name, tiny_folder, tmp_path, monkeypa
     """With --no-resume no file of an earlier run can stop a run, and none makes it advise --no-resume."""
     only_plots(monkeypatch)
     monkeypatch.setattr(bh, "TEST_PROMPTS", PROMPTS[:1])
-    options = ["--max-tokens", 2, "--configs", "topk_8"]
+    options = ["--max-tokens", 2, "--configs", "topk_8", "--text", "none"]
     path = tmp_path / "checkpoints" / name
     for schema in ("", 2, SCHEMA):
         path.parent.mkdir(exist_ok=True)
@@ -5603,7 +5627,9 @@ def test_the_same_command_gives_the_same_bytes(tiny_folder, tmp_path, monkeypatc
     only_plots(monkeypatch)
     monkeypatch.setattr(bh, "TEST_PROMPTS", bh.TEST_PROMPTS[:2])
     for name in ("one", "two"):
-        assert cli(tiny_folder, tmp_path / name, "--max-tokens", 4) == 0
+        assert (
+            cli(tiny_folder, tmp_path / name, "--max-tokens", 4, "--text", "none", "--generate-batch", 2) == 0
+        )
     for table in bh.TABLES:
         if table is bh.TASKS:
             continue
@@ -6932,6 +6958,12 @@ SOFTMAX = own_config("bh_strict", bh.ROUTING_CONFIGS["bh_strict"] | {"p_values":
 FIXED = own_config("bh_loose", bh.ROUTING_CONFIGS["bh_loose"] | {"min_k": 4, "max_k": 4})[0]
 
 
+def some_scores(sources, categories):
+    """Rows of text_scores.csv, an item each."""
+    items = [f"item {number}" for number in range(len(sources))]
+    return pd.DataFrame({"source": sources, "category": categories, "item_id": items}, dtype=object)
+
+
 def with_tests(**tests):
     """An analysis with tests of bh_strict."""
     return an_analysis(statistical_tests={"bh_strict": tests})
@@ -7219,6 +7251,23 @@ SENTENCES = {
         "no claim": (an_analysis(n_prompts=30), []),
         "nothing to say": (an_analysis(n_prompts=0), []),
     },
+    "calibration_sentence": {
+        "claim": ({"calibrated_on": "text of *mine*"}, "Calibrated on text of \\*mine\\*."),
+        "no claim": ({"n_tokens": 3}, ""),
+        "nothing to say": ({}, ""),
+    },
+    "text_sentences": {
+        "claim": (
+            some_scores(["reference", "text", "text"], ["plain", "heldout", "heldout"]),
+            [f"The scored text: {bh.DEFAULT_TEXTS['heldout']}.",
+             "The references of 1 prompt were scored too, in `text_scores.csv`; the tests are about the text "
+             "alone."],
+        ),
+        "no claim": (some_scores(["text", "text"], ["text", "heldout text"]), []),
+        "references": (some_scores(["reference"], ["heldout"]), []),
+        "older": (some_scores([""], ["heldout"]), []),
+        "nothing to say": (some_scores([], []), []),
+    },
 }  # fmt: skip
 CASES = [
     pytest.param(name, given, said, id=f"{name}: {case}")
@@ -7358,7 +7407,8 @@ def default_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in CALIBRATION.items():
             patch.setattr(bh, name, value)
-        assert cli(EMBEDDED, output, "--max-tokens", 4) == 0
+        patch.setattr(bh, "default_documents", DEFAULT_DOCUMENTS)
+        assert cli(EMBEDDED, output, "--max-tokens", 4, "--max-windows", 12) == 0
     return output
 
 
@@ -7386,7 +7436,8 @@ def test_report_of_the_default_run(default_run):
 def test_analysis_summary_of_the_default_run(default_run):
     analysis = strict_loads((default_run / "analysis_summary.json").read_text())
     assert {"summary_by_config", "summary_by_category", "statistical_tests"} <= set(analysis)
-    assert analysis["n_rows"] == 60 + 12 * 12
+    assert analysis["n_rows"] == 60 + (12 + 12) * 12
+    assert {row["n_items"] for row in analysis["verdict"].values()} == {12}
     assert set(analysis["statistical_tests"]) == set(bh.ROUTING_CONFIGS) - {bh.BASELINE}
 
 
@@ -7500,8 +7551,9 @@ def test_a_key_that_is_missing_raises(tmp_path, monkeypatch):
     shown = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(bh.REPORT_TEMPLATE))
     assert shown == set(context)
     # With something in every conditional part, so that each is looked at.
-    rows = {name: [{"configuration": "x"}] for name in ("tasks", "layers", "failures", "league")}
-    full = context | rows | {"shuffles": ["x"], "diverging": True, "plots": [("x", "X")]}
+    rows = {name: [{"configuration": "x"}] for name in ("tasks", "layers", "failures")}
+    leagues = {"league": "x", "task_leagues": {"x": ("x", "x")}}
+    full = context | rows | leagues | {"shuffles": ["x"], "diverging": True, "plots": [("x", "X")]}
     before = (tmp_path / "REPORT.md").read_bytes()
     for name in full:
         lacking = {key: value for key, value in full.items() if key != name}
@@ -7659,7 +7711,7 @@ def test_hostile_texts_get_nowhere(mock_model, tmp_path, monkeypatch):
 def softmax_run(tiny_folder, tmp_path_factory):
     """The output of the whole default suite from the command line, with the degenerate p-values."""
     output = tmp_path_factory.mktemp("softmax")
-    assert cli(tiny_folder, output, "--p-values", "softmax", "--max-tokens", 2) == 0
+    assert cli(tiny_folder, output, "--p-values", "softmax", "--max-tokens", 2, "--text", "none") == 0
     return output
 
 
@@ -7704,7 +7756,7 @@ def test_options_are_declared_whole():
     for option in bh.OPTIONS:
         assert option.words
         assert not option.words.endswith(".")
-        assert option.needs is None or option.needs in names
+        assert set(option.needed) <= set(names)
         assert option.choices is None or option.default in (None, *option.choices)
         assert parsed[option.key] == (False if option.parse is None else option.default)
         assert (option.least is None) == (option.parse is not int or option.name == "seed")
@@ -7718,7 +7770,7 @@ WHOLE_NUMBERS = [option for option in bh.OPTIONS if option.least is not None]
 
 @pytest.mark.parametrize("option", WHOLE_NUMBERS, ids=lambda option: option.name)
 def test_whole_numbers_below_the_least_are_refused(option, tmp_path, capsys):
-    given = {option.needs: "x"} if option.needs else {}
+    given = {option.needed[0]: "x"} if option.needs else {}
     needed = [f"--{name}" if name == "do-sample" else f"--{name}={value}" for name, value in given.items()]
     least = option.least
     call = ["--model", "nowhere", "--output", str(tmp_path), *needed, f"--{option.name}={least - 1}"]
@@ -7731,7 +7783,7 @@ def test_whole_numbers_below_the_least_are_refused(option, tmp_path, capsys):
 def test_options_name_the_one_they_need(option, tmp_path, capsys):
     value = [] if option.parse is None else ["1"]
     assert bh.main(["--model", "nowhere", "--output", str(tmp_path), f"--{option.name}", *value]) == 2
-    assert error_lines(capsys) == [f"error: --{option.name} needs --{option.needs}"]
+    assert error_lines(capsys) == [f"error: --{option.name} needs --{' or --'.join(option.needed)}"]
 
 
 EMPTY = [option for option in bh.OPTIONS if option.parse in (str, bh._names) and not option.choices]
@@ -7749,7 +7801,7 @@ LIST = "--list-architectures"
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--window", "256"], "--window needs --text"),
+    [(["--text", "none", "--window", "256"], "--window means nothing beside --text none"),
      (["--p-values", "flat", "--configs", "topk_8,top_p"], "no chosen configuration takes a null"),
      (["--match-experts", "4", "--configs", "topk_1,topk_8"], "every chosen configuration is Top-K"),
      (["--baseline", "bh_strct"], 'Did you mean "bh_strict"'),
@@ -7851,8 +7903,8 @@ def test_baseline_is_passed_on(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(bh, "write_report", write_report)
         for options, expected in (
-            ([], [None, None]),
-            (["--baseline", "bh_loose"], ["bh_loose"] * 2),
+            (["--text", "none"], [None, None]),
+            (["--baseline", "bh_loose", "--text", "none"], ["bh_loose"] * 2),
             (["--baseline", "bh_loose", "--tasks", "x"], ["bh_loose"] * 2),
             ([ANALYZE, "--baseline", "mine"], ["mine"]),
         ):
@@ -7913,7 +7965,7 @@ def test_command_lines_of_anything(tmp_path_factory, options):
     """Exit code 2 with a message, or 0 where a list was asked for; never an exception."""
     folder = tmp_path_factory.getbasetemp() / "fuzz_cli"
     argv = [f"--{option.name}" + ("" if option.parse is None else f"={word}") for option, word in options]
-    if any(part.startswith(("--tasks", "--dataset", "--list-arch")) for part in argv):
+    if any(part.startswith(("--tasks", "--dataset", "--text=", "--list-arch")) for part in argv):
         return  # those that load libraries or print lists have tests of their own
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         try:
@@ -8160,6 +8212,19 @@ def test_stand_ins_with_nothing_dropped_change_nothing(field_subject, stand_in):
     assert state_of(field_subject.model) == state
 
 
+def test_linear_maps_do_not_depend_on_what_was_drawn_before():
+    """Those of wide layers are cut by random projections."""
+    torch.manual_seed(0)
+    inputs = torch.randn(12, 520)
+    outputs = torch.randn(12, 520)
+    fits = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        fits.append(bh._fit_linear_map(inputs, outputs, [2])[2])
+    for first, second in zip(*fits, strict=True):
+        assert torch.equal(first, second)
+
+
 def test_one_token_and_many_get_the_same_stand_in(field_subject):
     """Few pairs read single maps, many go through one product: the sums are the same."""
     for stand_in in STAND_INS:
@@ -8372,6 +8437,58 @@ def test_ladders_are_not_extrapolated():
     assert set(ladders["topk"]["at"]) == set(range(1, 9))
 
 
+def test_the_league_shows_the_numbers_of_experts_that_the_ladders_reach():
+    scores, configs = simulated_field(1, {"threshold": 0.0, "min_p": 0.01}, points=(1.5, 2.5, 3.5))
+    field = bh.compare_field(scores, configs, 8)
+    assert field["experts"] == [2, 3]
+    titles = [cell.strip() for cell in bh.league_table(field).splitlines()[0].strip("|").split("|")]
+    assert titles[:5] == ["rule", "experts", "at 2", "at 3", "to the best at 3"]
+    rows = {row["label"]: row for row in bh.league_rows(field)}
+    assert rows["min_p"]["to_best"] == pytest.approx(field_entry(field, "min_p", 3)["to_best"])
+    assert rows["topk"]["at_3"] == pytest.approx(0.0, abs=1e-12)
+
+
+def field_entry(field, label, experts):
+    """What `compare_field` says of a ladder at a number of experts."""
+    return next(ladder["at"][experts] for ladder in field["ladders"] if ladder["label"] == label)
+
+
+@pytest.mark.parametrize("is_better_high", [True, False])
+def test_rules_have_a_league_on_a_task(is_better_high, tmp_path):
+    """Signs are those of the task's score; the better rule is above in either direction."""
+    scores, configs = simulated_field(0, {"threshold": -0.03, "min_p": 0.0}, 80, 1, (2.5, 3.5, 4.5))
+    sign = -1 if is_better_high else 1
+    tasks = scores.assign(
+        task="quiz", metric="acc", score=sign * scores["nll"], prompt_text="", document=scores["item_id"]
+    )
+    tasks = bh.fit_table(tasks, bh.TASKS)
+    report = {"configurations": {"topk_8": {"quiz": {"higher_is_better": {"quiz": {"acc": is_better_high}}}}}}
+    fields = bh.compare_field_on_tasks(tasks, configs, 8, report)
+    field = fields["quiz"]
+    assert field["sign"] == sign
+    labels = [row["label"] for row in bh.league_rows(field)]
+    assert labels[0] == "threshold"
+    found = bh.league_rows(field)[0]
+    assert found["at_4"] == pytest.approx(sign * -0.03, abs=0.01)
+    beaten = {ladder["label"]: ladder["beaten_by"] for ladder in field["ladders"]}
+    assert beaten["threshold"] == []
+    assert "threshold" in beaten["min_p"]
+    assert not any(ladder["within"] for ladder in field["ladders"])
+
+
+def test_without_ladders_a_task_has_no_league():
+    scores, configs = simulated_field(0, {"threshold": 0.0}, 5, 1, (3.0,))
+    tasks = scores.assign(task="quiz", metric="acc", score=scores["nll"], document=scores["item_id"])
+    assert bh.compare_field_on_tasks(bh.fit_table(tasks, bh.TASKS), configs, 8, {}) == {}
+    nothing = bh.fit_table(tasks.assign(metric=""), bh.TASKS)
+    assert bh.compare_field_on_tasks(nothing, configs, 8, {}) == {}
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("acc", True), ("bits_per_byte", False)])
+def test_the_direction_of_a_metric_nobody_told(metric, expected):
+    assert bh.higher_is_better("quiz", metric, {}) is expected
+
+
 def test_fewest_experts_by_equivalence():
     """The margin of 1 % is crossed where the simulated curve crosses it, within the interval."""
     scores, configs = simulated_field(2, {"threshold": 0.0, "min_p": 0.0}, documents=80)
@@ -8548,6 +8665,11 @@ def columns_table(columns):
     return manual_table(["column", "kind", "meaning"], rows)
 
 
+def quantized_table():
+    rows = [[f"`{name}`", manual_words(words)] for name, words in bh.QUANTIZED_WEIGHTS.items()]
+    return manual_table(["`quant_method`", "what was run, and what came of it"], rows)
+
+
 def manual_tables():
     """Marker in the manual -> the table that stands there."""
     in_all = [
@@ -8566,10 +8688,12 @@ def manual_tables():
         "metrics": metrics_table(),
         "routing columns": columns_table(bh.ROUTING_COLUMNS),
         "columns of every row": columns_table(in_all),
+        "compute columns": columns_table(bh.COMPUTE_COLUMNS),
+        "quantized weights": quantized_table(),
     }
     for table in bh.TABLES:
-        elsewhere = [*bh.ROUTING_COLUMNS]
-        if table in (bh.GENERATION, bh.SCORES, bh.TASKS):
+        elsewhere = [*bh.ROUTING_COLUMNS, *bh.COMPUTE_COLUMNS]
+        if table in (bh.GENERATION, bh.SCORES, bh.TASKS, bh.THROUGHPUT):
             elsewhere += in_all
         own = [column for column in table.columns if column not in elsewhere]
         tables[f"columns of {table.file}"] = columns_table(own)
@@ -8627,7 +8751,8 @@ def test_a_run_leaves_what_is_declared(mock_model, tmp_path):
     """The files of a run, an earlier one set aside, are those that the manual lists; so are the results."""
     for resume in (True, False):
         runner = mock_runner(mock_model, tmp_path)
-        frame = runner.run_full_experiment_suite(CONFIGS, PROMPTS[:2], 2, resume=resume)
+        options = {"resume": resume, "generate_batch": 2}
+        frame = runner.run_full_experiment_suite(CONFIGS, PROMPTS[:2], 2, **options)
         bh.write_report(frame, tmp_path)
     left = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
     declared = {*bh.RUN_FILES, *bh.KEPT_FILES, "earlier_1"} - {bh.EARLIER.format(number="N")}
@@ -8895,7 +9020,964 @@ def test_places_to_extend_exist():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 18. Fits into what people have: grids, chat templates, folders side by side, notebook, package
+# 18. Text by default, text from data sets, and what calibration takes of it
+# ---------------------------------------------------------------------------------------------------------
+
+
+def numbered(document, number):
+    """A document's windows, as the cutting gives them."""
+    return [
+        bh.Window(bh.Document(document, ""), 10 * place, np.arange(11, dtype=np.int32))
+        for place in range(number)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "places"),
+    [((5,), 1, [[2]]), ((5,), 9, [[0, 1, 2, 3, 4]]), ((1, 8, 2), 6, [[0], [1, 4, 6], [0, 1]]),
+     ((1, 1, 1, 1, 1, 1), 2, [[], [0], [], [], [0], []]), ((4, 4), 3, [[1, 3], [2]])],
+)  # fmt: skip
+def test_windows_are_spread_over_documents(sizes, most, places):
+    """As many of each document as of any other, as far as it has them, and spread over it."""
+    groups = [numbered(f"d{place}", size) for place, size in enumerate(sizes)]
+    chosen = bh.spread_over_documents(list(itertools.chain(*groups)), most)
+    expected = [f"d{place}:{10 * window}" for place, of_one in enumerate(places) for window in of_one]
+    assert [window.name for window in chosen] == expected
+
+
+def test_scored_and_unscored_windows_are_all_there_are(tiny):
+    documents = [bh.Document(name, name * 700) for name in ("ab", "xyz")]
+    everything = bh.sample_text(documents, tiny.tokenizer, 64)
+    part = bh.sample_text(documents, tiny.tokenizer, 64, 7)
+    assert everything.unscored == []
+    assert len(part.scored) == 7
+    names = [item.id for item in part.scored] + [window.name for window in part.unscored]
+    assert sorted(names) == sorted(item.id for item in everything.scored)
+    as_scored = {item.id: item for item in everything.scored}
+    assert all(item.inputs == as_scored[item.id].inputs for item in part.scored)
+
+
+def test_documents_of_files_folders_and_data_sets(data_folder, tmp_path):
+    """A text file is a document, and so is a row; a folder with text files is read file by file."""
+    rows = [0, 2, 4]
+    for kind in ("csv", "jsonl", "parquet"):
+        documents = bh.load_text_documents([data_folder / f"d.{kind}"])
+        assert [(d.name, d.text) for d in documents] == [(f"d.{kind}-{n}", DATA["text"][n]) for n in rows]
+    kinds = bh.load_text_documents([data_folder / "d.csv"], text_column="kind", limit=2)
+    assert [(d.name, d.text) for d in kinds] == [("d.csv-0", "a"), ("d.csv-1", "b")]
+    of_split = bh.load_text_documents([str(data_folder / "splits")], split="test")
+    assert [d.name for d in of_split] == [f"splits-{n}" for n in rows]
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("a text")
+    (tmp_path / "sources.json").write_text('{"about": "the others"}')
+    shutil.copy(data_folder / "d.parquet", tmp_path / "sub")
+    mixed = bh.load_text_documents([tmp_path, tmp_path / "a.txt"])
+    assert [d.name for d in mixed] == ["a.txt", *(f"sub/d.parquet-{n}" for n in rows), "a.txt"]
+
+
+BAD_TEXTS = [
+    (["--text", "none", "a.txt"], "--text none goes alone, without a.txt"),
+    (["--text", "none", "--max-windows", "3"], "--max-windows means nothing beside --text none"),
+    (["--text", "none", "--split", "test"], "--split means nothing beside --text none"),
+    (["--tasks", "x", "--max-windows", "3"], "--max-windows and --tasks exclude each other"),
+    (["--tasks", "x", "--window", "256"], "--window and --tasks exclude each other"),
+    (["--prompts", "prompts.json", "--max-windows", "3"], "--max-windows 3 needs --text"),
+    (["--max-windows", "0"], "--max-windows 0: it must be a whole number of at least 1"),
+    (["--text", ""], "--text is empty"), (["--text", "empty"], "--text empty: the folder holds no .txt file"),
+    (["--text", "d.csv", "--text-column", "txt"], "Available: text, kind, n"),
+    (["--text", "d.csv", "--text-column", "n"], "--text d.csv, split train: none of 5 rows has a text"),
+    (["--text", "splits", "--split", "tst"], "Available: validation, test"),
+    (["--text", "nobody/nothing"], "--text nobody/nothing cannot be read: Couldn't reach"),
+    (["--text", "no/such/folder"], "no/such/folder"), (["--text", "d.csv", "--limit", "0"], "--limit 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_TEXTS)
+def test_bad_texts(options, message, data_folder, tmp_path, monkeypatch, capsys):
+    """One line and exit code 2, before a model is loaded."""
+    monkeypatch.chdir(data_folder)
+    (data_folder / "prompts.json").write_text(json.dumps(SCORED_PROMPTS))
+    assert cli("nowhere", tmp_path / "out", *options) == 2
+    (error,) = error_lines(capsys)
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [("a", [], "--text: no document has 128 tokens"), ("a", ["--window", "4"], "no document has 2 tokens"),
+     ("a" * 500, ["--window", "9999"], "--window 9999: this model's context is 768")],
+)  # fmt: skip
+def test_texts_that_are_too_short(content, options, message, tiny_folder, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(content)
+    assert cli(tiny_folder, tmp_path / "out", "--text", tmp_path / "a.txt", *options) == 2
+    (error,) = error_lines(capsys)
+    assert message in error
+
+
+# What is scored where no text is named
+
+
+def test_the_embedded_model_brings_heldout_text():
+    """At least 60 documents and at most 200 kB, held out by the rule of the training, with their terms."""
+    folder = EMBEDDED / bh.HELDOUT_FOLDER
+    documents = DEFAULT_DOCUMENTS(str(EMBEDDED))
+    assert len(documents) >= 60
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 200_000
+    assert {document.category for document in documents} == {bh.HELDOUT_FOLDER}
+    for document in documents:
+        source, _, rest = document.name.partition("__")
+        assert int.from_bytes(hashlib.sha256(f"{source}/{rest}".encode()).digest()[:8], "big") % 1000 < 25
+        assert (folder / "terms" / source).read_text().strip()
+    assert len({document.name.partition("__")[0] for document in documents}) >= 15
+
+
+def test_other_models_get_the_text_of_every_python(tiny, monkeypatch):
+    documents = DEFAULT_DOCUMENTS("nowhere")
+    assert len(documents) > 70
+    assert {document.category for document in documents} == {bh.PYTHON_DOCS}
+    monkeypatch.setattr(bh, "default_documents", DEFAULT_DOCUMENTS)
+    text = tiny.sample_default_text(32)
+    assert len(text.scored) == bh.DEFAULT_MAX_WINDOWS
+    assert len({item.document for item in text.scored}) == len(documents)
+
+
+def test_a_large_model_on_a_cpu_gets_fewer_windows(tiny, monkeypatch, caplog):
+    monkeypatch.setattr(bh, "MANY_PARAMETERS", 1)
+    monkeypatch.setattr(bh, "MAX_WINDOWS_ON_CPU", 3)
+    with caplog.at_level("INFO"):
+        assert len(tiny.sample_default_text(64).scored) == 3
+    assert "3 windows of text are scored" in caplog.text
+    assert "--max-windows N scores more" in caplog.text
+    caplog.clear()
+    assert len(tiny.sample_default_text(64, 5).scored) == 5
+    assert not caplog.text
+
+
+def test_default_text_that_cannot_be_used_is_left_out(mock_model, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(bh, "default_documents", lambda model_name: [bh.Document("d", "too short")])
+    runner = mock_runner(mock_model, tmp_path)
+    with caplog.at_level("WARNING"):
+        assert runner.default_text == bh.TextSample([], [])
+    assert "no text is scored, as none was named: --text: no document has" in caplog.text
+    assert runner.calibration_source is bh.SAMPLED_TEXT
+
+
+def test_what_is_generated_and_what_is_scored(tiny_folder, tmp_path, monkeypatch):
+    """Prompts are generated, text is scored; references of one's own are text enough; none is none."""
+    only_plots(monkeypatch)
+    monkeypatch.setattr(bh, "TEST_PROMPTS", SCORED_PROMPTS[:1])
+    plain = tmp_path / "plain.json"
+    plain.write_text(json.dumps(PROMPTS[:2]))
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(SCORED_PROMPTS))
+    text = tmp_path / "text.txt"
+    text.write_text("some words " * 40)
+    short = {f"short {number}" for number in range(2)}
+    cases = {
+        "default": ([], {"one"}, {"one", *short}),
+        "none": (["--text", "none"], {"one"}, {"one"}),
+        "text": (["--text", text, "--window", 64], set(), {"text.txt"}),
+        "prompts": (["--prompts", plain], {"one", "two"}, short),
+        "both": (["--prompts", plain, "--text", text], {"one", "two"}, {"text.txt"}),
+        "references": (["--prompts", own], {"one", "two", "three"}, {"one", "two", "three"}),
+    }
+    for name, (options, generated, scored) in cases.items():
+        output = tmp_path / name
+        common = ["--max-tokens", 2, "--configs", "topk_8", "--max-windows", 2]
+        limited = common if name not in ("none", "references") else common[:-2]
+        assert cli(tiny_folder, output, *limited, *options) == 0
+        results = bh.Results.read(output)
+        assert set(results.generation["prompt_id"]) == generated, name
+        assert set(results.scores["document"]) == scored, name
+
+
+def test_the_runner_scores_the_default_text_beside_the_built_in_prompts(mock_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(bh, "TEST_PROMPTS", SCORED_PROMPTS[:1])
+    runner = mock_runner(mock_model, tmp_path)
+    runner.run_full_experiment_suite(TOP_8, None, 1)
+    assert set(runner.results.scores["source"]) == {"text", "reference"}
+    runner.run_full_experiment_suite(TOP_8, SCORED_PROMPTS, 1, resume=False)
+    assert set(runner.results.scores["source"]) == {"reference"}
+
+
+def test_text_decides_and_references_beside_it_do_not(tmp_path):
+    """The verdict is that of the text alone; where there is no text, that of the references."""
+    windows = invented_scores(("topk_8", "bh_strict"), 12)
+    references = windows.assign(
+        source="reference", nll=windows["nll"] + 1.0 * (windows["config_name"] == "bh_strict"),
+        item_id="r" + windows["item_id"], document="r" + windows["document"],
+    )  # fmt: skip
+    windows = windows.assign(source="text")
+    together = invented_results(("topk_8", "bh_strict"))
+
+    def verdict(*parts):
+        results = dataclasses.replace(together, scores=pd.concat(parts, ignore_index=True))
+        return analysis_of(results, tmp_path)["verdict"]["bh_strict"]
+
+    alone = verdict(windows)
+    assert verdict(windows, references) == alone
+    assert verdict(references)["delta_nll"] > alone["delta_nll"] + 0.9
+
+
+# What calibration takes of it
+
+
+def words_of(seed, number):
+    return " ".join(str(word) for word in np.random.default_rng(seed).integers(0, 10_000, number))
+
+
+def test_calibration_takes_what_is_not_scored():
+    """No run of the scored text is in it; where too little is left, nothing is."""
+    documents = [bh.Document("a", words_of(0, 800)), bh.Document("b", words_of(1, 800))]
+    text = bh.sample_text(documents, MockTokenizer(), 64, 5)
+    source = bh.calibration_rest(text)
+    length = bh.CALIBRATION_LENGTH
+    assert source.windows.shape[1] == length
+    scored = [torch.as_tensor(item.token_ids, dtype=torch.int64)[None] for item in text.scored]
+    assert bh.count_shared_tokens(scored, source) == 0
+    assert len(source.take(6)) == 6
+    # A copy of a scored document is not taken, whatever it is called.
+    copied = bh.TextSample(text.scored, [*text.unscored, *bh.cut_windows(documents, MockTokenizer(), 64)])
+    assert bh.count_shared_tokens(scored, bh.calibration_rest(copied)) == 0
+    everything = bh.sample_text(documents, MockTokenizer(), 64)
+    assert bh.calibration_rest(everything) is None
+    only_scored = bh.TextSample(everything.scored, bh.cut_windows(documents, MockTokenizer(), 64))
+    assert bh.calibration_rest(only_scored) is None
+
+
+def test_where_a_runner_calibrates(mock_model, tmp_path, monkeypatch):
+    """The file that was named; else what is not scored of the text, or of the default text; else sampled."""
+    many = [bh.Document(f"d{n}", words_of(n, 600), bh.PYTHON_DOCS) for n in range(4)]
+    monkeypatch.setattr(bh, "DEFAULT_MAX_WINDOWS", 3)
+    own = bh.sample_text([bh.Document("mine", words_of(9, 900))], MockTokenizer(), 64, 4)
+    scored_only = bh.TextSample(own.scored, [])
+    file = tmp_path / "file.txt"
+    file.write_text(words_of(5, 300))
+
+    def source_of(text, **options):
+        runner = mock_runner(mock_model, tmp_path / "out", **options)
+        if text is not None:
+            runner.calibrate_on(text)
+        assert runner.settings["calibration_text"] == runner.calibration_source.identity
+        return runner.calibration_source
+
+    assert source_of(own, calibration_text=file).words == f"--calibration-text {file}"
+    assert source_of(own, calibration_text="sampled") is bh.SAMPLED_TEXT
+    assert source_of(own).words == "windows of the text that are not scored"
+    assert source_of(scored_only) is bh.SAMPLED_TEXT  # the little text that stands for the default one
+    monkeypatch.setattr(bh, "default_documents", lambda model_name: many)
+    of_default = "windows of pydoc_data.topics that are not scored"
+    assert source_of(scored_only).words == of_default
+    assert source_of(None).words == of_default
+    assert source_of(own).identity != source_of(None).identity
+
+
+def test_calibration_text_is_part_of_a_run_and_named(mock_model, tmp_path, monkeypatch, caplog):
+    """Another one is refused in the same folder; diagnosis and log say which it was."""
+    many = [bh.Document(f"d{n}", words_of(n, 600), bh.PYTHON_DOCS) for n in range(4)]
+    monkeypatch.setattr(bh, "default_documents", lambda model_name: many)
+    monkeypatch.setattr(bh, "DEFAULT_MAX_WINDOWS", 3)
+    configs = TOP_8 | {"bh": EMPIRICAL}
+    runner = mock_runner(mock_model, tmp_path)
+    with caplog.at_level("INFO"):
+        runner.run_full_experiment_suite(configs, PROMPTS[:1], 1, texts=runner.default_text.scored)
+    words = "windows of pydoc_data.topics that are not scored"
+    assert f"calibrated on 138 tokens of {words} in" in caplog.text
+    diagnosed = json.loads((tmp_path / "null_diagnostics.json").read_text())
+    assert (diagnosed["calibrated_on"], diagnosed["n_shared_tokens"]) == (words, 0)
+    with pytest.raises(bh.UserError, match="calibration_text is '[0-9a-f]+' there, 'sampled' here"):
+        mock_runner(mock_model, tmp_path, calibration_text="sampled").run_full_experiment_suite(
+            configs, PROMPTS[:1], 1, texts=runner.default_text.scored
+        )
+    # Linear maps need more text than nulls: where it is too short, the model samples theirs.
+    monkeypatch.setattr(bh, "LINEAR_SEQUENCES", 10**6)
+    assert runner._linear_source is bh.SAMPLED_TEXT
+    monkeypatch.setattr(bh, "LINEAR_SEQUENCES", 8)
+    assert runner._linear_source is runner.calibration_source
+
+
+def test_embedded_nulls_of_text_and_of_sampled_text_agree(embedded):
+    """Mean experts of the three BH configurations at temperature 1 within .1, on held-out windows."""
+    tokenizer = embedded.tokenizer
+    text = bh.sample_text(DEFAULT_DOCUMENTS(str(EMBEDDED)), tokenizer, 256, 100)
+    from_text = bh.calibrate(embedded.model, tokenizer, text=bh.calibration_rest(text))
+    batches = [torch.as_tensor(item.token_ids, dtype=torch.int64)[None] for item in text.scored[::12]]
+    seen = bh.record_routers(embedded.model, [batch for batch in batches if batch.shape[1] == 257])
+    for name in ("bh_strict", "bh_moderate", "bh_loose"):
+        config = bh.resolve_config(name, bh.ROUTING_CONFIGS[name])
+        means = []
+        for calibration in (from_text, embedded.calibration):
+            counts = [
+                counts_by(config, logits, calibration.null(layer, 1.0), 8).clamp(1, 8)
+                for layer, logits in enumerate(seen.logits)
+            ]
+            means.append(torch.stack(counts).double().mean().item())
+        assert abs(means[0] - means[1]) < 0.1, name
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 19. Compute, phases, throughput of a batch, quantised weights
+# ---------------------------------------------------------------------------------------------------------
+
+# What a token costs
+
+
+def cost_of(model):
+    layers = bh.find_moe_layers(model)
+    return bh.ModelCost.of(model, [layer.experts for layer in layers], layers[0].num_experts)
+
+
+def meta_olmoe(**changes):
+    """OLMoE-1B-7B as published, in bfloat16, without memory; and its cost."""
+    import transformers
+
+    config = transformers.OlmoeConfig(**{"intermediate_size": 1024, **changes})
+    with torch.device("meta"):
+        model = transformers.OlmoeForCausalLM(config).bfloat16()
+    return bh.ModelCost.of(model, [layer.mlp.experts for layer in model.model.layers], config.num_experts)
+
+
+def test_published_shape_of_olmoe():
+    """1.3 B active of 6.9 B parameters, counted by hand; and the bounds of speed that follow."""
+    hidden, wide, layers, experts, words = 2048, 1024, 16, 64, 50304
+    expert = 3 * hidden * wide
+    attention = 4 * hidden**2 + 2 * hidden  # and the norms of queries and keys
+    norms = 2 * hidden
+    rest = layers * (attention + norms + experts * hidden) + hidden + 2 * words * hidden
+    cost = meta_olmoe()
+    assert cost.total_parameters == rest + layers * experts * expert == 6_919_161_856
+    assert cost.shared_parameters == rest
+    assert cost.expert_parameters.tolist() == [expert] * layers
+    assert cost.expert_flops.tolist() == [2 * expert] * layers
+    active = rest + 8 * layers * expert
+    assert active == 1_282_017_280
+    assert cost.shared_bytes == 2 * (rest - (words - 1) * hidden)  # one row of the embedding
+    read = {k: cost.bytes_read(np.full(layers, float(k))) for k in (8, 6, 5, 4, 2)}
+    assert read[8] == 2 * (active - (words - 1) * hidden)
+    assert [round(read[8] / read[k], 2) for k in (6, 5, 4, 2)] == [1.21, 1.34, 1.52, 2.05]
+
+
+def test_a_tied_embedding_counts_once():
+    """And is read in full: it is the head."""
+    plain = meta_olmoe()
+    tied = meta_olmoe(tie_word_embeddings=True)
+    table = 50304 * 2048
+    assert plain.total_parameters - tied.total_parameters == table
+    assert plain.shared_parameters - tied.shared_parameters == table
+    assert plain.shared_bytes - tied.shared_bytes == 2 * 2048  # the row of the table that is no head
+
+
+COSTED = {
+    "olmoe": {},
+    "qwen3_moe": {},
+    "mixtral": {},
+    "deepseek_v3": {"first_k_dense_replace": 1, "mlp_layer_types": ["dense", "sparse"]},
+    "gpt_oss": {},
+    "cohere2_moe": {},  # tied
+}
+
+
+@pytest.fixture(scope="module", params=COSTED)
+def costed(request):
+    """A tiny model of an architecture."""
+    with pytest.MonkeyPatch.context() as patch:
+        fields = {name: value for name, value in COSTED[request.param].items() if value is not None}
+        patch.setattr(sys.modules[__name__], "TINY", TINY | fields)
+        classes = dict(declared_architectures())
+        model = tiny_of(request.param, classes[request.param])
+    model.set_experts_implementation("eager")
+    return model
+
+
+def test_cost_is_what_takes_part(costed):
+    """Parameters and bytes, against gradients: what one token's logits depend on was read, whole tensors, of
+    experts those that ran, of an embedding table that is no head the rows that were looked up."""
+    cost = cost_of(costed)
+    layers = bh.find_moe_layers(costed)
+    costed.zero_grad()
+    costed(input_ids=torch.tensor([[7]]), use_cache=False).logits.sum().backward()
+    of_experts = {id(p) for layer in layers for p in layer.experts.parameters()}
+    head = costed.get_output_embeddings().weight
+    tables = {id(m.weight) for m in costed.modules() if isinstance(m, nn.Embedding) and m.weight is not head}
+    read = 0
+    experts_read = 0
+    for name, parameter in costed.named_parameters():
+        assert parameter.grad is not None, f"{name} takes no part"
+        rows = parameter.grad.flatten(1).any(1).sum().item() if parameter.ndim > 1 else None
+        if id(parameter) in of_experts:
+            experts_read += rows * parameter[0].numel()
+        elif id(parameter) in tables:
+            read += rows * parameter.shape[1]
+        else:
+            read += parameter.numel()
+    own_k = np.full(len(layers), float(layers[0].own_k))
+    assert own_k @ cost.expert_parameters == experts_read
+    assert cost.shared_bytes == 4 * read
+    assert cost.bytes_read(own_k) == 4 * (read + experts_read)
+    total = cost.shared_parameters + layers[0].num_experts * cost.expert_parameters.sum()
+    assert cost.total_parameters == total == sum(p.numel() for p in costed.parameters())
+    costed.zero_grad()
+
+
+def test_flops_of_experts_are_those_that_torch_counts(costed):
+    """Without biases, which torch does not count."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layers = bh.find_moe_layers(costed)
+    counted = []
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for layer in layers:
+            counter = FlopCounterMode(display=False)
+            enter = layer.experts.register_forward_pre_hook(
+                lambda *_, counter=counter: counter.__enter__() and None
+            )
+            leave = layer.experts.register_forward_hook(
+                lambda *_, counter=counter: counter.__exit__(None, None, None)
+            )
+            stack.callback(enter.remove)
+            stack.callback(leave.remove)
+            counted.append(counter)
+        costed(input_ids=torch.tensor([[7]]), use_cache=False)
+    cost = cost_of(costed)
+    for place, layer in enumerate(layers):
+        named = layer.experts.named_parameters()
+        biases = sum(p.numel() for name, p in named if "bias" in name) / layer.num_experts
+        flops = layer.own_k * (cost.expert_flops[place] - biases)
+        assert counted[place].get_total_flops() == flops > 0
+
+
+def test_what_stands_in_is_counted(tiny):
+    """Effective experts, by layer; with one of the two layers left alone."""
+    model, tokenizer = tiny.model, tiny.tokenizer
+    calibration = bh.calibrate(model, tokenizer, seed=0, outputs=True)
+    config = {"method": "topk", "k": 2, "stand_in": "mean", "layers": [1]}
+    layers = bh.find_moe_layers(model)
+    with bh.patched_routing(model, config, calibration) as recorder:
+        logits_of(model, sample_ids())
+    routing = recorder.total()
+    share = layers[1].hidden_size / layers[1].expert_size
+    assert routing.effective_experts == pytest.approx([4, 2 + 2 * share])
+    cost = cost_of(model)
+    row = cost.row(routing, routing)
+    of_experts = (6 + 2 * share) * layers[0].expert_size
+    assert row["active_expert_parameters"] == pytest.approx(of_experts)
+    assert row["active_parameters"] == pytest.approx(cost.shared_parameters + of_experts)
+    assert row["expert_flops_per_token"] == pytest.approx(2 * of_experts)
+    assert row["weight_bytes_per_token"] == pytest.approx(cost.shared_bytes + 4 * of_experts)
+    assert list(row) == [column.name for column in bh.COMPUTE_COLUMNS]
+
+
+def test_a_vision_tower_is_not_active():
+    """Only the decoder and the head of a model that also sees."""
+
+    class Seeing(MockMoE):
+        def __init__(self):
+            super().__init__(8)
+            self.vision_tower = nn.Linear(10, 10)
+
+        def get_decoder(self):
+            return self.text
+
+        def get_output_embeddings(self):
+            return None
+
+    model = Seeing()
+    model.text = nn.ModuleList([part for name, part in model.named_children() if name != "vision_tower"])
+    plain = cost_of(MockMoE(8))
+    cost = cost_of(model)
+    assert cost.total_parameters == plain.total_parameters + 110
+    assert cost.shared_parameters == plain.shared_parameters
+    assert cost.shared_bytes == plain.shared_bytes
+
+
+# Prefill and decoding apart
+
+
+@pytest.mark.parametrize("kept_calls", [1, 256])
+def test_prefill_and_decoding_are_told_apart(tiny, monkeypatch, kept_calls):
+    """Against a hook that counts for itself; also where sums are taken in between."""
+    monkeypatch.setattr(bh.RoutingRecorder, "MAX_CALLS", kept_calls)
+    seen = []
+
+    def count(module, args, output):
+        seen.append((output[1] != 0).sum(1))
+
+    run = bh.PromptRun(tiny.model, tiny.tokenizer, "a small boat", 5, None, 0)
+    with bh.patched_routing(tiny.model, FLAT) as recorder:
+        hook = tiny.layers[0].router.register_forward_hook(count)
+        run.generate()
+        hook.remove()
+        prefill, decoding = recorder.phases()
+    assert [len(counts) for counts in seen] == [run.num_input_tokens, 1, 1, 1, 1]
+    for phase, counts in ((prefill, seen[0]), (decoding, torch.cat(seen[1:]))):
+        assert phase.counts[0].tolist() == counts.bincount(minlength=17).tolist()
+    total = recorder.total()
+    assert_same_sums(prefill + decoding, total)
+    recorder.start()
+    assert not any(phase.counts.any() for phase in recorder.phases())
+
+
+def test_sums_are_brought_over_at_once(tiny):
+    """One transfer, whatever the number of layers and rows."""
+
+    class Transfers(torch.overrides.TorchFunctionMode):
+        number = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.number += func is torch.Tensor.cpu
+            return func(*args, **(kwargs or {}))
+
+    with bh.patched_routing(tiny.model, FLAT) as recorder:
+        recorder.start(rows=2)
+        logits_of(tiny.model, sample_ids())
+    with Transfers() as transfers:
+        recorder.statistics()
+    assert transfers.number == 1
+
+
+def test_rows_have_both_phases_and_the_cost(tiny, tmp_path):
+    model = tiny.model
+    runner = bh.BHExperimentRunner("x", tmp_path, model=model, tokenizer=tiny.tokenizer)
+    row = runner.run_single_experiment("bh", FLAT, PROMPTS[0], 6)
+    prompt = row["num_input_tokens"]
+    both = (prompt * row["prefill_experts"] + 5 * row["decode_experts"]) / (prompt + 5)
+    assert row["avg_experts_per_token"] == pytest.approx(both)
+    size = tiny.layers[0].expert_size
+    of_experts = 2 * row["avg_experts_per_token"] * size
+    assert row["active_expert_parameters"] == pytest.approx(of_experts)
+    decoded = runner.cost.shared_bytes + 4 * 2 * row["decode_experts"] * size
+    assert row["weight_bytes_per_token"] == pytest.approx(decoded)
+    row = runner.run_single_experiment("bh", FLAT, PROMPTS[0], 1)
+    assert row["prefill_experts"] == row["avg_experts_per_token"]
+    assert row["decode_experts"] is row["weight_bytes_per_token"] is None
+
+
+# Throughput of a batch
+
+
+def test_a_batch_is_its_prompts_together(tiny):
+    """Padding counts nowhere; the routing of a batch is that of its prompts one by one, and so are its texts,
+    in float32 on a model this small."""
+    texts = ["a small boat on the river", "he", "said, and left"]
+    runs = [bh.PromptRun(tiny.model, tiny.tokenizer, text, 5, None, 0) for text in texts]
+    with bh.patched_routing(tiny.model, FLAT) as recorder:
+        alone = [run.generate() for run in runs]
+        together = recorder.total()
+        recorder.start(rows=3)
+        batch = bh.PromptRun.together(runs)
+        generation = batch.generate()
+        rows = recorder.statistics()
+        prefill, decoding = recorder.phases()
+    in_batch = functools.reduce(bh.RoutingStatistics.__add__, rows)
+    for name in ("counts", "use", "unchosen"):
+        assert np.array_equal(getattr(in_batch, name), getattr(together, name)), name
+    assert in_batch.mass == pytest.approx(together.mass, rel=1e-6)  # rounding
+    lengths = [run.num_input_tokens for run in runs]
+    assert prefill.counts.sum(1).tolist() == [sum(lengths)] * 2
+    assert decoding.counts.sum(1).tolist() == [3 * 4] * 2
+    assert [row.counts[0].sum() for row in rows] == [length + 4 for length in lengths]
+    assert torch.equal(generation.tokens, alone[0].tokens)
+    clock = generation.clock
+    assert clock["tokens_per_sec"] == pytest.approx(3 * 5 / clock["inference_time_sec"])
+    assert batch.num_input_tokens == max(lengths)
+    assert batch.inputs["attention_mask"].sum(1).tolist() == lengths
+    assert all(batch.inputs["attention_mask"][:, -1] == 1)
+
+
+def test_distinct_experts(tiny):
+    """Of a batch, against sets; dropped ones do not count."""
+    picked = []
+
+    def look(module, args, output):
+        _, weights, indices = output
+        picked.append(len({int(expert) for expert in indices[weights != 0]}))
+
+    with bh.patched_routing(tiny.model, {**FLAT, "max_k": 2}):
+        hook = tiny.layers[1].router.register_forward_hook(look)
+        with bh.counting_distinct_experts(tiny.layers) as counts:
+            for rows in (1, 3):
+                logits_of(tiny.model, sample_ids(rows, 5))
+        hook.remove()
+    assert [int(number) for number in counts[1]] == picked
+    assert len(counts[0]) == 2
+    logits_of(tiny.model, sample_ids())
+    assert len(counts[0]) == 2  # the hook is gone
+
+
+def read_throughput(folder):
+    return bh.read_table(bh.THROUGHPUT, folder)
+
+
+def test_throughput_of_a_suite(tiny_folder, tmp_path, monkeypatch):
+    """A table of its own: in turns, resumed, measured anew for another batch, and gone when not asked for."""
+    only_plots(monkeypatch)
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(prompt) for prompt in PROMPTS))
+    configs = {"two": {"method": "topk", "k": 2}, "bh": FLAT}
+    (tmp_path / "configs.json").write_text(json.dumps(configs))
+    options = ["--prompts", tmp_path / "prompts.jsonl", "--routing-configs", tmp_path / "configs.json"]
+    options += ["--configs", "two,bh", "--max-tokens", 4]
+    turns = []
+    routed = bh.BHExperimentRunner._routed
+
+    def watched(self, config):
+        turns.append(config)
+        return routed(self, config)
+
+    monkeypatch.setattr(bh.BHExperimentRunner, "_routed", watched)
+    folder = tmp_path / "out"
+    assert cli(tiny_folder, folder, *options, "--generate-batch", 5) == 0
+    frame = read_throughput(folder)
+    names = ["topk_4", "two", "bh"]  # and the model's own
+    assert frame["config_name"].tolist() == names
+    assert frame["status"].tolist() == ["ok"] * 3
+    assert frame[
+        ["batch_size", "num_prompts", "repeats", "max_new_tokens"]
+    ].drop_duplicates().values.tolist() == [[5, 3, bh.THROUGHPUT_REPEATS, 4]]
+    assert turns[-3 * (1 + bh.THROUGHPUT_REPEATS) :] == turns[-3:] * (1 + bh.THROUGHPUT_REPEATS)
+    assert (frame[["tokens_per_sec", "decode_sec_per_step"]] > 0).all(axis=None)
+    by_name = frame.set_index("config_name")
+    assert by_name.loc["topk_4", "decode_experts"] == 4
+    assert (frame["distinct_experts"] >= frame["decode_experts"]).all()
+    assert by_name.loc["two", "distinct_experts"] < by_name.loc["topk_4", "distinct_experts"] <= 16
+    report = (folder / "REPORT.md").read_text()
+    assert "### Throughput of a batch" in report
+    entries = bh.analyze_results(bh.Results.read(folder).generation, folder)["throughput"]
+    assert [(entry["configuration"], entry["batch_size"]) for entry in entries] == [
+        (name, size) for size in (1, 5) for name in names
+    ]
+    assert [entry["speedup"] for entry in entries if entry["configuration"] == "topk_4"] == [1, 1]
+    assert all(entry["allowed_speedup"] >= 1 for entry in entries)
+
+    runner = bh.BHExperimentRunner(str(tiny_folder), folder, device="cpu", use_fp16=False)
+    suite = functools.partial(runner.run_full_experiment_suite, configs, PROMPTS, 4)
+    suite(generate_batch=5)
+    pd.testing.assert_frame_equal(runner.results.throughput, frame)  # nothing was measured again
+    suite(generate_batch=2)
+    assert runner.results.throughput["batch_size"].tolist() == [2] * 3
+    suite()
+    assert len(runner.results.throughput) == 0
+    assert not (folder / bh.THROUGHPUT.file).exists()
+
+
+def test_a_failed_batch_is_a_row(mock_model, tmp_path, monkeypatch):
+    """The others go on, the run fails, and the report says why."""
+    together = bh.PromptRun.generate
+    layers = bh.find_moe_layers(mock_model)
+
+    def fail(self):
+        if len(self.inputs["input_ids"]) > 1 and layers[0].router.top_k == 2:
+            raise RuntimeError("no room")
+        return together(self)
+
+    monkeypatch.setattr(bh.PromptRun, "generate", fail)
+    configs = {**CONFIGS, "topk_2": {"method": "topk", "k": 2}}
+    results = run_suite(mock_model, tmp_path, configs, PROMPTS[:2], generate_batch=3)
+    frame = results.throughput.set_index("config_name")
+    assert frame["status"].to_dict() == {"topk_8": "ok", "bh_flat": "ok", "topk_2": "error"}
+    assert frame.loc["topk_2", "error"] == "RuntimeError: no room"
+    assert results.num_failed == 1
+    only_plots(monkeypatch)
+    bh.write_report(results.generation, tmp_path)
+    report = (tmp_path / "REPORT.md").read_text()
+    assert "| `topk_2` | batch of 3 | RuntimeError: no room |" in report
+
+
+def test_a_prompt_that_does_not_fit_fails_the_batch_only(mock_model, tmp_path):
+    prompts = [PROMPTS[0], {"id": "long", "text": "word " * 200}]
+    runner = mock_runner(mock_model, tmp_path)
+    runner.context = 100
+    frame = runner.run_full_experiment_suite(CONFIGS, prompts, 2, generate_batch=2)
+    assert frame["status"].tolist() == ["ok", "ok", "error", "error"]
+    assert runner.results.throughput["status"].tolist() == ["error"] * 2
+    assert runner.results.throughput["error"].str.contains("prompt 'long' has").all()
+
+
+def test_one_new_token_has_no_step(mock_model, tmp_path):
+    frame = run_suite(mock_model, tmp_path, CONFIGS, PROMPTS[:1], 1, generate_batch=2).throughput
+    assert frame["status"].tolist() == ["ok"] * 2
+    steps = ["decode_sec_per_step", "decode_experts", "distinct_experts", "weight_bytes_per_step"]
+    assert frame[steps].isna().all(axis=None)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--generate-batch", "1"], "--generate-batch 1: it must be a whole number of at least 2"),
+    (["--generate-batch", "4", "--tasks", "x"], "--generate-batch and --tasks exclude each other"),
+    (["--generate-batch", "4", "--text", "x"], "--generate-batch and --text without --prompts or --dataset"),
+])  # fmt: skip
+def test_batches_that_cannot_be(options, message, tmp_path, capsys):
+    assert bh.main(["--model", "nowhere", "--output", str(tmp_path), *options]) == 2
+    assert message in error_lines(capsys)[0]
+
+
+def test_a_batch_needs_prompts(mock_model, tmp_path):
+    texts = [text_item("t", range(10))]
+    with pytest.raises(bh.UserError, match="generate_batch 2: there is no prompt to be continued"):
+        mock_runner(mock_model, tmp_path).run_full_experiment_suite(
+            CONFIGS, [], texts=texts, generate_batch=2
+        )
+
+
+# Analysis and report
+
+
+def results_with_cost(bytes_per_token, seconds):
+    """Two configurations on three prompts: bytes read and seconds a decoded token, by configuration."""
+    results = invented_results(tuple(bytes_per_token), prompts=3)
+    frame = results.generation
+    frame["weight_bytes_per_token"] = frame["config_name"].map(bytes_per_token).astype(float)
+    frame["decode_sec_per_token"] = frame["config_name"].map(seconds)
+    frame["total_parameters"] = 6.9e9
+    frame["active_parameters"] = frame["weight_bytes_per_token"] / 2
+    frame["active_expert_parameters"] = 0.8e9
+    frame["expert_flops_per_token"] = 1.6e9
+    frame["prefill_experts"] = 5.0
+    frame["decode_experts"] = 4.5
+    return results
+
+
+def test_allowed_and_measured_speed(tmp_path):
+    results = results_with_cost({"topk_8": 2.4e9, "bh_strict": 1.6e9}, {"topk_8": 0.03, "bh_strict": 0.024})
+    compute = analysis_of(results, tmp_path)["compute"]
+    assert list(compute) == ["topk_8", "bh_strict"]
+    assert compute["bh_strict"]["allowed_speedup"] == pytest.approx(1.5)
+    assert compute["bh_strict"]["decode_speedup"] == pytest.approx(1.25)
+    assert compute["topk_8"]["allowed_speedup"] == compute["topk_8"]["decode_speedup"] == 1
+    analysis = bh.analyze_results(results.generation, tmp_path)
+    baseline, other = bh.compute_sentences(analysis)
+    uses = "uses 1.20 B of 6.90 B parameters and 1.60 GFLOP in its experts"
+    assert baseline == f"A token under `topk_8` {uses}, and 2.40 GB of weights are read to decode one."
+    assert other.endswith(
+        "and 1.60 GB of weights are read to decode one: that allows 1.50 times the speed of `topk_8`, 1.25 "
+        "times was measured."
+    )
+    report = report_of(results, tmp_path)
+    assert "| `bh_strict` | 800.00 M | 800.00 M | 1.60 GFLOP | 1.60 GB | 1.50 | 1.25 |" in report
+    assert "| `bh_strict` | 5.00 | 4.50 | 100.0 | 24.00 |" in report
+
+
+def test_cost_of_scored_text(mock_model, tmp_path):
+    """Without generation the table is of the scored text; nothing is timed."""
+    texts = [text_item(name, range(3, 20)) for name in "ab"]
+    runner = mock_runner(mock_model, tmp_path)
+    frame = runner.run_full_experiment_suite(CONFIGS, [], texts=texts)
+    compute = bh.analyze_results(frame, tmp_path)["compute"]
+    assert {"topk_8", "bh_flat", "topk_1"} < set(compute)
+    assert compute["topk_1"]["allowed_speedup"] > compute["bh_flat"]["allowed_speedup"] > 1
+    assert compute["bh_flat"]["decode_speedup"] is compute["bh_flat"]["prefill_experts"] is None
+    path = bh.generate_markdown_report(frame, bh.analyze_results(frame, tmp_path), tmp_path / "REPORT.md")
+    assert "experts in prefill" not in path.read_text()
+
+
+def test_results_without_the_cost_have_no_table_of_it(tmp_path):
+    """As those of older scripts."""
+    results = invented_results()
+    analysis = analysis_of(results, tmp_path)
+    assert (analysis["compute"], analysis["throughput"]) == ({}, [])
+    assert bh.compute_sentences(analysis) == []
+    assert "## Compute" not in report_of(results, tmp_path)
+
+
+@pytest.mark.parametrize(("number", "units", "text"), [
+    (0.0, bh.BYTES, "0.00 B"), (999.0, bh.BYTES, "999.00 B"), (999.7, bh.BYTES, "1.00 kB"),
+    (6_919_161_856, bh.PARAMETERS, "6.92 B"), (5e15, bh.FLOPS, "5000.00 TFLOP"), (None, bh.BYTES, ""),
+    (12.0, bh.PARAMETERS, "12.00"),
+])  # fmt: skip
+def test_numbers_with_units(number, units, text):
+    assert bh.scaled(number, units) == text
+
+
+# Quantised weights
+
+
+def plain_folder(kind, folder):
+    """A tiny model with random weights whose sizes are multiples of 32, and a tokenizer."""
+    import transformers
+
+    shape = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "intermediate_size": 32, "num_experts_per_tok": 4,
+             "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": None,
+             "eos_token_id": 0}  # fmt: skip
+    torch.manual_seed(0)
+    if kind == "olmoe":
+        model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**shape, num_experts=8))
+    else:
+        model = transformers.GptOssForCausalLM(
+            transformers.GptOssConfig(**shape, head_dim=32, num_local_experts=8)
+        )
+    for layer in bh.find_moe_layers(model):
+        nn.init.normal_(layer.router.weight, std=0.5)
+        for parameter in layer.experts.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    model.bfloat16().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def rewrite_weights(folder, change, settings):
+    """Put what `change` makes of each tensor in its place, and the quantisation into config.json."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    changed = {}
+    for name, tensor in load_file(path).items():
+        changed |= change(name, tensor)
+    save_file(changed, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+
+
+UNQUANTIZED = ["lm_head", "model.embed_tokens", *(f"model.layers.{layer}.mlp.gate" for layer in range(2))]
+
+
+def fp8_tensors(name, tensor):
+    """Blocks of 32 x 32, each with its scale, of the linear layers and the experts."""
+    if tensor.ndim != 2 or name.removesuffix(".weight") in UNQUANTIZED:
+        return {name: tensor}
+    rows, columns = tensor.shape
+    blocks = tensor.float().view(rows // 32, 32, columns // 32, 32)
+    scale = blocks.abs().amax((1, 3)) / 448
+    small = (blocks / scale[:, None, :, None]).view(rows, columns).to(torch.float8_e4m3fn)
+    return {name: small, f"{name}_scale_inv": scale}
+
+
+def mxfp4_tensors(name, tensor):
+    """Random 4-bit numbers, 32 to a scale, for the experts; [E, in, out] is stored by its columns."""
+    if not name.endswith(("gate_up_proj", "experts.down_proj")):
+        return {name: tensor}
+    experts, rows, columns = tensor.shape
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(256, (experts, columns, rows // 32, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(123, 126, (experts, columns, rows // 32), generator=generator, dtype=torch.uint8)
+    return {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+
+def quantized_folder(name, folder):
+    """A folder with a tiny model in a format, as a user would download it."""
+    import transformers
+
+    if name == "fp8":
+        plain_folder("olmoe", folder)
+        settings = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic",
+                    "modules_to_not_convert": UNQUANTIZED}  # fmt: skip
+        rewrite_weights(folder, fp8_tensors, settings)
+    elif name == "mxfp4":
+        plain_folder("gpt_oss", folder)
+        spared = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+        rewrite_weights(folder, mxfp4_tensors, {"quant_method": "mxfp4", "modules_to_not_convert": spared})
+    else:
+        if name.startswith("torchao"):
+            quantization = pytest.importorskip("torchao.quantization")
+            weights = {
+                "torchao-int8": quantization.Int8WeightOnlyConfig,
+                "torchao-int8-activations": quantization.Int8DynamicActivationInt8WeightConfig,
+                "torchao-float8": quantization.Float8WeightOnlyConfig,
+            }
+            how = transformers.TorchAoConfig(weights[name]())
+        else:
+            pytest.importorskip("bitsandbytes")
+            options = {
+                "bitsandbytes-8": {"load_in_8bit": True},
+                "bitsandbytes-fp4": {"load_in_4bit": True},
+                "bitsandbytes-nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+                                     "bnb_4bit_use_double_quant": True},
+            }  # fmt: skip
+            how = transformers.BitsAndBytesConfig(**options[name])
+        plain_folder("olmoe", folder / "plain")
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        model = load(folder / "plain", quantization_config=how, device_map="cpu", dtype=torch.bfloat16)
+        model.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+QUANTIZED = {
+    **dict.fromkeys(("fp8", "mxfp4"), ("float32", "bfloat16")),
+    **dict.fromkeys(("bitsandbytes-8", "bitsandbytes-fp4", "bitsandbytes-nf4"), ("float32",)),
+    **dict.fromkeys(("torchao-int8", "torchao-int8-activations", "torchao-float8"), ("float32",)),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_weights_are_taken(name, tmp_path):
+    """What the manual lists: keeping all is bit-identical, dropped is the native smaller K (in 16 bits but
+    for rounding), the model is restored, and a runner generates."""
+    folder = quantized_folder(name, tmp_path / "model")
+    assert name.split("-")[0] in bh.QUANTIZED_WEIGHTS
+    for dtype in QUANTIZED[name]:
+        model, tokenizer = bh.load_model(str(folder), torch.device("cpu"), getattr(torch, dtype))
+        architecture = Architecture(model)
+        architecture.check_keeping_all()
+        exact = next(model.parameters()).dtype == torch.float32
+        for k in range(1, architecture.own_k):
+            routed, _ = architecture.routed(fixed(k, architecture.own_k), k)
+            native, _ = architecture.native(k)
+            error = ((routed - native).abs().max() / native.abs().max()).item()
+            assert error < (1e-5 if exact else 0.02), k
+            assert (routed - architecture.before).abs().max() > 0.05 * native.abs().max(), k
+        architecture.check_restored()
+        runner = bh.BHExperimentRunner("x", tmp_path / dtype, model=model, tokenizer=tokenizer)
+        row = runner.run_single_experiment("bh", FLAT, PROMPTS[0], 3)
+        assert (row["status"], row["num_output_tokens"]) == ("ok", 3)
+        assert row["total_parameters"] == bh.ModelCost.of(model, [], 1).total_parameters
+    if name in ("fp8", "mxfp4"):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("packed", ["bitsandbytes-8", "bitsandbytes-nf4", "torchao-int8"])
+def test_quantized_weights_are_counted_as_what_they_stand_for(packed, tmp_path):
+    """As many parameters as unpacked, in fewer bytes."""
+    folder = quantized_folder(packed, tmp_path / "model")
+    model, _ = bh.load_model(str(folder), torch.device("cpu"), torch.bfloat16)
+    plain, _ = bh.load_model(str(folder / "plain"), torch.device("cpu"), torch.bfloat16)
+    cost = cost_of(model)
+    plain_cost = cost_of(plain)
+    assert cost.total_parameters == plain_cost.total_parameters
+    assert cost.shared_bytes < plain_cost.shared_bytes
+
+
+@pytest.mark.parametrize(("method", "settings"), [
+    ("bitsandbytes", {"load_in_8bit": True}), ("torchao", {"quant_type": "int8"}), ("gptq", {"bits": 4}),
+    ("no_such_format", {}),
+])  # fmt: skip
+def test_quantized_weights_without_their_library(method, settings, tmp_path, capsys):
+    """Refused in one line, before anything runs."""
+    if importlib.util.find_spec({"gptq": "gptqmodel"}.get(method, method)):
+        pytest.skip(f"{method} is installed")
+    plain_folder("olmoe", tmp_path / "model")
+    settings = {"quant_method": method, **settings}
+    rewrite_weights(tmp_path / "model", lambda name, tensor: {name: tensor}, settings)
+    assert cli(tmp_path / "model", tmp_path / "out") == 2
+    lines = error_lines(capsys)
+    assert len(lines) == 1
+    assert "cannot be loaded: " in lines[0]
+
+
+def test_packed_experts_of_torchao(tmp_path):
+    """Where torchao lacks an operation for the experts, the model is refused in one line."""
+    quantization = pytest.importorskip("torchao.quantization")
+    refused = {}
+    for kind in (quantization.Int8Tensor, quantization.Float8Tensor):
+        for implementation in ("eager", "grouped_mm", "batched_mm"):
+            model = build("olmoe-eager").bfloat16()
+            for layer in model.model.layers:
+                for name in ("gate_up_proj", "down_proj"):
+                    weight = getattr(layer.mlp.experts, name).data
+                    packed = kind.from_hp(weight, granularity=quantization.PerRow())
+                    setattr(layer.mlp.experts, name, nn.Parameter(packed, requires_grad=False))
+            model.set_experts_implementation(implementation)
+            try:
+                bh.find_moe_layers(model)
+            except bh.UserError as error:
+                refused[kind.__name__, implementation] = str(error)
+    assert not any("\n" in message for message in refused.values())
+    assert set(refused) == {
+        ("Int8Tensor", "grouped_mm"),
+        ("Int8Tensor", "batched_mm"),
+        ("Float8Tensor", "batched_mm"),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 20. Fits into what people have: grids, chat templates, folders side by side, notebook, package
 # ---------------------------------------------------------------------------------------------------------
 
 # A grid of one knob

@@ -9,6 +9,7 @@ Debian and PyPI packages under permissive terms. From an empty folder to the fin
     python tools/train_olmoe_mini.py train    --text work/text --run work/run --steps 4000
     python tools/train_olmoe_mini.py export   --text work/text --run work/run --out models/olmoe-mini
     python tools/train_olmoe_mini.py heldout  --text work/text --out work/heldout
+    python tools/train_olmoe_mini.py sample   --text work/text --packages work/packages --out MODEL/heldout
 
 `train --shape qwen3-mini` trains another model instead (Qwen3-MoE's class, 6 layers of 32 experts, top-4,
 weights normalised), to see whether a result holds for more than one model.
@@ -30,6 +31,7 @@ import gzip
 import hashlib
 import html.parser
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -1056,6 +1058,62 @@ def heldout(args: argparse.Namespace) -> None:
     print(f"{len(files)} held-out documents in {args.out}")
 
 
+# What lies in the folder of a model is passed on with it. So only sources of which this is no doubt: in the
+# public domain, or under terms that ask for no more than that their notice is kept; it lies beside the text.
+FREE_TERMS = ("public domain", "MIT", "BSD")
+NOTICE_BYTES = 7_500  # a source whose notice is longer is left out
+SAMPLE_BYTES = 195_000  # notices and documents together
+DOCUMENT_BYTES = (600, 3_000)  # shorter ones make no window of 256 tokens; of longer ones this much is taken
+
+
+def notice_of(source: Source, packages: Path) -> str | None:
+    """The terms of a source as its package states them; None where they forbid to take it for the sample."""
+    if not any(word in source.terms for word in FREE_TERMS):
+        return None
+    if source.package.startswith("pypi:"):
+        return f"{source.terms}\n" if "public domain" in source.terms else None
+    text = (packages / source.package / DOC / source.package / "copyright").read_text(encoding="utf-8")
+    return text if len(text.encode()) <= NOTICE_BYTES else None
+
+
+def beginning(text: str, most: int) -> str:
+    """The first paragraphs of a text, as many as have at most `most` bytes together."""
+    taken = ""
+    for paragraph in text.strip().split("\n\n"):
+        longer = f"{taken}{paragraph}\n\n"
+        if len(longer.encode()) > most:
+            break
+        taken = longer
+    return taken.rstrip() + "\n" if taken else ""
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Write a part of the held-out documents that may be passed on, spread over the sources, and their terms.
+
+    The sources take turns, each with its documents in the order of their split numbers, until SAMPLE_BYTES
+    are reached. So the same text gives the same files.
+    """
+    notices = {source.name: notice_of(source, args.packages) for source in SOURCES}
+    by_source: dict[str, list[tuple[str, str]]] = {}
+    for name, path in sorted(text_files(args.text), key=lambda file: stable_number(file[0])):
+        source = name.split("/")[0]
+        text = beginning(path.read_text(encoding="utf-8"), DOCUMENT_BYTES[1]) if is_heldout(name) else ""
+        if notices.get(source) and len(text.encode()) >= DOCUMENT_BYTES[0]:
+            by_source.setdefault(source, []).append((name, text))
+    remaining = SAMPLE_BYTES - sum(len(notices[source].encode()) for source in by_source)
+    (args.out / "terms").mkdir(parents=True, exist_ok=True)
+    for source in by_source:
+        (args.out / "terms" / source).write_text(notices[source], encoding="utf-8")
+    number = 0
+    for turn in itertools.zip_longest(*by_source.values()):
+        for name, text in filter(None, turn):
+            if len(text.encode()) <= remaining:
+                remaining -= len(text.encode())
+                number += 1
+                (args.out / name.replace("/", "__")).write_text(text, encoding="utf-8")
+    print(f"{number} documents of {len(by_source)} sources in {args.out}, {SAMPLE_BYTES - remaining} bytes")
+
+
 # ---------------------------------------------------------------------------------------------------------
 # 7. The folder and its card
 # ---------------------------------------------------------------------------------------------------------
@@ -1165,6 +1223,7 @@ python tools/train_olmoe_mini.py prepare  --packages work/packages --out work/te
 python tools/train_olmoe_mini.py train    --text work/text --run work/run {size_options}
 python tools/train_olmoe_mini.py export   --text work/text --run work/run --out models/olmoe-mini
 python tools/train_olmoe_mini.py heldout  --text work/text --out work/heldout
+python tools/train_olmoe_mini.py sample   --text work/text --packages work/packages --out MODEL/heldout
 ```
 
 The order of floating-point sums depends on the machine and the number of threads, so another run gives a
@@ -1181,6 +1240,17 @@ menus or signatures), without repeated paragraphs, and with a cap for each sourc
 
 Split rule: {kept_out["rule"]}. The path is the one that `prepare` writes, for example
 `wordnet/meanings-0001.txt`.
+
+`heldout/`, where it lies beside this card, is the part of the held-out text that may be
+passed on, so that routing can be judged at once. `python tools/train_olmoe_mini.py sample`
+makes it (in `models/olmoe-mini`: 64 documents of 17 sources). Taken were only sources in
+the public domain, or under terms that ask for no more than that their notice is kept (MIT,
+BSD, WordNet's), and of these only those with a notice of at most {NOTICE_BYTES:,} bytes. The
+notices are in `heldout/terms/` as Debian's packages state them; what they say of `debian/*`
+is about the packaging, of which nothing is here. The texts were cleaned like all others,
+and of each its first {DOCUMENT_BYTES[1]:,} bytes are taken, up to the end of a paragraph. The sources take
+turns, each with its documents in the order of their split numbers, up to {SAMPLE_BYTES:,} bytes in
+all.
 
 ## Quality
 
@@ -1277,6 +1347,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--text", type=Path, nargs="+", required=True)
     command.add_argument("--out", type=Path, required=True)
     command.set_defaults(run_command=heldout)
+
+    command = commands.add_parser("sample", help="write what the model folder brings of them")
+    command.add_argument("--text", type=Path, nargs="+", required=True)
+    command.add_argument("--packages", type=Path, required=True)
+    command.add_argument("--out", type=Path, required=True)
+    command.set_defaults(run_command=sample)
     return parser
 
 
