@@ -1408,13 +1408,13 @@ ADAPTIVE_FIELDS = (
 
 def _last_true(mask: Tensor) -> Tensor:
     """Position, from 1, of the last True along the last axis, 0 where there is none: [..., D] -> [...]."""
-    return (mask * _places(mask.shape[-1], mask.device)).amax(-1).long()
+    return (mask * _places(mask.shape[-1], mask.device)).amax(-1)
 
 
 @functools.lru_cache(maxsize=64)
 def _places(number: int, device: torch.device) -> Tensor:
-    """1..number, int32. Kept: it is asked for in every layer of every token."""
-    return torch.arange(1, number + 1, dtype=torch.int32, device=device)
+    """1..number, int64. Kept: it is asked for in every layer of every token."""
+    return torch.arange(1, number + 1, device=device)
 
 
 def bh_levels(alpha: float, num_experts: int) -> Tensor:
@@ -1451,6 +1451,11 @@ def critical_scores(
     return null.critical_scores(bh_levels(alpha, num_experts)).to(device=device, dtype=dtype)
 
 
+# So few tokens are ranked on a CPU by the operation that the router has just used: in decoding, code that is
+# in the cache counts for more than the number of steps.
+FEW_TOKENS = 8
+
+
 @dataclass
 class Gates:
     """The gates of T tokens in one layer, as a rule sees them."""
@@ -1469,10 +1474,12 @@ class Gates:
     @functools.cached_property
     def ranked(self) -> Tensor:
         """The scores, best first: [T, E]."""
-        scores = self.scores.detach()
-        if scores.device.type == "cpu":  # torch sorts their places along, which takes 20 times as long
-            return torch.from_numpy(np.sort(scores.numpy(), axis=-1)).flip(-1)
-        return scores.sort(dim=-1, descending=True).values
+        if self.scores.device.type != "cpu":
+            return self.scores.sort(dim=-1, descending=True).values
+        if len(self.scores) <= FEW_TOKENS:
+            return self.scores.topk(self.num_experts).values
+        # torch sorts their places along, which takes 20 times as long.
+        return torch.from_numpy(np.sort(self.scores.detach().numpy(), axis=-1)).flip(-1)
 
     @functools.cached_property
     def mass(self) -> Tensor:

@@ -6,11 +6,11 @@
     python benchmarks/full_size.py --save FOLDER       # only write such a model, with the embedded tokenizer
 
 Greedy decoding from one prompt (`--batch B`: from B, together), prefill not counted. The variants take turns
-within one run: the model as it is; patched with its own Top-8 (only recorded); BH whose floor is 8, so that it
-decides and then keeps all; native Top-4, the bound; BH at `--means` experts on average, with the flat null and
-the alpha that the script's `match_experts` finds on the very text that is decoded; its mean while decoding is
-printed. The same with each expert's mean output standing in for what is dropped. An empirical null would need
-more text, and means nothing with random weights: this is about time only.
+within one run: the model as it is; patched with its own Top-8 (only recorded); BH whose floor is 8, so that
+it decides and then keeps all; native Top-4, the bound; BH at `--means` experts on average, with the flat null
+and the alpha that the script's `match_experts` finds on what is decoded and some more; its mean while
+decoding is printed. The same with each expert's mean output standing in for what is dropped. An empirical
+null would need more text, and means nothing with random weights: this is about time only.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import EMBEDDED, machine, medians, olmoe_config, print_header, print_row
+from common import EMBEDDED, clock, machine, medians, olmoe_config, print_header, print_row
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, OlmoeForCausalLM
 
@@ -75,7 +75,7 @@ class Clock:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.device == "cuda":
             torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
+        self.times.append(clock())
         return scores
 
 
@@ -99,16 +99,18 @@ def main() -> None:
     parser.add_argument(
         "--means", type=float, nargs="+", default=[4, 5], help="experts that BH keeps on average"
     )
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt")
     parser.add_argument("--batch", type=int, default=1, help="rows that are decoded together")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--quick", action="store_true", help="2 layers, 3 repeats")
+    parser.add_argument("--quick", action="store_true", help="2 layers, 2 repeats of 4 tokens after 4")
     parser.add_argument(
         "--save", type=Path, metavar="FOLDER", help="write the model there and do nothing else"
     )
     args = parser.parse_args()
     if args.quick:
-        args.layers, args.repeats = 2, 3
+        args.layers, args.repeats = min(args.layers, 2), 2
+        args.new_tokens, args.prompt = 4, 4
 
     start = time.perf_counter()
     model = random_olmoe(args.layers, getattr(torch, args.dtype), args.device)
@@ -117,7 +119,7 @@ def main() -> None:
     print(
         f"{machine(args.device)}, {args.dtype}, {args.layers} layers, {size / 1e9:.2f} B parameters made in"
     )
-    how = f"medians of {args.repeats} runs of {args.new_tokens} tokens after a prompt of 32"
+    how = f"medians of {args.repeats} runs of {args.new_tokens} tokens after a prompt of {args.prompt}"
     print(f"{taken:.0f} s; {how}, batch {args.batch}")
     if args.save:
         model.save_pretrained(args.save)
@@ -126,8 +128,12 @@ def main() -> None:
         return
 
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(2, model.config.vocab_size, (args.batch, 32), generator=generator).to(args.device)
-    calibration = bh.record_routers(model, [decode(model, ids, args.new_tokens)[0]], outputs=True)
+    ids = torch.randint(2, model.config.vocab_size, (args.batch, args.prompt), generator=generator).to(
+        args.device
+    )
+    random_text = torch.randint(2, model.config.vocab_size, (1, 96), generator=generator).to(args.device)
+    texts = [decode(model, ids, args.new_tokens)[0], random_text]
+    calibration = bh.record_routers(model, texts, outputs=True)
     flat = {"method": "bh", "p_values": "flat", "max_k": 8}
     variants: dict[str, Any] = {
         "unpatched Top-8": None,
