@@ -40,8 +40,12 @@ def free_bytes(device: str) -> float:
 
 
 def random_olmoe(layers: int, dtype: torch.dtype, device: str) -> OlmoeForCausalLM:
-    """OLMoE-1B-7B's shape with `layers` layers and seeded random weights, made in place."""
-    config = olmoe_config(num_hidden_layers=layers)
+    """OLMoE-1B-7B's shape with `layers` layers and seeded random weights, made in place.
+
+    With fewer layers the vocabulary is smaller alike, so that each part keeps its share of a token's time; it
+    holds the embedded model's tokens.
+    """
+    config = olmoe_config(num_hidden_layers=layers, vocab_size=max(4096, 50304 * layers // 16))
     with torch.device("meta"):
         model = OlmoeForCausalLM(config).to(dtype)
     needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize

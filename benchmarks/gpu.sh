@@ -22,11 +22,11 @@ suite=()
 batches=(1 32)
 if [[ ${1:-} == --quick ]]; then
     device=cpu
-    block=(--quick)
+    block=(--quick --experts grouped_mm)
     selection=(--quick --tokens 1 512)
     decoding=(--quick --layers 1)
     model=(--layers 1)
-    suite=(--max-tokens 2)
+    suite=(--max-tokens 2 --configs topk_8,bh_moderate --calibration-text models/olmoe-mini/README.md)
     batches=(1 2)
 elif [[ $# -gt 0 ]]; then
     echo "$0 $*: only --quick is known" >&2

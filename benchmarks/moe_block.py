@@ -24,7 +24,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from common import machine, medians, olmoe_config, print_header, print_row, seconds
+from common import machine, medians, print_header, print_row, seconds
+from full_size import random_olmoe
 from transformers import OlmoeForCausalLM
 
 from run_bh_experiments import StandIn, patched_routing
@@ -76,7 +77,7 @@ def time_stand_ins(block: Any, args: argparse.Namespace) -> None:
             stand_in = random_stand_in(rank, 2048, block)
             work = functools.partial(stand_in.output, hidden, indices, replaced)
             calls[name] = functools.partial(seconds, work, args.device)
-        times = medians(calls, args.repeats)
+        times = medians(calls, args.repeats, warm_up=1)
         for name in ("mean", "linear:16"):
             cells = (f"{1e3 * times['block']:.2f}", f"{1e6 * times[name]:.0f}")
             print_row(name, tokens, *cells, f"{times[name] / times['block']:.1%}")
@@ -94,13 +95,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few repeats, 1 and 32 tokens, 8 and 4 kept")
     args = parser.parse_args()
     if args.quick:
-        args.tokens, args.kept, args.repeats = [1, 32], [8, 4], 5
+        args.tokens, args.kept, args.repeats = [1, 32], [8, 4], 2
 
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
-    model = OlmoeForCausalLM(olmoe_config(num_hidden_layers=1, vocab_size=128)).eval().to(args.device, dtype)
+    model = random_olmoe(1, dtype, args.device)
     block = model.model.layers[0].mlp
-    torch.nn.init.normal_(block.gate.weight, std=0.02)
     print(f"{machine(args.device)}, {args.dtype}, medians of {args.repeats} calls")
     if not args.only_stand_ins:
         time_block(model, block, args)
@@ -130,7 +130,7 @@ def time_block(model: OlmoeForCausalLM, block: Any, args: argparse.Namespace) ->
             with torch.inference_mode():
                 equal["own"] = block(hidden)
                 calls = {variant: lambda v=variant, timed=timed: timed(*v) for variant in variants}
-                times = medians(calls, args.repeats)
+                times = medians(calls, args.repeats, warm_up=1)
             for (kept, how), spent in times.items():
                 name = "unpatched" if kept is None else f"{kept}, {how}" if how else kept
                 same = "" if kept is None else "yes" if equal[kept, how] else "no"
