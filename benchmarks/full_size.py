@@ -8,7 +8,7 @@
 Greedy decoding from one prompt (`--batch B`: from B, together), prefill not counted. The variants take turns
 within one run: the model as it is; patched with its own Top-8 (only recorded); BH whose floor is 8, so that
 it decides and then keeps all; native Top-4, the bound; BH at `--means` experts on average, with the flat null
-and the alpha that the script's `match_experts` finds on what is decoded and some more; its mean while
+and the alpha that the script's `match_experts` finds on the very text that is decoded; its mean while
 decoding is printed. The same with each expert's mean output standing in for what is dropped. An empirical
 null would need more text, and means nothing with random weights: this is about time only.
 """
@@ -135,9 +135,8 @@ def main() -> None:
     ids = torch.randint(2, model.config.vocab_size, (args.batch, args.prompt), generator=generator).to(
         args.device
     )
-    random_text = torch.randint(2, model.config.vocab_size, (1, 96), generator=generator).to(args.device)
-    texts = [decode(model, ids, args.new_tokens)[0], random_text]
-    calibration = bh.record_routers(model, texts, outputs=True)
+    text, _ = decode(model, ids, args.new_tokens)
+    calibration = bh.record_routers(model, [text], outputs=True)
     flat = {"method": "bh", "p_values": "flat", "max_k": 8}
     variants: dict[str, Any] = {
         "unpatched Top-8": None,
