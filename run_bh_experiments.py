@@ -5610,12 +5610,8 @@ class BHExperimentRunner:
                 logger.warning(
                     f"--trust-remote-code: Python code that comes with {model_name} will be executed"
                 )
-            if use_fp16 and dtype == "auto":
-                outline = functools.partial(model_outline, model_name, revision, trust_remote_code)
-                precision = self._auto_precision(place, outline)
-            else:
-                chosen = choose_dtype(place, dtype if use_fp16 else "float32")
-                precision = Precision(chosen, "asked for")
+            outline = functools.partial(model_outline, model_name, revision, trust_remote_code)
+            precision = self._precision(dtype if use_fp16 else "float32", place, outline)
             self.precision_reason = precision.reason
             model, tokenizer = load_model(
                 model_name, place, precision.dtype, device_map, revision, trust_remote_code
@@ -5641,9 +5637,11 @@ class BHExperimentRunner:
         shape = f"{len(self.layers)} MoE layers x {self.layers[0].num_experts} experts, top-{self.own_k}"
         return f"BHExperimentRunner({self.model_name!r}, {shape}, {self.dtype} on {self.device})"
 
-    def _auto_precision(self, place: torch.device, outline: Callable[[], nn.Module]) -> Precision:
-        """The precision that "auto" stands for. On a CPU it goes by the clock, which may fall the other way
-        another day: where the output folder holds a run on a CPU, that run's precision is taken."""
+    def _precision(self, dtype: str, place: torch.device, outline: Callable[[], nn.Module]) -> Precision:
+        """The precision of that name. On a CPU "auto" goes by the clock, which may fall the other way another
+        day: where the output folder holds a run on a CPU, that run's precision is taken."""
+        if dtype != "auto":
+            return Precision(choose_dtype(place, dtype), "asked for")
         if place.type != "cpu":
             return Precision(choose_dtype(place), "what the hardware computes in")
         earlier = settings_beside(self.output_dir)

@@ -58,7 +58,7 @@ def dtype(args: argparse.Namespace) -> None:
                 torch.manual_seed(0)
                 models[name] = OlmoeForCausalLM(config).eval().to(getattr(torch, name))
         calls = {name: lambda model=model: decode(model, ids, 8)[1] for name, model in models.items()}
-        times = medians(calls, 3 if args.quick else 11, warm_up=1)
+        times = medians(calls, 3 if args.quick else 7, warm_up=1)
         seconds = bh.projection_seconds(bh.expert_shapes(models["float32"]))
         chosen = min(seconds, key=seconds.__getitem__)
         name = "embedded" if size is None else f"hidden {size[0]}, experts of {size[1]}"
@@ -103,7 +103,7 @@ def decode_small(args: argparse.Namespace) -> None:
 
     with bh.computing_with(1):
         calls = {name: lambda name=name: timed(name) for name in names}
-        times = medians(calls, 5 if args.quick else 41, warm_up=1)
+        times = medians(calls, 5 if args.quick else 15, warm_up=1)
     print_header("routing", "experts, mean", "CPU time a token, ms", "ratio to Top-8")
     for name, spent in times.items():
         print_row(name, f"{experts[name]:.2f}", f"{1000 * spent:.3f}", f"{spent / times['topk_8']:.3f}")
