@@ -179,6 +179,7 @@ def memory(args: argparse.Namespace) -> None:
     prompts = args.folder / "prompts.txt"
     prompts.write_text("The cat sat on the\n", encoding="utf-8")
     command += ["--prompts", str(prompts), "--configs", "topk_8,bh_strict"]
+    command += ["--calibration-text", str(EMBEDDED / "README.md")]
     peak = {"copied": 0, "mapped": 0, "both": 0}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:
