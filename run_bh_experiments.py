@@ -11,6 +11,8 @@
 #     "seaborn>=0.13.2",
 #     "tqdm>=4.66",
 #     "jinja2>=3.1",
+#     "markdown-it-py>=3.0",
+#     "pillow>=10.3",
 #     "numpy>=1.26",
 #     "safetensors>=0.8",
 #     "filelock>=3.24",
@@ -70,6 +72,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bz2
 import collections
 import contextlib
 import copy
@@ -78,13 +81,16 @@ import dataclasses
 import difflib
 import errno
 import functools
+import gzip
 import hashlib
+import html
 import importlib
 import importlib.util
 import io
 import itertools
 import json
 import logging
+import lzma
 import math
 import numbers
 import os
@@ -96,9 +102,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import unicodedata
+import warnings
+import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -127,7 +136,9 @@ class _Lazy:
 
 accelerate = _Lazy("accelerate")
 jinja2 = _Lazy("jinja2")
+markdown_it = _Lazy("markdown_it")
 optimize = _Lazy("scipy.optimize")
+pil_image = _Lazy("PIL.Image")
 plt = _Lazy("matplotlib.pyplot")
 psutil = _Lazy("psutil")
 sns = _Lazy("seaborn")
@@ -495,12 +506,17 @@ def input_hashes(prompt: Prompt) -> dict[str, str]:
     return {field: fingerprint(prompt[field]) for field, counts in PROMPT_IDENTITY.items() if counts}
 
 
+MAX_CHARACTERS = 10_000_000  # of a prompt, beyond any context: a compressed file can unfold to anything
+
+
 def resolve_prompt(prompt: Prompt) -> dict[str, str]:
     """A prompt with exactly PROMPT_FIELDS; only `text` is needed. Raises UserError where that is missing."""
     text = prompt.get("text")
     name = f"prompt {prompt.get('id', dict(prompt))!r:.80}"
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{name} has no text: it needs a non-empty string under 'text'")
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{name} has {len(text):,} characters, more than {MAX_CHARACTERS:,}: shorten it")
     unknown = sorted(set(prompt) - set(PROMPT_FIELDS))
     if unknown:
         raise UserError(
@@ -592,6 +608,26 @@ def _dataset_source(option: str, dataset: str) -> tuple[str, tuple[str, ...], di
     return dataset, tuple(dataset.split(":", 1)), {}
 
 
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def _refuse_endless_lines(option: str, dataset: str, rows: int) -> None:
+    """UserError where one of the first lines of a local compressed file unfolds to more than any prompt may
+    hold: the datasets library holds a line several times over."""
+    path = Path(dataset)
+    for file in sorted(path.rglob("*")) if path.is_dir() else []:
+        if file.suffix.lower() in COMPRESSED and file.is_file():
+            with COMPRESSED[file.suffix.lower()](file, "rb") as lines:
+                for _ in range(rows + 1):  # one may name the columns
+                    line = lines.readline(MAX_CHARACTERS + 1)
+                    if len(line) > MAX_CHARACTERS:
+                        raise UserError(
+                            f"{option} {file}: a line has more than {MAX_CHARACTERS:,} characters"
+                        )
+                    if not line:
+                        break
+
+
 def _dataset_rows(
     option: str, dataset: str, split: str | None, limit: int, random_seed: int | None = None
 ) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
@@ -602,6 +638,7 @@ def _dataset_rows(
 
     _, source, files = _dataset_source(option, dataset)
     try:
+        _refuse_endless_lines(option, dataset, limit if random_seed is None else SHUFFLE_BUFFER)
         splits = datasets.load_dataset(*source, **files, streaming=True)
         if split is None:
             split = "train" if "train" in splits or len(splits) > 1 else next(iter(splits))
@@ -2109,6 +2146,30 @@ def _alone() -> Iterator[None]:
         yield
 
 
+_HOLDERS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()  # model -> its lock
+
+
+@contextlib.contextmanager
+def holding(model: nn.Module) -> Iterator[None]:
+    """The model for this thread inside the block; UserError where another thread holds it.
+
+    What is measured without a patch, calibration for example, is wrong if another thread patches the model
+    meanwhile, or looks at it: both change it.
+    """
+    with _alone():
+        lock = _HOLDERS.setdefault(model, threading.RLock())
+    is_held = False
+    try:
+        is_held = lock.acquire(blocking=False)
+        if not is_held:
+            kind = type(model).__name__
+            raise UserError(f"this {kind} is at work in another thread: wait for it, or load the model again")
+        yield
+    finally:
+        if is_held:
+            lock.release()
+
+
 def _refuse_patched(name: str, router: nn.Module) -> None:
     if hasattr(router, "_bh_patched"):
         raise UserError(f"{name} is patched already: leave the first `with` block before the next")
@@ -2123,6 +2184,20 @@ def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> 
     undo = (held.update, {name: held[name]}) if name in held else (held.pop, name, None)
     stack.callback(*undo)
     setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def _replaced_forward(name: str, module: nn.Module, forward: Callable) -> Iterator[None]:
+    """`forward` in place of a module's own inside the block. UserError after it where somebody put another in
+    its place meanwhile: that one is gone, and what it kept to put back is of no use."""
+    with contextlib.ExitStack() as stack:
+        _replace(stack, module, "forward", forward)
+        yield
+        if vars(module).get("forward") is not forward:
+            raise UserError(
+                f"{name}: its forward was replaced while it was patched, by an accelerate hook for example; "
+                "add hooks before the block, or take them off in it"
+            )
 
 
 @contextlib.contextmanager
@@ -2330,7 +2405,6 @@ def _declared_routers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-@_alone()
 @torch.no_grad()
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a transformers model, in order, by the architecture's own declaration.
@@ -2339,6 +2413,11 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     architectures or of attribute names is needed. Raises UserError, in one line, for a model that cannot be
     patched.
     """
+    with _alone(), holding(model):
+        return _find_moe_layers(model)
+
+
+def _find_moe_layers(model: nn.Module) -> list[MoELayer]:
     routers = _declared_routers(model)
     for name, router in routers.items():
         _refuse_patched(name, router)
@@ -2887,6 +2966,57 @@ class ModelCost:
         return row
 
 
+def _packed(values: np.ndarray) -> str:
+    """Whole numbers as text for a checkpoint."""
+    return base64.b85encode(zlib.compress(values.tobytes())).decode()
+
+
+def _unpacked(text: str, kind: str) -> np.ndarray:
+    """What `_packed` wrote: [n] of a numpy type."""
+    return np.frombuffer(zlib.decompress(base64.b85decode(text)), kind)
+
+
+MASS_STEPS = 2**16 - 1  # gate mass of a single token is kept in such steps: 2 bytes
+
+
+@dataclass(frozen=True)
+class TokenRouting:
+    """What was decided for each token of a text, in L layers.
+
+    ids [n or n + 1]: the tokens; one that comes last was written or predicted, but never routed. counts [n,
+    L]: experts that ran. mass [n, L]: gate mass of these, in 1 / MASS_STEPS. num_given: how many tokens were
+    given; the others were written, or predicted.
+    """
+
+    ids: np.ndarray
+    counts: np.ndarray
+    mass: np.ndarray
+    num_given: int
+
+    def pack(self) -> dict[str, Any]:
+        """As plain data for a checkpoint: about a byte a token and layer for the counts, two for the mass."""
+        return {
+            "num_given": self.num_given,
+            "ids": _packed(self.ids.astype("<i4")),
+            "counts": _packed(self.counts.T.astype("<u2")),
+            "mass": _packed(self.mass.T.astype("<u2")),
+        }
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any], num_layers: int) -> TokenRouting:
+        """What `pack` made."""
+        counts = _unpacked(packed["counts"], "<u2").reshape(num_layers, -1).T.astype(np.int64)
+        mass = _unpacked(packed["mass"], "<u2").reshape(num_layers, -1).T.astype(np.int64)
+        return cls(_unpacked(packed["ids"], "<i4"), counts, mass, packed["num_given"])
+
+    def of_text(self, ids: Any, num_given: int) -> TokenRouting | None:
+        """The same with all ids of its text [n + 1]; None where it is not of all of them but the last."""
+        ids = np.asarray(ids)
+        if not np.array_equal(self.ids, ids[:-1]):
+            return None
+        return dataclasses.replace(self, ids=ids, num_given=num_given)
+
+
 @dataclass
 class _Call:
     """One forward pass of the model, as the recorder keeps it until it is summed."""
@@ -2896,6 +3026,36 @@ class _Call:
     phase: int  # 0 for the first since the start, a prefill where text is generated; 1 for the others
     outputs: dict[int, tuple]  # place of the layer -> (logits [T, E], weights [T, K], indices [T, K])
     wanted: dict[int, Tensor]  # place of the layer -> counts [T] before floor and cap
+    ids: Tensor | None = None  # [B, S], where tokens are kept
+
+
+@dataclass(frozen=True)
+class _KeptTokens:
+    """What was decided for the tokens of some calls, where it was computed."""
+
+    shapes: list[tuple[int, int]]  # B, S of each call
+    ids: Tensor  # [N]
+    is_token: Tensor  # [N], False for padding
+    decided: list[Tensor]  # of each layer: counts and gate mass in 1 / MASS_STEPS, int32 [2, N]
+
+    def calls(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each call: ids [B, S], is_token [B, S] and what was decided [L, 2, B, S]."""
+        ids = self.ids.cpu().numpy()
+        is_token = self.is_token.cpu().numpy()
+        decided = np.stack([layer.cpu().numpy() for layer in self.decided])  # [L, 2, N]
+        start = 0
+        for shape in self.shapes:
+            part = slice(start, start + math.prod(shape))
+            of_call = decided[:, :, part].reshape(*decided.shape[:2], *shape)
+            yield ids[part].reshape(shape), is_token[part].reshape(shape), of_call
+            start = part.stop
+
+
+def _joined_text(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenRouting:
+    """A text from its parts, one of each call: ids [n] and what was decided [L, 2, n]."""
+    decided = np.concatenate([part for _, part in parts], axis=2)
+    ids = np.concatenate([ids for ids, _ in parts])
+    return TokenRouting(ids, decided[:, 0].T, decided[:, 1].T, num_given=len(parts[0][0]))
 
 
 class _LayerSums:
@@ -2917,20 +3077,26 @@ class _LayerSums:
         wanted: Tensor | None,
         place: tuple[Tensor, Tensor],
         is_token: Tensor,
-    ) -> None:
+    ) -> tuple[Tensor, Tensor]:
         """Add N tokens. output: logits [N, E], weights [N, K], indices [N, K]. wanted: counts [N] before
-        floor and cap. place: phase [N] and row of the batch [N]. is_token: False for padding [N]."""
+        floor and cap. place: phase [N] and row of the batch [N]. is_token: False for padding [N].
+
+        Returns how many experts ran for each token [N], and their gate mass [N].
+        """
         phase, row = place
         first, weights, indices = output
         ran = (weights != 0) & is_token[:, None]  # [N, K]
         gates = self.layer.logits(first).float().softmax(-1)
         mass = gates.gather(-1, indices.clamp(max=gates.shape[-1] - 1)).double()  # [N, K]
-        self._count(self.counts, (phase, row, ran.sum(-1)), is_token)
+        number = ran.sum(-1)  # [N]
+        kept_mass = (mass * ran).sum(-1)  # [N]
+        self._count(self.counts, (phase, row, number), is_token)
         token, slot = ran.nonzero(as_tuple=True)
         self._count(self.use, (phase[token], row[token], indices[token, slot]), torch.ones_like(token))
-        self._count(self.mass, (phase, row), (mass * ran).sum(-1).mul(MASS_UNIT).round())
+        self._count(self.mass, (phase, row), kept_mass.mul(MASS_UNIT).round())
         if wanted is not None:
             self._count(self.unchosen, (phase, row), (wanted == 0) & is_token)
+        return number, kept_mass
 
     @staticmethod
     def _count(sums: Tensor, place: tuple[Tensor, ...], number: Tensor) -> None:
@@ -2942,7 +3108,11 @@ class RoutingRecorder:
 
     A hook only keeps what it sees; the sums are taken on the layer's device once for many calls, so that
     recording costs decoding next to nothing and never waits for a GPU. Padding, by the attention mask that
-    the model was given, is not counted. In a notebook it shows itself as a table by layer.
+    the model was given, is not counted. In a notebook it shows itself as a table by layer; where `view` is
+    set, also as the texts that were read and written, each token shaded by its experts.
+
+    After `keep_tokens` also what was decided for each single token is kept, on the device until it is asked
+    for: memory O(L) a token.
     """
 
     MAX_CALLS = 256  # what is kept at most before it is summed
@@ -2951,6 +3121,8 @@ class RoutingRecorder:
     def __init__(self, layers: Sequence[MoELayer], config: Config):
         self.config = config
         self.layers = list(layers)
+        self.view: Callable[[Sequence[TokenRouting]], str] | None = None  # texts -> HTML
+        self._most_kept: float = 0  # tokens
         self.start()
 
     def start(self, rows: int | None = None) -> None:
@@ -2960,6 +3132,11 @@ class RoutingRecorder:
         self._calls: list[_Call] = []
         self._tokens = 0
         self._sums = [_LayerSums(layer, rows or 1) for layer in self.layers]
+        self._kept: list[_KeptTokens] = []
+
+    def keep_tokens(self, most: float = math.inf) -> None:
+        """Keep what is decided for each token from now on; no more begins when `most` tokens are kept."""
+        self._most_kept = most
 
     def watch_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook for the model: a new call begins."""
@@ -2970,11 +3147,13 @@ class RoutingRecorder:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             mask = None
         shape = None if ids is None else tuple(ids.shape[:2])
-        self._begin_call(mask, shape)
+        self._begin_call(mask, shape, ids if self._most_kept else None)
         self._tokens += 0 if ids is None else ids.numel()
 
-    def _begin_call(self, mask: Tensor | None, shape: tuple[int, int] | None) -> None:
-        self._calls.append(_Call(mask, shape, self._phase, {}, {}))
+    def _begin_call(
+        self, mask: Tensor | None, shape: tuple[int, int] | None, ids: Tensor | None = None
+    ) -> None:
+        self._calls.append(_Call(mask, shape, self._phase, {}, {}, ids))
         self._phase = 1
 
     def _call(self, place: int) -> _Call:
@@ -2999,12 +3178,24 @@ class RoutingRecorder:
 
         return observe
 
+    def _keeps(self, calls: Sequence[_Call]) -> bool:
+        """Whether what is decided for each token of these calls is to be kept, and can be."""
+        num_kept = sum(len(kept.ids) for kept in self._kept)
+        return bool(calls) and num_kept < self._most_kept and all(map(self._is_whole, calls))
+
+    def _is_whole(self, call: _Call) -> bool:
+        """Whether every layer saw every token of the call."""
+        tokens = -1 if call.ids is None else call.ids.numel()
+        return [len(output[0]) for output in call.outputs.values()] == [tokens] * len(self.layers)
+
     @torch.no_grad()
     def _flush(self) -> None:
         """Add what was kept to the sums."""
         calls = self._calls
         self._calls = []
         self._tokens = 0
+        keeps = self._keeps(calls)
+        decided = []  # of each layer, for the tokens of these calls
         for place, sums in enumerate(self._sums):
             seen = [call for call in calls if place in call.outputs]
             if not seen:
@@ -3017,7 +3208,14 @@ class RoutingRecorder:
             phase = torch.cat([torch.full((len(call.outputs[place][0]),), call.phase) for call in seen])
             is_token = torch.cat([self._is_token(call, place) for call in seen])
             device = sums.counts.device
-            sums.add(output, wanted, (phase.to(device), row.to(device)), is_token.to(device))
+            number, mass = sums.add(output, wanted, (phase.to(device), row.to(device)), is_token.to(device))
+            if keeps:
+                steps = mass.mul(MASS_STEPS).round().clamp(max=MASS_STEPS)
+                decided.append(torch.stack([number.int(), steps.int()]))
+        if keeps:
+            shapes = [call.shape for call in calls]
+            ids = torch.cat([call.ids.reshape(-1) for call in calls])
+            self._kept.append(_KeptTokens(shapes, ids, is_token, decided))
 
     def _row_of_tokens(self, call: _Call, place: int) -> Tensor:
         """The row of the batch that each token [T] is in; 0 where rows are not told apart."""
@@ -3074,12 +3272,31 @@ class RoutingRecorder:
         """What was seen since the start."""
         return functools.reduce(RoutingStatistics.__add__, self.statistics())
 
+    def texts(self) -> list[TokenRouting]:
+        """The texts whose tokens were kept, each row of a batch by itself, in the order they were begun.
+
+        A call with one token a row goes on with the texts of the call before; any other begins new ones.
+        """
+        self._flush()
+        texts: list[list[tuple[np.ndarray, np.ndarray]]] = []
+        current: list[list[tuple[np.ndarray, np.ndarray]]] = []  # those that the latest call is of
+        for kept in self._kept:
+            for ids, is_token, decided in kept.calls():
+                rows, length = ids.shape
+                if length > 1 or rows != len(current):
+                    current = [[] for _ in range(rows)]
+                    texts += current
+                for row, parts in enumerate(current):
+                    parts.append((ids[row][is_token[row]], decided[:, :, row][:, :, is_token[row]]))
+        return [_joined_text(parts) for parts in texts]
+
     def summary(self) -> pd.DataFrame:
         """What was seen since the start, one row a layer: LAYER_COLUMNS."""
         return self.total().by_layer()
 
     def _repr_html_(self) -> str:
-        return self.summary().to_html(float_format="{:.3f}".format)
+        table = self.summary().to_html(float_format="{:.3f}".format)
+        return table if self.view is None else self.view(self.texts()) + table
 
 
 @contextlib.contextmanager
@@ -3177,6 +3394,7 @@ def patched_routing(
     config = config | {"layers": [layer.index for layer in layers if is_routed(config, layer.index)]}
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as alone:
         alone.enter_context(_alone())
+        alone.enter_context(holding(model))
         stack.enter_context(evaluating(model))
         stack.enter_context(model.register_forward_pre_hook(recorder.watch_model, with_kwargs=True))
         candidates = _asked_candidates(patched, config)
@@ -3190,8 +3408,9 @@ def patched_routing(
                 routing = _LayerRouting(layer, settings, candidates[place], calibration, observe)
                 router_forward = routing.wrap_router(layer.router.forward, layer.experts.forward)
                 experts_forward = routing.wrap_experts(layer.experts.forward)
-                _replace(stack, layer.router, "forward", router_forward)
-                _replace(stack, layer.experts, "forward", experts_forward)
+                stack.enter_context(_replaced_forward(layer.name, layer.router, router_forward))
+                experts_name = f"the experts of {layer.name}"
+                stack.enter_context(_replaced_forward(experts_name, layer.experts, experts_forward))
             # config.num_experts_per_tok has no effect after loading; the router's own attribute has.
             if layer.knob:
                 _replace(stack, *layer.knob, candidates[place])
@@ -3235,10 +3454,14 @@ def writing_plainly(model: nn.Module) -> Iterator[None]:
         yield
 
 
+_SEEDING = threading.RLock()
+
+
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's random generators seeded inside the block, and as they were after it."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    """torch's random generators seeded inside the block, and as they were after it; one thread at a time,
+    because all threads share them."""
+    with _SEEDING, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
@@ -3256,7 +3479,7 @@ def sample_calibration_text(
     remaining = sequences or CALIBRATION_SEQUENCES
     settings = generation_settings(tokenizer, CALIBRATION_LENGTH - 1, do_sample=True, top_k=0)
     texts = []
-    with writing_plainly(model), seeded(seed, device), torch.inference_mode():
+    with holding(model), writing_plainly(model), seeded(seed, device), torch.inference_mode():
         while remaining > 0:
             rows = min(remaining, CALIBRATION_SEQUENCES)
             start = torch.full((rows, 1), start_token(tokenizer), device=device)
@@ -3458,7 +3681,7 @@ def record_routers(model: nn.Module, batches: Sequence[Tensor], outputs: bool = 
     def add_outputs(layer: MoELayer, forward: Callable, *seen: Tensor) -> None:
         sums[layer.index].add(forward, *(_but_first_positions(part, length) for part in seen))
 
-    with contextlib.ExitStack() as stack, evaluating(model), torch.inference_mode():
+    with contextlib.ExitStack() as stack, holding(model), evaluating(model), torch.inference_mode():
         for layer in layers:
             stack.enter_context(layer.router.register_forward_hook(recorder(layer)))
         if outputs:
@@ -3527,7 +3750,7 @@ def fit_linear_maps(
         chosen[layer.index].append(_but_first_positions(indices, length).to("cpu", torch.int16))
         forwards[layer.index] = forward
 
-    with evaluating(model), torch.inference_mode():
+    with holding(model), evaluating(model), torch.inference_mode():
         with _watched_experts(layers, keep):
             for batch in batches:
                 length = batch.shape[1]
@@ -3983,7 +4206,68 @@ EXPERT_COUNTS = Table(
         _RUN_ID,
     ),
 )
-TABLES = (GENERATION, SCORES, TASKS, THROUGHPUT, LAYER_STATISTICS, EXPERT_USAGE, EXPERT_COUNTS)
+_TOKEN = (
+    Column("position", int, "place of the token in its text, from 0"),
+    Column("phase", str, "`prompt`: given; `new`: written; `scored`: predicted"),
+    Column("token_id", int, "number of the token"),
+    Column("token", str,
+           "its text; that of a character of several tokens stands with the first of them"),
+    Column("token_kinds", str, "its kinds, as in `token_kinds.csv`, separated by spaces"),
+)  # fmt: skip
+_SAMPLE = Column("sample", int, "which sample of a generated text, from 0")
+TOKEN_COUNTS = Table(
+    "token_counts.csv",
+    "a configuration, a prompt (and a sample of its text) and a token of the text",
+    (
+        _CONFIG_NAME,
+        Column("prompt_id", str, "name of the prompt"),
+        _SAMPLE,
+        *_TOKEN,
+        Column("avg_experts", float, "mean over layers of how many experts ran; empty for the last token"),
+        Column("experts_by_layer", str, "how many ran in each MoE layer, in order"),
+        _RUN_ID,
+    ),
+)
+TOKEN_KINDS = Table(
+    "token_kinds.csv",
+    "a configuration, a kind of measurement, a document and a kind of token",
+    (
+        _CONFIG_NAME,
+        _KIND,
+        Column("document", str, "the prompt, or what a window was cut from"),
+        Column("token_kind", str, "kind of token"),
+        Column("tokens", int, "tokens of this kind"),
+        Column("avg_experts", float, "mean over these and the layers of how many experts ran"),
+        Column("other_tokens", int, "all other tokens of the document"),
+        Column("other_avg_experts", float, "mean over these"),
+        _RUN_ID,
+    ),
+)
+TABLES = (
+    *(GENERATION, SCORES, TASKS, THROUGHPUT),
+    *(LAYER_STATISTICS, EXPERT_USAGE, EXPERT_COUNTS),
+    *(TOKEN_COUNTS, TOKEN_KINDS),
+)
+# Written on demand, and not as a plain CSV: it has a row for every decision.
+TOKEN_LOG = Table(
+    "token_log",
+    "a configuration, a prompt or window of text, a token and a layer",
+    (
+        _RUN_ID,
+        _CONFIG_NAME,
+        _KIND,
+        Column("item_id", str, "name of the prompt or window"),
+        _SAMPLE,
+        *_TOKEN,
+        _LAYER,
+        Column("num_experts", int, "how many experts ran"),
+        Column("gate_mass", float, f"their share of softmax(router logits), in steps of 1/{MASS_STEPS}"),
+    ),
+)
+TOKEN_LOG_FILES = {  # the first one that can be written is
+    f"{TOKEN_LOG.file}.parquet": f"with --token-log, a row: {TOKEN_LOG.row}",
+    f"{TOKEN_LOG.file}.csv.gz": "the same, where pyarrow is not installed",
+}
 
 # A spreadsheet would run a cell that begins like this; one more quote in front makes it text, and goes again.
 _FORMULA = re.compile(r"(?='*[=+\-@\t\r])")
@@ -4327,6 +4611,518 @@ class LayerTables:
             write_table(EXPERT_COUNTS, self._count_rows(), folder)
 
 
+# What each token got
+
+
+@dataclass(frozen=True)
+class TokenKind:
+    """A kind of token: what the report calls such tokens, and which they are."""
+
+    title: str
+    words: str
+
+
+# A token has one of the four kinds in the middle; or none, where it is a special token or white space.
+KINDS_OF_TOKENS = {
+    "first_position": TokenKind("first positions", "the first token of each text"),
+    "word_start": TokenKind(
+        "beginnings of words",
+        "tokens with a letter that begin with white space, or after one that ends in no letter or digit",
+    ),
+    "word_continuation": TokenKind("continuations of words", "all other tokens with a letter"),
+    "digits": TokenKind("digits", "tokens with a digit and no letter"),
+    "punctuation": TokenKind("punctuation", "tokens with no letter or digit, but something to be seen"),
+    "rare": TokenKind(
+        "rare tokens", "those that occur once in all that a configuration generated, or scored"
+    ),
+    "frequent": TokenKind("frequent tokens", "the most frequent ones, which make up half of that"),
+}
+
+
+def word_kind(text: str, before: str) -> str:
+    """The kind of a token by its text and that of the token before it; empty for white space."""
+    if any(character.isalpha() for character in text):
+        begins = text[0].isspace() or not before[-1:].isalnum()
+        return "word_start" if begins else "word_continuation"
+    if any(character.isnumeric() for character in text):
+        return "digits"
+    return "punctuation" if text.strip() else ""
+
+
+class TokenTexts:
+    """What tokens stand for, of any tokenizer that can decode: each is decoded behind a letter, so that the
+    space before a word is seen also where the tokenizer drops it at the beginning of a text."""
+
+    LONGEST = 8  # tokens that a character is looked for in
+    UNKNOWN = "\ufffd"  # what part of a character is decoded to
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.special = set(getattr(tokenizer, "all_special_ids", ()))
+        self.anchor = list(tokenizer("a", add_special_tokens=False)["input_ids"])[-1:]
+        self.anchor_text = self._decode(self.anchor)
+        self._one = functools.lru_cache(maxsize=None)(lambda token: self._behind_anchor([token]))
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _behind_anchor(self, ids: Sequence[int]) -> str:
+        text = self._decode([*self.anchor, *ids])
+        behind = text[len(self.anchor_text) :]
+        return behind if behind and text.startswith(self.anchor_text) else self._decode(ids)
+
+    def _character(self, ids: Sequence[int]) -> tuple[str, int]:
+        """The character that `ids` begin with in the middle of, and how many of them it takes."""
+        for length in range(2, min(len(ids), self.LONGEST) + 1):
+            text = self._behind_anchor(ids[:length])
+            if self.UNKNOWN not in text:
+                return text, length
+        return self._one(ids[0]), 1
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token; a character of several stands with the first, and the others are empty."""
+        ids = [int(token) for token in ids]
+        texts: list[str] = []
+        while len(texts) < len(ids):
+            text = self._one(ids[len(texts)])
+            length = 1
+            if self.UNKNOWN in text:
+                text, length = self._character(ids[len(texts) :])
+            texts += [text] + [""] * (length - 1)
+        return texts
+
+    def word_kinds(self, ids: Sequence[int], texts: Sequence[str]) -> list[str]:
+        """`word_kind` of each token; empty for special ones."""
+        kinds = []
+        before = ""
+        for token, text in zip(ids, texts, strict=True):
+            is_special = int(token) in self.special
+            kinds.append("" if is_special else word_kind(text, before))
+            if text:
+                before = "" if is_special else text
+        return kinds
+
+
+@dataclass(frozen=True)
+class RoutedText:
+    """A text under a configuration, and what each of its tokens got. item: the prompt or window."""
+
+    config_name: str
+    kind: str
+    item: str
+    sample: int
+    category: str
+    document: str
+    routing: TokenRouting
+
+    def phases(self) -> list[str]:
+        given = self.routing.num_given
+        follows = "new" if self.kind == "generation" else "scored"
+        return ["prompt"] * given + [follows] * (len(self.routing.ids) - given)
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """Which tokens are rare and which are frequent, in the texts of a configuration."""
+
+    rare: np.ndarray
+    frequent: np.ndarray
+
+    @classmethod
+    def of(cls, counts: Mapping[int, int]) -> Frequencies:
+        ids = np.array(sorted(counts, key=lambda token: (-counts[token], token)))
+        number = np.array([counts[token] for token in ids.tolist()])
+        before = number.cumsum() - number  # tokens that are more frequent
+        return cls(ids[number == 1], ids[before < number.sum() / 2])
+
+
+class TokenTables:
+    """What each token of a run got: two tables and, on demand, a log with a row a token and layer.
+
+    texts: called for a pass over the texts, of which one at a time is held in memory.
+    """
+
+    LOGGED_TOGETHER = 100_000  # rows
+
+    def __init__(
+        self,
+        texts: Callable[[], Iterator[RoutedText]],
+        token_texts: TokenTexts,
+        layers: Sequence[MoELayer],
+        run_id: str,
+    ):
+        self.texts = texts
+        self.token_texts = token_texts
+        self.layers = np.array([layer.index for layer in layers])
+        self.run_id = run_id
+        self.frequencies = self._frequencies()
+
+    def _frequencies(self) -> dict[tuple[str, str], Frequencies]:
+        """(configuration, kind) -> which of its tokens are rare and frequent."""
+        counts: dict[tuple[str, str], collections.Counter[int]] = collections.defaultdict(collections.Counter)
+        for text in self.texts():
+            counts[text.config_name, text.kind].update(text.routing.ids[: len(text.routing.counts)].tolist())
+        return {key: Frequencies.of(numbers) for key, numbers in counts.items()}
+
+    def _is_of_kind(self, text: RoutedText, word_kinds: Sequence[str]) -> dict[str, np.ndarray]:
+        """Kind of token -> which of the tokens [n] are of it."""
+        ids = text.routing.ids
+        frequencies = self.frequencies[text.config_name, text.kind]
+        words = np.array(word_kinds)
+        is_of_kind = {kind: words == kind for kind in KINDS_OF_TOKENS}
+        is_of_kind["first_position"] = np.arange(len(ids)) == 0
+        is_of_kind["rare"] = np.isin(ids, frequencies.rare)
+        is_of_kind["frequent"] = np.isin(ids, frequencies.frequent)
+        return is_of_kind
+
+    def _tokens(self, text: RoutedText) -> pd.DataFrame:
+        """The tokens of a text, one row each: what the table and the log say of them."""
+        ids = text.routing.ids
+        texts = self.token_texts.texts(ids)
+        is_of_kind = self._is_of_kind(text, self.token_texts.word_kinds(ids, texts))
+        kinds = [
+            " ".join(kind for kind in KINDS_OF_TOKENS if is_of_kind[kind][place]) for place in range(len(ids))
+        ]
+        return pd.DataFrame(
+            {
+                "position": np.arange(len(ids)),
+                "phase": text.phases(),
+                "token_id": ids,
+                "token": texts,
+                "token_kinds": kinds,
+            }
+        )
+
+    def _count_rows(self) -> Iterator[Row]:
+        for text in self.texts():
+            if text.kind != "generation":
+                continue
+            about = {"config_name": text.config_name, "prompt_id": text.item, "sample": text.sample}
+            counts = text.routing.counts
+            for place, token in enumerate(self._tokens(text).to_dict("records")):
+                row = about | token | {"run_id": self.run_id}
+                if place < len(counts):
+                    row["avg_experts"] = float(counts[place].mean())
+                    row["experts_by_layer"] = " ".join(map(str, counts[place].tolist()))
+                yield row
+
+    def _kind_rows(self) -> Iterator[Row]:
+        # (configuration, kind, document) -> for each kind of token, and for all: tokens, and their experts
+        # in all layers
+        sums: dict[tuple[str, str, str], np.ndarray]
+        sums = collections.defaultdict(lambda: np.zeros((len(KINDS_OF_TOKENS) + 1, 2), dtype=np.int64))
+        for text in self.texts():
+            experts = text.routing.counts.sum(1)  # [n]
+            ids = text.routing.ids
+            word_kinds = self.token_texts.word_kinds(ids, self.token_texts.texts(ids))
+            is_of_kind = self._is_of_kind(text, word_kinds)
+            flags = np.array([*is_of_kind.values(), np.ones(len(ids), bool)])[:, : len(experts)]
+            key = (text.config_name, text.kind, text.document)
+            sums[key] += np.stack([flags.sum(1), flags @ experts], axis=1)
+        for (name, kind, document), of_document in sums.items():
+            about = {"config_name": name, "kind": kind, "document": document, "run_id": self.run_id}
+            *of_kinds, of_all = of_document
+            for token_kind, of_kind in zip(KINDS_OF_TOKENS, of_kinds, strict=True):
+                row = about | {"token_kind": token_kind}
+                for prefix, (tokens, experts) in (("", of_kind), ("other_", of_all - of_kind)):
+                    row[f"{prefix}tokens"] = int(tokens)
+                    if tokens:
+                        row[f"{prefix}avg_experts"] = float(experts / (tokens * len(self.layers)))
+                yield row
+
+    def _log_frames(self) -> Iterator[pd.DataFrame]:
+        """The rows of the log, so many together that writing them pays."""
+        frames = []
+        for text in self.texts():
+            counts = text.routing.counts
+            num_layers = len(self.layers)
+            tokens = self._tokens(text)[: len(counts)]
+            frame = tokens.loc[tokens.index.repeat(num_layers)]
+            about = {"config_name": text.config_name, "kind": text.kind, "item_id": text.item}
+            frame = frame.assign(
+                **about,
+                run_id=self.run_id,
+                sample=text.sample,
+                layer=np.tile(self.layers, len(counts)),
+                num_experts=counts.reshape(-1),
+                gate_mass=text.routing.mass.reshape(-1) / MASS_STEPS,
+            )
+            frames.append(frame[TOKEN_LOG.names])
+            if sum(map(len, frames)) >= self.LOGGED_TOGETHER:
+                yield pd.concat(frames, ignore_index=True)
+                frames = []
+        if frames:
+            yield pd.concat(frames, ignore_index=True)
+
+    def write(self, folder: Path, with_log: bool) -> None:
+        """Write the tables, and the log if it is asked for; what this run does not have goes."""
+        kinds = {kind for _, kind in self.frequencies}
+        written = []
+        if "generation" in kinds:
+            written.append(write_table(TOKEN_COUNTS, self._count_rows(), folder))
+        if kinds:
+            written.append(write_table(TOKEN_KINDS, self._kind_rows(), folder))
+        if kinds and with_log:
+            written.append(write_token_log(self._log_frames(), folder))
+        for name in (TOKEN_COUNTS.file, TOKEN_KINDS.file, *TOKEN_LOG_FILES):
+            if folder / name not in written:
+                (folder / name).unlink(missing_ok=True)
+
+
+def _write_parquet(frames: Iterable[pd.DataFrame], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {str: pa.string(), int: pa.int32(), float: pa.float32()}
+    schema = pa.schema([(column.name, types[column.kind]) for column in TOKEN_LOG.columns])
+    with pq.ParquetWriter(path, schema) as writer:
+        for frame in frames:
+            writer.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
+
+
+def _write_csv_gz(frames: Iterable[pd.DataFrame], path: Path) -> None:
+    texts = [column.name for column in TOKEN_LOG.columns if column.kind is str]
+    # Without a name and a time in it the file is the same whenever the same is written.
+    with open(path, "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+        packed.write((",".join(f'"{name}"' for name in TOKEN_LOG.names) + "\n").encode())
+        for frame in frames:
+            safe = frame.assign(**{name: frame[name].map(_csv_cell) for name in texts})
+            lines = safe.to_csv(
+                index=False,
+                header=False,
+                quoting=csv.QUOTE_NONNUMERIC,
+                lineterminator="\n",
+                float_format="%.6f",
+            )
+            packed.write(lines.encode())
+
+
+def write_token_log(frames: Iterable[pd.DataFrame], folder: Path) -> Path:
+    """Write TOKEN_LOG, whole or not at all: as parquet where pyarrow is installed, else as csv.gz."""
+    parquet, csv_gz = TOKEN_LOG_FILES
+    has_pyarrow = importlib.util.find_spec("pyarrow") is not None
+    path = folder / (parquet if has_pyarrow else csv_gz)
+    with replacing(path) as part:
+        if has_pyarrow:
+            _write_parquet(frames, part)
+        else:
+            _write_csv_gz(frames, part)
+    logger.info(f"token log: {path}" + ("" if has_pyarrow else "; with pyarrow installed it is parquet"))
+    return path
+
+
+def read_token_log(folder: str | Path) -> pd.DataFrame:
+    """What a run with token_log wrote: TOKEN_LOG, a row a token and layer. Raises UserError where it is
+    missing, or parquet that nothing installed here can read."""
+    parquet, csv_gz = (Path(folder) / name for name in TOKEN_LOG_FILES)
+    if parquet.exists():
+        if importlib.util.find_spec("pyarrow") is None:
+            raise UserError(f"{parquet} needs pyarrow: pip install pyarrow")
+        return pd.read_parquet(parquet)
+    if not csv_gz.exists():
+        raise UserError(f"{folder} holds no token log: run the experiments with --token-log")
+    return fit_table(read_csv(csv_gz, TOKEN_LOG.columns), TOKEN_LOG)
+
+
+# The view of the same: texts as HTML, each token shaded by its experts
+
+
+VIEWED_TOKENS = 2000  # that `BHExperimentRunner.routing` keeps for a notebook
+VIEW_LIMIT = 900_000  # characters of HTML; prompts beyond that are only counted
+VIEWED_AT_FIRST = 3  # configurations that are shown without being selected
+_SHADES = 10
+_SHADED_FROM_TO = (
+    0.05,
+    0.95,
+)  # quantiles of the tokens' experts: a few odd tokens must not blanch the others
+
+
+@dataclass(frozen=True)
+class ViewedText:
+    """A text to be shown. experts, by_layer: of each token, its mean number of experts and their numbers by
+    layer in words; NaN and empty for one that was not routed."""
+
+    name: str  # of the prompt
+    category: str
+    config_name: str
+    tokens: list[str]
+    experts: np.ndarray
+    by_layer: list[str]
+    num_given: int
+
+
+def _shown_token(text: str) -> str:
+    """The text of a token in HTML: nothing of it acts, and line ends and odd characters are seen."""
+    if not text:
+        return "·"  # the rest of a character whose first token shows all of it
+    return "↵".join(html.escape(_visible(line)) for line in text.replace("\r\n", "\n").split("\n"))
+
+
+class _TokenView:
+    """The HTML of `token_view_html`; all texts in it have the same scale of shades."""
+
+    def __init__(self, texts: Sequence[ViewedText]):
+        self.by_prompt: dict[str, list[ViewedText]] = collections.defaultdict(list)
+        for text in texts:
+            self.by_prompt[text.name].append(text)
+        experts: dict[str, list[np.ndarray]] = collections.defaultdict(list)  # by configuration
+        for text in texts:
+            experts[text.config_name].append(text.experts)
+        # What adapts is what one wants to see, so it comes first.
+        adapting = [name for name, parts in experts.items() if np.nanstd(np.concatenate(parts)) > 0]
+        self.configs = [*adapting, *(name for name in experts if name not in adapting)]
+        self.shown = set(self.configs[:VIEWED_AT_FIRST])
+        scaled = [part for name in adapting or experts for part in experts[name]]
+        self.low, self.high = np.nanquantile(np.concatenate(scaled), _SHADED_FROM_TO).tolist()
+
+    def shade(self, experts: float) -> int:
+        share = (experts - self.low) / (self.high - self.low) if self.high > self.low else 1.0
+        return min(max(int(share * _SHADES), 0), _SHADES - 1)
+
+    def token(self, text: str, experts: float, by_layer: str) -> str:
+        shown = _shown_token(text)
+        if math.isnan(experts):
+            return f"<u>{shown}</u>"
+        return f'<u class="s{self.shade(experts)}" title="{experts:.2f}: {by_layer}">{shown}</u>'
+
+    def text(self, text: ViewedText) -> str:
+        tokens = [self.token(*of) for of in zip(text.tokens, text.experts, text.by_layer, strict=True)]
+        for place, (token, follows) in enumerate(itertools.pairwise(text.tokens)):
+            if token.endswith("\n") and not follows.startswith("\n"):  # empty lines would only take room
+                tokens[place] += "\n"
+        given = "".join(tokens[: text.num_given])
+        written = "".join(tokens[text.num_given :])
+        mean = float(np.nanmean(text.experts))
+        return (
+            f'<div class="c{self.configs.index(text.config_name)}">'
+            f"<code>{html.escape(text.config_name)}</code> {mean:.2f} experts per token and layer"
+            f"<p><i>{given}</i>{written}</p></div>\n"
+        )
+
+    def prompt(self, name: str, is_open: bool) -> str:
+        texts = self.by_prompt[name]
+        parts = sorted(texts, key=lambda text: self.configs.index(text.config_name))
+        summary = html.escape(_visible(f"{texts[0].category}: {name}" if texts[0].category else name))
+        opened = " open" if is_open else ""
+        return f"<details{opened}><summary>{summary}</summary>\n{''.join(map(self.text, parts))}</details>\n"
+
+    def legend(self) -> str:
+        swatches = "".join(f'<u class="s{number}">&nbsp;&nbsp;</u>' for number in range(_SHADES))
+        return (
+            '<p class="legend">Experts that ran for a token, mean over layers: '
+            f"<span>≤ {self.low:.1f} {swatches} ≥ {self.high:.1f}.</span> "
+            "<i>The prompt is in italics</i>, what was written follows. Pointing at a token shows its mean, "
+            "then its number in each layer from 0. The last token was never routed.</p>\n"
+        )
+
+    def choice(self) -> str:
+        """Which configurations are shown: boxes to tick, which work by style alone."""
+        boxes = []
+        for number, name in enumerate(self.configs):
+            ticked = " checked" if name in self.shown else ""
+            label = f"<code>{html.escape(name)}</code>"
+            boxes.append(f'<label><input type="checkbox" class="i{number}"{ticked}>{label}</label>')
+        return f'<p class="choice">{" ".join(boxes)}</p>\n' if len(boxes) > 1 else ""
+
+    def style(self) -> str:
+        """All of it is for this fragment only. Shades let the page's own colours through, light or dark."""
+        shades = "".join(
+            f".bh-tokens .s{number}{{background:rgba(40,150,220,{0.07 * number:.2f})}}"
+            for number in range(_SHADES)
+        )
+        hidden = "".join(
+            f".bh-tokens:has(.i{number}:not(:checked)) .c{number}{{display:none}}"
+            for number in range(len(self.configs))
+        )
+        return f"<style>{_VIEW_STYLE}{shades}{hidden}</style>\n"
+
+    def html(self) -> str:
+        """Prompts in order; the first of each category is open. Where there is not room for all, each
+        category has its share."""
+        category = {name: texts[0].category for name, texts in self.by_prompt.items()}
+        rank: dict[str, int] = {}  # of a prompt in its category
+        for name in self.by_prompt:
+            rank[name] = sum(category[other] == category[name] for other in rank)
+        parts: dict[str, str] = {}
+        room = VIEW_LIMIT
+        for name in sorted(self.by_prompt, key=rank.__getitem__):
+            part = self.prompt(name, is_open=rank[name] == 0)
+            room -= len(part.encode())
+            if parts and room < 0:
+                break
+            parts[name] = part
+        left_out = len(self.by_prompt) - len(parts)
+        more = f"<p>{left_out} more prompts are in <code>{TOKEN_COUNTS.file}</code>.</p>" if left_out else ""
+        body = "".join(parts[name] for name in self.by_prompt if name in parts)
+        head = self.style() + self.legend() + self.choice()
+        return f'<div class="bh-tokens">\n{head}{body}{more}</div>\n'
+
+
+_VIEW_STYLE = (
+    ".bh-tokens{overflow-wrap:anywhere}"
+    ".bh-tokens p{margin:.2em 0 .8em}"
+    ".bh-tokens details{border-top:1px solid rgba(128,128,128,.4);padding:.4em 0}"
+    ".bh-tokens summary{cursor:pointer;font-weight:600}"
+    ".bh-tokens details p{white-space:pre-wrap;line-height:1.7;overflow:hidden}"
+    ".bh-tokens div,.bh-tokens .legend,.bh-tokens .choice{font-size:.9em}"
+    ".bh-tokens details div{margin:.5em 0 0}"
+    ".bh-tokens label{display:inline-block;margin-right:.8em}"
+    ".bh-tokens u{text-decoration:none;border-radius:2px}"
+    ".bh-tokens .legend span{white-space:nowrap}"
+    ".bh-tokens .legend u{border:solid rgba(128,128,128,.5);border-width:1px 0;border-radius:0}"
+    ".bh-tokens u[title]:hover{outline:1px solid}"
+)
+
+
+def token_view_html(texts: Sequence[ViewedText]) -> str:
+    """Texts as a fragment of HTML, each token shaded by its mean number of experts; empty without any.
+
+    It needs no script, carries its own style, and nothing in the texts acts as markup.
+    """
+    texts = [text for text in texts if not np.isnan(text.experts).all()]
+    return _TokenView(texts).html() if texts else ""
+
+
+def view_texts(config_name: str, token_texts: TokenTexts, texts: Sequence[TokenRouting]) -> str:
+    """`token_view_html` of what a recorder kept, for a notebook."""
+    viewed = []
+    for number, text in enumerate(texts, 1):
+        by_layer = [" ".join(map(str, counts)) for counts in text.counts.tolist()]
+        tokens = token_texts.texts(text.ids)
+        experts = text.counts.mean(1)
+        viewed.append(
+            ViewedText(f"text {number}", "", config_name, tokens, experts, by_layer, text.num_given)
+        )
+    return token_view_html(viewed)
+
+
+def viewed_texts(counts: pd.DataFrame, categories: Mapping[str, str]) -> list[ViewedText]:
+    """The texts of TOKEN_COUNTS, of several samples the first. categories: of the prompts, by name."""
+    texts = []
+    first = counts[counts["sample"] == 0]
+    for (name, prompt), rows in first.groupby(["config_name", "prompt_id"], sort=False):
+        texts.append(
+            ViewedText(
+                name=prompt,
+                category=categories.get(prompt, ""),
+                config_name=name,
+                tokens=rows["token"].tolist(),
+                experts=rows["avg_experts"].to_numpy(float),
+                by_layer=rows["experts_by_layer"].tolist(),
+                num_given=int((rows["phase"] == "prompt").sum()),
+            )
+        )
+    return texts
+
+
+def token_view(results: Results, folder: Path) -> str:
+    """`token_view_html` of a run, from the table that it left in `folder`."""
+    generation = results.generation
+    counts = read_side_table(TOKEN_COUNTS, folder, run_ids(generation))
+    categories = dict(zip(generation["prompt_id"], generation["prompt_category"], strict=True))
+    return token_view_html(viewed_texts(counts, categories))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # 9. Checkpoints: nothing finished is lost
 # ---------------------------------------------------------------------------------------------------------
@@ -4373,7 +5169,7 @@ def settings_beside(output_dir: Path) -> dict[str, Any]:
         return {}  # a damaged one is refused, in words, where the run opens it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there is one for every row
 class _Place:
     """Where a finished row lies in a checkpoint file, in bytes, and whether it is one that failed."""
 
@@ -4437,7 +5233,7 @@ class CheckpointFile:
         for line in file:
             row = None if line == self.END[1:] else _checked_row(line)
             if row is not None:
-                self.places[row_key(row)] = _Place(offset, len(line), row["status"])
+                self.places[row_key(row)] = _Place(offset, len(line), sys.intern(row["status"]))
             elif line == self.END[1:]:
                 is_whole = True
             else:
@@ -4505,8 +5301,9 @@ class CheckpointFile:
         self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
         logger.warning(f"the checkpoint was removed while in use; what is finished is now in {self.path}")
 
-    def append(self, row: Row) -> None:
-        """Add one finished row. OSError when the disk is full; the file is then as it was before."""
+    def append(self, row: Row) -> Key:
+        """Add one finished row; returns its key. OSError when the disk is full; the file is then as it was
+        before."""
         text = json.dumps(strict_json(row), allow_nan=False)
         line = f'{text[:-1]}, "crc32": {zlib.crc32(text.encode())}}}'.encode()
         data = (b",\n" if self.places else b"\n") + line
@@ -4521,11 +5318,13 @@ class CheckpointFile:
             self._file.write(self.END)
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         offset = self._end + len(data) - len(line)
-        self.places[row_key(row)] = _Place(offset, len(line), row["status"])
+        key = row_key(row)
+        self.places[key] = _Place(offset, len(line), sys.intern(row["status"]))
         self._end += len(data)
         self._unsynced += 1
         if self._unsynced >= self.sync_every:
             self.sync()
+        return key
 
     def row(self, key: Key) -> dict[str, Any]:
         """The row of a key in `places`."""
@@ -4570,9 +5369,9 @@ class Checkpoint:
             if name.fullmatch(path.name) and path != self.own_path
         ]
 
-    def append(self, row: Row) -> None:
-        """Add one finished row to this process's file."""
-        self.own.append(row)
+    def append(self, row: Row) -> Key:
+        """Add one finished row to this process's file; returns its key."""
+        return self.own.append(row)
 
     def _file_with(self, key: Key) -> CheckpointFile | None:
         """The file whose row of this key counts: one that did not fail, if there is one."""
@@ -4682,6 +5481,59 @@ def _to_one_precision(model: nn.Module, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not any(part in name for part in kept):
             parameter.data = parameter.data.to(dtype)
+
+
+@contextlib.contextmanager
+def _without_bars(is_wanted: bool) -> Iterator[None]:
+    """Inside the block transformers shows no bars of its own, if that is wanted."""
+    bars = transformers.utils.logging
+    was_shown = bars.is_progress_bar_enabled()
+    if is_wanted and was_shown:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if is_wanted and was_shown:
+            bars.enable_progress_bar()
+
+
+def _refuse_unsafe_shards(model_name: str, revision: str | None) -> None:
+    """ValueError where the index of the weights names what is not a safetensors file of its own folder:
+    transformers would open a file anywhere, and would unpickle one that is called otherwise."""
+    maybe = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    index = transformers.utils.cached_file(
+        model_name, transformers.utils.SAFE_WEIGHTS_INDEX_NAME, revision=revision, **maybe
+    )
+    if index is None:
+        return
+    shards = json.loads(_read_text(Path(index), "--model"))["weight_map"].values()
+    for shard in sorted(set(shards)):
+        if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"the index of its weights names {shard!r}, no safetensors file of its folder")
+
+
+def _load_weights(
+    model_name: str, dtype: torch.dtype, placed: Mapping[str, Any], source: Mapping[str, Any]
+) -> nn.Module:
+    """The model, all of its weights from safetensors of its own. placed, source: what transformers is given.
+    ValueError, and whatever transformers raises."""
+    _refuse_unsafe_shards(model_name, source["revision"])
+    placed = dict(placed)
+    quantization = quantization_of(model_name, source)
+    if quantization == "mxfp4":  # its kernels choose the experts themselves
+        logger.info(f"{model_name} brings MXFP4 weights: they are unpacked to {dtype}")
+        placed["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+    elif quantization not in (None, "fp8"):  # what is not packed has a precision that fits what is
+        placed["dtype"] = "auto"
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        model_name, output_loading_info=True, **placed, **source
+    )
+    # transformers would go on with random numbers in their place; packed weights have names of their own
+    if report["missing_keys"] and not quantization:
+        raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+    if quantization and not getattr(model, "is_quantized", False):
+        _to_one_precision(model, dtype)
+    return model
 
 
 @dataclass(frozen=True)
@@ -4814,19 +5666,18 @@ def load_model(
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     placed = {"dtype": dtype, "device_map": device_map or str(device), "use_safetensors": True}
     with _loading(model_name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, **source)
-        quantization = quantization_of(model_name, source)
-        if quantization == "mxfp4":  # its kernels choose the experts themselves
-            logger.info(f"{model_name} brings MXFP4 weights: they are unpacked to {dtype}")
-            placed["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
-        elif quantization not in (None, "fp8"):  # what is not packed has a precision that fits what is
-            placed["dtype"] = "auto"
-        model = transformers.AutoModelForCausalLM.from_pretrained(model_name, **placed, **source)
-        if quantization and not getattr(model, "is_quantized", False):
-            _to_one_precision(model, dtype)
+        with _without_bars(Path(model_name).is_dir() or not sys.stderr.isatty()):  # a download shows its own
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, **source)
+            model = _load_weights(model_name, dtype, placed, source)
         if not tokenizer("text")["input_ids"]:  # what comes of a folder without the tokenizer's files
             raise ValueError("its tokenizer knows no words")
     return model, tokenizer
+
+
+def announce_remote_code(model_name: str, trust_remote_code: bool) -> None:
+    """Say it before anything of the model is read."""
+    if trust_remote_code:
+        logger.warning(f"--trust-remote-code: Python code that comes with {model_name} will be executed")
 
 
 def model_outline(model_name: str, revision: str | None = None, trust_remote_code: bool = False) -> nn.Module:
@@ -4849,8 +5700,12 @@ def _loading(model_name: str) -> Iterator[None]:
         ) from error
 
 
+_ADAPTER_FIELDS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")  # of a layer of PEFT
+
+
 def model_fingerprint(model: nn.Module) -> str:
-    """16 hex digits that name the weights: of each tensor the name, shape and up to 2,048 values."""
+    """16 hex digits that name the weights: of each tensor the name, shape and up to 2,048 values; and which
+    adapters of PEFT are in use."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):  # what a quantised module keeps beside its weights
@@ -4860,6 +5715,10 @@ def model_fingerprint(model: nn.Module) -> str:
             if not part.is_meta:  # offloaded to disk: known by name and shape only
                 values = part.detach().flatten()
                 digest.update(values[:: max(1, values.numel() // 1024)].double().cpu().numpy().tobytes())
+    for name, module in model.named_modules():
+        if "_active_adapter" in vars(module):
+            adapters = [vars(module).get(field) for field in _ADAPTER_FIELDS]
+            digest.update(f"{name} {adapters}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -4942,6 +5801,60 @@ def locked(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             holder.unlink()
         lock.release()
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.1f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
+
+
+SAY_EVERY = 30.0  # seconds between lines that tell how far a phase is, where no terminal shows a bar
+
+
+class Phase:
+    """A part of a run that takes its time: one bar on a terminal; without one, a line of the log now and
+    then. At its end the log says how much was done in how long.
+
+    words: what is being made, as in "60 of 60 experiments generated". done: how many there were before.
+    """
+
+    def __init__(self, words: str, total: int, done: int = 0, is_shown: bool = True):
+        self._words = words
+        self._total = total
+        self._done = done
+        self._start = time.perf_counter()
+        self._said = self._start
+        self._is_shown = is_shown
+        self._bar = tqdm.tqdm(
+            total=total,
+            initial=done,
+            desc=words,
+            disable=None if is_shown else True,  # None: shown on a terminal only
+            leave=False,
+            bar_format="{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]",
+        )
+
+    def now(self, what: str) -> None:
+        """Show what is being done."""
+        self._bar.set_description_str(f"{self._words}, {_visible(what)[:30]}")
+
+    def advance(self, number: int) -> None:
+        self._done += number
+        self._bar.update(number)
+        seconds = time.perf_counter() - self._said
+        if self._is_shown and self._bar.disable and seconds > SAY_EVERY and self._done < self._total:
+            self._said = time.perf_counter()
+            logger.info(f"{self._amounts()}, for {duration(self._said - self._start)} now")
+
+    def _amounts(self) -> str:
+        return f"{self._done:,} of {self._total:,} {self._words}"
+
+    def __enter__(self) -> Phase:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.close()
+        if self._is_shown:
+            logger.info(f"{self._amounts()} in {duration(time.perf_counter() - self._start)}")
 
 
 class Processes:
@@ -5109,8 +6022,10 @@ class ScoredBatch:
     are not scored. Positions are those that predict a token which is scored in some row: [B, S - first].
     """
 
-    def __init__(self, model: nn.Module, items: Sequence[TextItem]):
+    def __init__(self, model: nn.Module, items: Sequence[TextItem], keeps_tokens: bool = False):
+        """keeps_tokens: rows also have what was decided for each token, a `TokenRouting`."""
         device = input_device(model)
+        self.keeps_tokens = keeps_tokens
         texts = [torch.as_tensor(item.token_ids, dtype=torch.int64) for item in items]
         self.model = model
         self.items = list(items)
@@ -5151,10 +6066,15 @@ class ScoredBatch:
         """Mean NLL of each text, nats per token, as the model is routed now: [B]."""
         return self._nll_of(self._log_probabilities())
 
+    def _start(self, recorder: RoutingRecorder) -> None:
+        recorder.start(rows=len(self.items))
+        if self.keeps_tokens:
+            recorder.keep_tokens()
+
     @torch.inference_mode()
     def score_own(self, recorder: RoutingRecorder) -> None:
         """Score by the model's own routing, in which it is patched now: what the others are compared with."""
-        recorder.start(rows=len(self.items))
+        self._start(recorder)
         log_probabilities = self._log_probabilities()
         size = len(self.items)
         agreement = {"kl_to_own": [0.0] * size, "top1_agreement": [1.0] * size}
@@ -5167,7 +6087,7 @@ class ScoredBatch:
     @torch.inference_mode()
     def score(self, recorder: RoutingRecorder) -> list[dict[str, Any]]:
         """Score as the model is routed now: for each text [B] the columns of SCORES, and `routing`."""
-        recorder.start(rows=len(self.items))
+        self._start(recorder)
         log_probabilities = self._log_probabilities()
         nll = self._nll_of(log_probabilities)
         # KL(own || this) in one pass: exactly 0 for equal scores; rounding may take it below.
@@ -5184,10 +6104,14 @@ class ScoredBatch:
         self, nll: list[float], agreement: Mapping[str, list[float]], recorder: RoutingRecorder
     ) -> list[dict[str, Any]]:
         rows = []
+        texts = recorder.texts() if self.keeps_tokens else []
         for place, (item, tokens, routing) in enumerate(
             zip(self.items, self.is_scored.sum(1).tolist(), recorder.statistics(), strict=True)
         ):
             bits_per_byte = None
+            kept = None
+            if len(texts) == len(self.items):
+                kept = texts[place].of_text(item.token_ids, item.context)
             if item.num_bytes:
                 bits_per_byte = nll[place] * tokens / (math.log(2) * item.num_bytes)
             row = {
@@ -5198,6 +6122,7 @@ class ScoredBatch:
                 "bits_per_byte": bits_per_byte,
                 "batch_size": len(self.items),
                 "routing": routing,
+                "tokens": kept,
             }
             row |= {name: values[place] for name, values in agreement.items()}
             rows.append(row | routing.row())
@@ -5211,14 +6136,74 @@ class ScoredBatch:
 # Scores of tasks
 
 
+@contextlib.contextmanager
+def _sandboxed_templates() -> Iterator[None]:
+    """Inside the block templates of tasks are filled in by jinja2's sandbox: a template of the harness's own
+    environment can call anything."""
+    import jinja2.sandbox
+    from lm_eval import utils
+
+    own = utils.env
+    sandbox = jinja2.sandbox.SandboxedEnvironment(undefined=own.undefined, keep_trailing_newline=True)
+    sandbox.filters.update(own.filters)
+    with contextlib.ExitStack() as stack:
+        _replace(stack, utils, "env", sandbox)
+        yield
+
+
+@contextlib.contextmanager
+def _only_harness_code() -> Iterator[None]:
+    """Inside the block task files outside the harness are data: the Python functions and the metrics by path
+    that they may name are refused before anything of them is imported."""
+    import lm_eval
+    from lm_eval.tasks import _yaml_loader
+
+    evaluate = importlib.import_module("evaluate")  # a requirement of the harness, not of this script
+    harness = Path(lm_eval.__file__).resolve().parent
+    import_function = _yaml_loader._import_func_in_yml
+    load_metric = evaluate.load
+    way_out = "is not executed without --trust-remote-code: give that if you trust who wrote it"
+
+    def import_own(function: str, folder: Path) -> Any:
+        if not Path(folder).resolve().is_relative_to(harness):
+            raise PermissionError(f"the Python function {function} {way_out}")
+        return import_function(function, folder)
+
+    def load_known(path: str, *args: Any, **kwargs: Any) -> Any:
+        if Path(path).name != path or Path(path).exists():
+            raise PermissionError(f"the metric {path} {way_out}")
+        return load_metric(path, *args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        _replace(stack, _yaml_loader, "_import_func_in_yml", import_own)
+        _replace(stack, evaluate, "load", load_known)
+        yield
+
+
 def load_tasks(
-    names: Sequence[str], include_path: str | Path | None = None, num_fewshot: int | None = None
+    names: Sequence[str],
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Mapping[str, Any]]:
     """Name -> tasks and groups of lm-evaluation-harness that it stands for. Raises UserError.
 
-    include_path: a folder with task files of your own, beside the harness's tasks. num_fewshot: examples in
-    the context, instead of a task's own number; one that says 0 keeps it.
+    include_path: a folder with task files of your own, beside the harness's tasks; Python functions that they
+    name are refused without `trust_remote_code`. num_fewshot: examples in the context, instead of a task's
+    own number; one that says 0 keeps it.
     """
+    with contextlib.ExitStack() as stack:
+        if trust_remote_code:
+            logger.warning("--trust-remote-code: Python code that task files name will be executed")
+        else:
+            stack.enter_context(_only_harness_code())
+        stack.enter_context(_sandboxed_templates())
+        return _find_tasks(names, include_path, num_fewshot)
+
+
+def _find_tasks(
+    names: Sequence[str], include_path: str | Path | None, num_fewshot: int | None
+) -> dict[str, Mapping[str, Any]]:
     from lm_eval.tasks import TaskManager
 
     if include_path is None:
@@ -5379,7 +6364,8 @@ def run_task(lm: Any, recorder: RoutingRecorder, tasks: Mapping[str, Any], limit
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     # Never with the harness's cache: it finds answers by the model's name, whatever its routing.
-    evaluated = evaluate(lm, task_dict=tasks, limit=limit)
+    with _sandboxed_templates():
+        evaluated = evaluate(lm, task_dict=tasks, limit=limit)
     documents = []
     for task, samples in evaluated["samples"].items():
         samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
@@ -5409,16 +6395,23 @@ def run_task(lm: Any, recorder: RoutingRecorder, tasks: Mapping[str, Any], limit
 # ---------------------------------------------------------------------------------------------------------
 
 THROUGHPUT_REPEATS = 3  # how often a batch is timed under each configuration, after one run that is not
+PHASES = {  # kind of row -> what is done when it is there
+    "generation": "experiments generated",
+    "throughput": "batches timed",
+    "score": "scores of text computed",
+}
 AUTO_BATCH_TOKENS = 8192  # what --batch-size auto begins with; halved whenever memory does not suffice
 # What a run leaves in its folder, in the words of the manual. These are set aside together:
 RUN_FILES: dict[str, str] = {
     **{table.file: f"a row: {table.row}" for table in TABLES},
+    **TOKEN_LOG_FILES,
     TASK_RESULTS: "with --tasks: what lm-evaluation-harness reports, by configuration and task",
     NULL_DIAGNOSTICS: "do the nulls hold on the scored text?",
     "analysis_summary.json": "summaries, tests and verdicts; strict JSON, null with a reason where a test "
     "says nothing",
     "REPORT.md": "the report: answer, tables, tests, plots, what an earlier attempt expected beside what was "
     "measured",
+    "report.html": "the report in one file, its plots inside: to be sent, and opened anywhere",
     "plots": "the plots, PNG at 300 DPI",
     "checkpoints": f"what is finished: `{CHECKPOINT_FILE}` and a file of each further process; settings, and "
     "a `results` list of rows, each with a checksum and what its routers did",
@@ -5460,6 +6453,7 @@ RUN_IDENTITY: dict[str, str] = {  # argument -> BY_ROW, NOTHING, or the entry of
     **dict.fromkeys(("routing_configs", "test_prompts", "texts", "num_samples", "tasks"), BY_ROW),
     "max_new_tokens": "max_new_tokens",
     "generate_batch": BY_ROW,
+    "token_log": "token_log",  # its rows have more in the checkpoint
     "num_fewshot": "num_fewshot",
     "limit": "limit",
     "include_path": "task_files",
@@ -5478,6 +6472,7 @@ class SuitePlan:
     new_tokens: int
     num_samples: int
     generate_batch: int | None  # how many prompts are continued together besides, to measure the throughput
+    token_log: bool  # whether what every token of the texts got is kept
 
     @property
     def batch(self) -> list[Prompt]:
@@ -5511,28 +6506,51 @@ class SuitePlan:
 
 
 class _Saver:
-    """Takes finished rows into the checkpoint, unless they are there; says when to stop."""
+    """Takes finished rows into the checkpoint, unless they are there; counts them, and says when to stop."""
 
     def __init__(self, checkpoint: Checkpoint, done: set[Key], fail_fast: bool):
         self.checkpoint = checkpoint
         self.done = done
         self.fail_fast = fail_fast
+        self._phase: Phase | None = None
+
+    @contextlib.contextmanager
+    def phase(self, words: str, total: int, done: int, is_shown: bool) -> Iterator[Phase]:
+        """Count rows for a `Phase`, in the block."""
+        with Phase(words, total, done, is_shown) as self._phase:
+            yield self._phase
+        self._phase = None
 
     def lacks(self, key: Key) -> bool:
         return key not in self.done
 
     def save(self, row: Row) -> None:
-        key = row_key(row)
-        if key in self.done:
+        if row_key(row) in self.done:
             return
-        self.checkpoint.append(row)
-        self.done.add(key)
+        self.done.add(self.checkpoint.append(row))  # one key in both, not two that are equal
+        if self._phase is not None:
+            self._phase.advance(1)
         if self.fail_fast and row["status"] != "ok":
             raise _Stopped
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """What is run in one go: a prompt, or texts in one batch, under every configuration."""
+
+    kind: str  # of its rows
+    name: str
+    keys: list[Key]
+    work: Callable[[], None]
+
+
 class _Stopped(Exception):
     """A row failed, and --fail-fast asks to stop there."""
+
+
+def _millions(number: int) -> str:
+    """A number of parameters, in words."""
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
 
 
 class BHExperimentRunner:
@@ -5587,12 +6605,14 @@ class BHExperimentRunner:
         if not use_fp16 and dtype not in ("auto", "float32"):
             raise UserError(f"--no-fp16 means --dtype float32, but dtype is {dtype}: give one of them")
         self.model_name = model_name
+        self._loaded = ""
         self.output_dir = Path(output_dir)
         self.checkpoint_interval = check_least("checkpoint_interval", checkpoint_interval)
         self.seed = check_seed("seed", seed)
         self.batch_size = "auto" if batch_size == "auto" else check_least("batch_size", batch_size)
         self.calibration_text = calibration_text
         self.command = command
+        self.trust_remote_code = trust_remote_code
         self.precision_reason = "the model came so"
         self.sampling: dict[str, float] | None = None
         if sampling is not None:
@@ -5606,16 +6626,15 @@ class BHExperimentRunner:
                 raise UserError("--device-map spreads one process over all GPUs: leave out accelerate launch")
             if self.processes.world > 1 and place.type == "cuda":
                 place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            if trust_remote_code:
-                logger.warning(
-                    f"--trust-remote-code: Python code that comes with {model_name} will be executed"
-                )
+            announce_remote_code(model_name, trust_remote_code)
             outline = functools.partial(model_outline, model_name, revision, trust_remote_code)
             precision = self._precision(dtype if use_fp16 else "float32", place, outline)
             self.precision_reason = precision.reason
+            start = time.perf_counter()
             model, tokenizer = load_model(
                 model_name, place, precision.dtype, device_map, revision, trust_remote_code
             )
+            self._loaded = f"loaded in {duration(time.perf_counter() - start)}: "
         self.model = model
         self.tokenizer = tokenizer
         self.layers = find_moe_layers(model)
@@ -5632,6 +6651,15 @@ class BHExperimentRunner:
         self._calibration: Calibration | None = None
         self._calibration_source: CalibrationText | None = None
         self._batch_limit = sys.maxsize  # how many texts the memory was enough for
+
+    @functools.cached_property
+    def shape(self) -> str:
+        """The model in words: layers, experts, parameters, and how many of these compute for a token."""
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        idle = sum((layer.num_experts - layer.own_k) * layer.expert_size for layer in self.layers)
+        layers = f"{len(self.layers)} MoE layers x {self.layers[0].num_experts} experts, top-{self.own_k}"
+        parameters = f"{_millions(total)} parameters, {_millions(total - idle)} active for a token"
+        return f"{type(self.model).__name__}, {layers}, {parameters}, {self.dtype} on {self.device}"
 
     def __repr__(self) -> str:
         shape = f"{len(self.layers)} MoE layers x {self.layers[0].num_experts} experts, top-{self.own_k}"
@@ -5672,18 +6700,22 @@ class BHExperimentRunner:
     @contextlib.contextmanager
     def routing(self, config: str | Config) -> Iterator[RoutingRecorder]:
         """Route by a configuration, or the built-in one of that name, in the block; yields the recorder."""
+        self._refuse_changed_model()
         name = "routing"
         if isinstance(config, str):
             name = config
             known = suites()["all"]
             config = known[_choice("configuration", name, tuple(known))]
         with self._routed(self._resolve(name, config)) as recorder:
+            recorder.keep_tokens(VIEWED_TOKENS)
+            recorder.view = functools.partial(view_texts, name, TokenTexts(self.tokenizer))
             yield recorder
 
     def generate(self, text: str, max_new_tokens: int = DEFAULT_MAX_TOKENS) -> str:
         """What the model writes after `text` as it is routed now; sampled if the runner samples."""
         run = self._prompt_run(resolve_prompt({"text": text}), max_new_tokens, self.seed)
-        return run.decode(run.generate().tokens)
+        with holding(self.model):
+            return run.decode(run.generate().tokens)
 
     def _apply_routing_config(self, config: Config) -> RoutingRecorder:
         """Route by `config` until the next call or `_restore_original_routing`; returns the live recorder."""
@@ -5701,6 +6733,14 @@ class BHExperimentRunner:
 
     def _routed(self, config: Config) -> contextlib.AbstractContextManager[RoutingRecorder]:
         return patched_routing(self.model, config, self.calibration_for([config]), self.layers)
+
+    def _refuse_changed_model(self) -> None:
+        """Rows and calibration are kept by the model's fingerprint, which is taken once."""
+        if model_fingerprint(self.model) != self.settings["model"]:
+            raise UserError(
+                "the model is another than this runner was made for (its weights, or the adapter in use): "
+                "make a new BHExperimentRunner of it"
+            )
 
     # Configurations, as they are on this model
 
@@ -5872,20 +6912,16 @@ class BHExperimentRunner:
             self._calibration = Calibration.load(path, self._calibrated_from)
             if self._calibration is not None and (self._calibration.means is not None or not outputs):
                 return self._calibration
-            self._calibration = calibrate(
-                self.model, self.tokenizer, self.seed, self.calibration_source, outputs=outputs
-            )
-
+            logger.info(f"calibrating on {self.calibration_source.words}")
             with self._computing():
                 self._calibration = calibrate(
-                    self.model, self.tokenizer, self.seed, self.calibration_text, outputs=outputs
+                    self.model, self.tokenizer, self.seed, self.calibration_source, outputs=outputs
                 )
             self._calibration.save(path, self._calibrated_from)
         null = self._calibration.null(0, 1.0)
-        source = self.calibration_source.words
         smallest = null.smallest_alpha(self.layers[0].num_experts)
         logger.info(
-            f"calibrated on {self._calibration.logits.shape[1]} tokens of {source} in "
+            f"calibrated on {self._calibration.logits.shape[1]} tokens of {self.calibration_source.words} in "
             f"{time.perf_counter() - start:.1f} s: n0 = {null.n0:,} null scores a layer, enough for alpha >= "
             f"{smallest:.2g}"
         )
@@ -6008,8 +7044,10 @@ class BHExperimentRunner:
         """The row of a prompt that is continued under one configuration."""
         row = self._prompt_row(name, config, prompt, sample, run.new_tokens)
         with self._routed(config) as recorder:
+            recorder.keep_tokens()
             generation = run.generate()
             prefill, decoding = recorder.phases()
+            texts = recorder.texts()
         routing = prefill + decoding
         # The model's own routing runs again by itself: what the others are compared with, and, beside its
         # first run, the noise floor.
@@ -6018,6 +7056,9 @@ class BHExperimentRunner:
             row["repeat_inference_time_sec"] = own.clock["inference_time_sec"]
         text = run.decode(generation.tokens)
         generated = GeneratedText(text, generation.tokens, own.tokens)
+        ids = torch.cat([run.inputs["input_ids"][0], generation.tokens]).cpu()
+        # A model without a cache reads the whole text for each token: the last time it read all of it.
+        tokens = texts[-1].of_text(ids, run.num_input_tokens) if texts else None
         return {
             **row,
             **generation.clock,
@@ -6031,6 +7072,7 @@ class BHExperimentRunner:
             "num_input_tokens": run.num_input_tokens,
             "num_output_tokens": len(generation.tokens),
             "routing": routing.pack(),
+            "tokens": tokens and tokens.pack(),
         }
 
     def _prompt_row(
@@ -6065,7 +7107,9 @@ class BHExperimentRunner:
         config = self._resolve(config_name, config)
         prompt = resolve_prompt(prompt_data)
         run = self._prompt_run(prompt, max_new_tokens, self._sample_seed(prompt, sample))
-        row = self._generated_row(run, config_name, config, prompt, sample)
+        with holding(self.model):
+            self._refuse_changed_model()
+            row = self._generated_row(run, config_name, config, prompt, sample)
         return {name: row.get(name) for name in GENERATION.names}
 
     def _generate_unit(self, plan: SuitePlan, prompt: Prompt, sample: int, saver: _Saver) -> None:
@@ -6177,7 +7221,8 @@ class BHExperimentRunner:
         for item, row in zip(batch.items, measured, strict=True):
             routing = row["routing"]
             cost = self.cost.row(routing, routing)
-            rows.append(self._score_row(name, config, item) | row | cost | {"routing": routing.pack()})
+            packed = {"routing": routing.pack(), "tokens": row["tokens"] and row["tokens"].pack()}
+            rows.append(self._score_row(name, config, item) | row | cost | packed)
         return rows
 
     def _rows_or_failures(
@@ -6199,7 +7244,8 @@ class BHExperimentRunner:
                 logger.info(f"a batch of {len(batch.items)} failed ({type(error).__name__}): one by one")
         rows = []
         for item in batch.items:
-            rows += self._rows_or_failures(ScoredBatch(self.model, [item]), name, config, repeats)
+            single = ScoredBatch(self.model, [item], batch.keeps_tokens)
+            rows += self._rows_or_failures(single, name, config, repeats)
         return rows
 
     def _score_unit(self, plan: SuitePlan, texts: Sequence[TextItem], repeats: bool, saver: _Saver) -> None:
@@ -6224,7 +7270,7 @@ class BHExperimentRunner:
         """Score texts in one batch, under every configuration that is not done; whether the memory was
         enough."""
         try:
-            batch = ScoredBatch(self.model, texts)
+            batch = ScoredBatch(self.model, texts, plan.token_log)
             for name, config in plan.scoring.items():
                 if any(saver.lacks(("score", name, text.id)) for text in texts):
                     for row in self._rows_or_failures(batch, name, config, repeats):
@@ -6263,6 +7309,7 @@ class BHExperimentRunner:
         retry_failed: bool = False,
         fail_fast: bool = False,
         baseline: str | None = None,
+        token_log: bool = False,
     ) -> pd.DataFrame:
         """Continue every prompt and score every text under every configuration.
 
@@ -6278,23 +7325,32 @@ class BHExperimentRunner:
         status "error"; retry_failed tries the earlier ones again, fail_fast stops at the first. num_samples:
         texts to sample for each prompt. generate_batch: so many prompts are continued together as well, for
         the throughput at that batch size, see THROUGHPUT. baseline: the configuration that the others will be
-        compared with; refused where it is not one of them. Ctrl-C keeps what is finished and is passed on.
-        Under `accelerate launch` each process runs its share.
+        compared with; refused where it is not one of them. token_log: what every token got in every layer is
+        also written to a file, see `read_token_log`. Ctrl-C keeps what is finished and is passed on. Under
+        `accelerate launch` each process runs its share.
         """
         plan = self._plan(
-            routing_configs, test_prompts, max_new_tokens, texts, num_samples, generate_batch, baseline
+            routing_configs,
+            test_prompts,
+            max_new_tokens,
+            texts,
+            num_samples,
+            generate_batch,
+            baseline,
+            token_log,
         )
         settings = {**self.settings, "max_new_tokens": plan.new_tokens}
         keys = plan.keys()
         run_id = fingerprint(strict_json([settings, plan.configs, plan.scoring, plan.inputs(), keys]))
-        with self._opened(settings, resume) as checkpoint, self._computing():
+        # It is no part of the run's name: the other tables are the same with it and without.
+        with self._opened(settings | {"token_log": token_log}, resume) as checkpoint, self._computing():
             self._check_rows(checkpoint, plan.scoring, plan.inputs())
             self._say_what_was_added(plan.configs, routing_configs)
             done = checkpoint.done(retry_failed)
             all_keys = [key for of_kind in keys.values() for key in of_kind]
             pending = sum(key not in done for key in all_keys)
             logger.info(
-                f"{self!r}: {len(keys['generation'])} experiments and {len(keys['score'])} scores, "
+                f"{len(keys['generation'])} experiments and {len(keys['score'])} scores, "
                 f"{len(all_keys) - pending} of them finished already"
             )
             self._calibrate_for(plan.configs)
@@ -6305,7 +7361,7 @@ class BHExperimentRunner:
             if pending:
                 self._warm_up(plan)
             self._run_units(plan, _Saver(checkpoint, done, fail_fast))
-            return self._finish(checkpoint, plan.scoring, keys, run_id).generation
+            return self._finish(checkpoint, plan.scoring, keys, run_id, token_log=token_log).generation
 
     def _plan(
         self,
@@ -6316,6 +7372,7 @@ class BHExperimentRunner:
         num_samples: int,
         generate_batch: int | None,
         baseline: str | None,
+        token_log: bool,
     ) -> SuitePlan:
         """What a suite will measure, checked."""
         if texts is None:
@@ -6338,7 +7395,9 @@ class BHExperimentRunner:
         check_ids([text.id for text in scored])
         configs = self._configs(routing_configs, baseline)
         scoring = self._with_static_ladder(configs) if scored else configs
-        return SuitePlan(configs, scoring, prompts, scored, new_tokens, num_samples, generate_batch)
+        return SuitePlan(
+            configs, scoring, prompts, scored, new_tokens, num_samples, generate_batch, token_log
+        )
 
     def _calibrate_for(self, configs: Configs) -> None:
         """Calibrate if a configuration needs it; a mistake in what was asked for ends the run here."""
@@ -6357,36 +7416,49 @@ class BHExperimentRunner:
                     run = self._prompt_run(plan.prompts[0], new_tokens, self.seed)
                     self._generated_row(run, name, config, plan.prompts[0], 0)
 
-    def _run_units(self, plan: SuitePlan, saver: _Saver) -> None:
-        """Run this process's share of what is not done, under a progress bar; each row is saved at once."""
-        units: list[tuple[str, int, Callable[[], None]]] = []  # what it is, how many rows, and how it is run
+    def _units(self, plan: SuitePlan, saver: _Saver) -> list[_Unit]:
+        """This process's share of a suite."""
+        units = []
         for prompt in plan.prompts:
             for sample in range(plan.num_samples):
                 work = functools.partial(self._generate_unit, plan, prompt, sample, saver)
-                units.append((f"prompt {prompt['id']}", len(plan.configs), work))
+                keys = [("generation", name, prompt["id"], sample) for name in plan.configs]
+                units.append(_Unit("generation", f"prompt {prompt['id']}", keys, work))
         if plan.generate_batch:
             work = functools.partial(self._throughput_unit, plan, saver)
-            units.append((f"{plan.generate_batch} prompts together", len(plan.configs), work))
+            keys = plan.keys()["throughput"]
+            units.append(_Unit("throughput", f"{plan.generate_batch} prompts together", keys, work))
         for number, texts in enumerate(self._batches(plan.texts)):
             repeats = number == 0  # one batch shows the noise floor, at little cost
             work = functools.partial(self._score_unit, plan, texts, repeats, saver)
+            keys = [("score", name, text.id) for text in texts for name in plan.scoring]
             named = f"text {texts[0].id}" + (f" and {len(texts) - 1} more" if len(texts) > 1 else "")
-            units.append((named, len(texts) * len(plan.scoring), work))
-        share = units[self.processes.rank :: self.processes.world]
-        quiet = None if self.processes.rank == 0 else True  # None: shown on a terminal only
-        total = sum(rows for _, rows, _ in share)
-        with tqdm.tqdm(total=total, unit="row", disable=quiet) as progress:
-            for number, (name, rows, work) in enumerate(share, 1):
-                progress.set_description(name[:40])
-                start = time.perf_counter()
-                try:
-                    work()
-                except _Stopped:
-                    logger.error("stopped at the first failed experiment, as --fail-fast asks")
-                    return
-                progress.update(rows)
-                seconds = time.perf_counter() - start
-                logger.debug(f"{number} of {len(share)}: {name}, {rows} rows in {seconds:.2f} s")
+            units.append(_Unit("score", named, keys, work))
+        return units[self.processes.rank :: self.processes.world]
+
+    def _run_units(self, plan: SuitePlan, saver: _Saver) -> None:
+        """Run this process's share of what is not done: first prompts, then texts; each row is saved at
+        once."""
+        share = self._units(plan, saver)
+        number = 0
+        for kind, of_kind in itertools.groupby(share, key=lambda unit: unit.kind):
+            units = list(of_kind)
+            keys = [key for unit in units for key in unit.keys]
+            done = sum(not saver.lacks(key) for key in keys)
+            with saver.phase(PHASES[kind], len(keys), done, self.processes.rank == 0) as phase:
+                for unit in units:
+                    number += 1
+                    phase.now(unit.name)
+                    start = time.perf_counter()
+                    try:
+                        unit.work()
+                    except _Stopped:
+                        logger.error("stopped at the first failed experiment, as --fail-fast asks")
+                        return
+                    seconds = time.perf_counter() - start
+                    logger.debug(
+                        f"{number} of {len(share)}: {unit.name}, {len(unit.keys)} rows in {seconds:.2f} s"
+                    )
 
     def run_tasks(
         self,
@@ -6417,7 +7489,7 @@ class BHExperimentRunner:
             raise UserError("a run needs at least one task")
         configs = self._configs(routing_configs, baseline)
         with _harness_seeds(self.device):
-            loaded = load_tasks(names, include_path, num_fewshot)
+            loaded = load_tasks(names, include_path, num_fewshot, self.trust_remote_code)
         own_files = [] if include_path is None else sorted(Path(include_path).rglob("*.y*ml"))
         task_files = hashlib.sha256(b"".join(path.read_bytes() for path in own_files)).hexdigest()[:16]
         how = {"lm_eval": lm_eval.__version__, "num_fewshot": num_fewshot, "limit": limit}
@@ -6431,7 +7503,7 @@ class BHExperimentRunner:
             done = checkpoint.done(retry_failed)
             pending = [key for key in keys["task"] if key not in done]
             finished = len(keys["task"]) - len(pending)
-            logger.info(f"{self!r}: {len(keys['task'])} tasks x configurations, {finished} finished already")
+            logger.info(f"{len(keys['task'])} tasks x configurations, {finished} of them finished already")
             self._calibrate_for(configs)
             saver = _Saver(checkpoint, done, fail_fast)
             if pending:
@@ -6477,9 +7549,12 @@ class BHExperimentRunner:
         self._restore_original_routing()
         folder = self.output_dir / "checkpoints"
         with contextlib.ExitStack() as stack:
+            stack.enter_context(holding(self.model))
+            self._refuse_changed_model()
             if self.processes.rank == 0:
                 stack.enter_context(log_to(self.output_dir / LOG_FILE))
                 stack.enter_context(locked(self.output_dir))
+                logger.info(f"model {self.model_name}, {self._loaded}{self.shape}")
                 if not resume or not any(folder.glob("*.json")):
                     set_aside(self.output_dir, RUN_FILES)
             self.processes.wait()
@@ -6517,6 +7592,7 @@ class BHExperimentRunner:
         keys: Mapping[str, Sequence[Key]],
         run_id: str,
         how: Mapping[str, Any] | None = None,
+        token_log: bool = False,
     ) -> Results:
         """When all processes are done the first one writes the tables; each returns them as they stand there.
 
@@ -6535,6 +7611,11 @@ class BHExperimentRunner:
                 else:
                     (self.output_dir / table.file).unlink(missing_ok=True)
             layer_tables.write(self.output_dir)
+            kinds = ("generation", "score") if token_log else ("generation",)
+            texts = functools.partial(self._routed_texts, checkpoint, keys, kinds)
+            TokenTables(texts, TokenTexts(self.tokenizer), self.layers, run_id).write(
+                self.output_dir, token_log
+            )
             if how is not None:
                 reports: dict[str, dict[str, Any]] = {name: {} for name in configs}
                 for row in checkpoint.rows(keys["task"]):
@@ -6561,6 +7642,24 @@ class BHExperimentRunner:
                     category, document = COUNTED_BY[part["kind"]]
                     layer_tables.add(name, part["kind"], part[category], part[document], routing)
                 yield part
+
+    def _routed_texts(
+        self, checkpoint: Checkpoint, keys: Mapping[str, Sequence[Key]], kinds: Sequence[str]
+    ) -> Iterator[RoutedText]:
+        """The finished texts of a run of which is kept what each token got, one after the other."""
+        for kind in kinds:
+            for row in checkpoint.rows(keys.get(kind, ())):
+                if row.get("tokens"):
+                    category, document = COUNTED_BY[kind]
+                    yield RoutedText(
+                        config_name=row["config_name"],
+                        kind=kind,
+                        item=row_key(row)[2],
+                        sample=row.get("sample", 0),
+                        category=row[category],
+                        document=row[document],
+                        routing=TokenRouting.unpack(row["tokens"], len(self.layers)),
+                    )
 
     def _save_checkpoint(self) -> None:
         """Force everything finished so far to the disk."""
@@ -7329,6 +8428,28 @@ def compare_field_on_tasks(
     return fields
 
 
+@dataclass(frozen=True)
+class Unbeaten:
+    """Of the rules with one stand-in: how many are compared, and which of them no other beats."""
+
+    n_compared: int
+    labels: list[str]
+
+
+def unbeaten_rules(field: Mapping[str, Any]) -> dict[str, Unbeaten]:
+    """Stand-in -> its rules that no other beats, from `compare_field`; empty where nothing was tested."""
+    if not field or field["n_units"] < 2:
+        return {}
+    found = {}
+    for stand_in in in_order(ladder["stand_in"] for ladder in field["ladders"]):
+        alike = [ladder for ladder in field["ladders"] if ladder["stand_in"] == stand_in]
+        compared = [ladder for ladder in alike if not ladder["is_bound"]]
+        if len(compared) > 1:
+            labels = [ladder["label"] for ladder in compared if not ladder["beaten_by"]]
+            found[stand_in] = Unbeaten(len(compared), labels)
+    return found
+
+
 # Tasks, layers, hypotheses
 
 
@@ -7477,6 +8598,33 @@ def summarize_throughput(results: Results, baseline: str) -> list[dict[str, Any]
     return entries
 
 
+def compare_token_kinds(table: pd.DataFrame, configs: Configs) -> list[dict[str, Any]]:
+    """Do tokens of a kind get more experts than all others? Of scored text, where a run logged its tokens,
+    else of what was generated.
+
+    table: TOKEN_KINDS. An entry for each configuration whose rule adapts and each kind of token: in each
+    document that has both, the mean of this kind minus that of all other tokens; a `paired_comparison` over
+    documents, BH-adjusted over all entries.
+    """
+    measured = "score" if (table["kind"] == "score").any() else "generation"
+    rows = table[table["kind"] == measured].set_index("document")
+    tests = []
+    for (name, token_kind), documents in rows.groupby(["config_name", "token_kind"], sort=False):
+        rule = RULES.get(configs.get(name, {}).get("method"))
+        if rule is None or rule.is_static:
+            continue
+        both = documents[(documents["tokens"] > 0) & (documents["other_tokens"] > 0)]
+        about = {
+            "configuration": name,
+            "kind": measured,
+            "token_kind": token_kind,
+            "token_share": documents["tokens"].sum() / documents[["tokens", "other_tokens"]].sum().sum(),
+        }
+        tests.append(about | paired_comparison(both["other_avg_experts"], both["avg_experts"]))
+    adjust_p_values(tests)
+    return tests
+
+
 def _hypothesis_value(analysis: Mapping[str, Any], name: str, quantity: str) -> float | None:
     """What was measured of a quantity that the earlier attempt expected something of."""
     tests = analysis["statistical_tests"].get(name, {})
@@ -7539,8 +8687,9 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
     summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), compute
     (`summarize_compute`), throughput (`summarize_throughput`), verdict (`quality_verdicts`), shuffle_effects,
     field (`compare_field`), task_fields (`compare_field_on_tasks`), quality_margin, noise_floor, tasks
-    (`compare_tasks`), null_diagnostics, layers (`summarize_layers`) and hypotheses. Raises UserError for a
-    table that is none of this script's, for a baseline that is not in it, and when no row is left.
+    (`compare_tasks`), null_diagnostics, layers (`summarize_layers`), token_kinds (`compare_token_kinds`) and
+    hypotheses. Raises UserError for a table that is none of this script's, for a baseline that is not in it,
+    and when no row is left.
     """
     folder = Path(output_dir)
     results = results_beside(df, folder)
@@ -7579,6 +8728,7 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
         "tasks": compare_tasks(done.tasks, baseline, task_report),
         "null_diagnostics": read_side_file(folder / NULL_DIAGNOSTICS, runs) or None,
         "layers": summarize_layers(read_side_table(LAYER_STATISTICS, folder, runs)),
+        "token_kinds": compare_token_kinds(read_side_table(TOKEN_KINDS, folder, runs), configs),
     }
     analysis = strict_json(analysis | {"hypotheses": check_hypotheses(analysis)})
     write_json(folder / "analysis_summary.json", analysis)
@@ -7594,6 +8744,7 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
 
 LEGEND_BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}
 ROW_OF_NAMES = 80  # characters; longer names do not fit side by side below a plot: a row each instead
+MOST_ROWS = 40  # of a plot with a row a configuration; more are drawn in a row a family
 MAX_INCHES = 60  # of a figure's height, however many rows it has
 MARKERS = "osD^v<>phdXP*"  # of the members of a family
 VERDICT_COLORS = {"better": "#0173b2", "worse": "#d55e00", "undecided": "0.5"}
@@ -7709,7 +8860,9 @@ def plot_experts_by_category(frame: pd.DataFrame, ax: Any = None) -> Any:
             groups = {"y": "prompt_category", "order": categories}
     in_rows = "y" in groups
     ax = _axes(ax, 1 + 0.12 * len(order) * len(categories) if in_rows else 4.2)
-    sns.boxplot(**common, **groups, **({"x": value} if in_rows else {"y": value}), **colors, ax=ax)
+    with warnings.catch_warnings():  # seaborn names the direction in a way that matplotlib will give up
+        warnings.filterwarnings("ignore", ".*vert: bool")
+        sns.boxplot(**common, **groups, **({"x": value} if in_rows else {"y": value}), **colors, ax=ax)
     ax.set(xlabel="", ylabel="", title="Experts by prompt category")
     if in_rows:
         ax.set_xlabel(EXPERTS_LABEL)
@@ -7751,6 +8904,40 @@ def _nats_scale(ax: Any, which: str, values: list[float]) -> None:
     ticks = [tick for tick in (*(-step for step in steps), 0.0, *steps) if low <= tick <= high]
     axis.set_ticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
     axis.set_ticks([], minor=True)
+    if which == "x":
+        ax.tick_params(axis="x", labelsize="small")  # beside each other they need the room
+
+
+MOST_COLORS = 12  # that can be told apart in one plot; more families are coloured by what stands in
+
+
+def _styles_of_families(rows: pd.DataFrame, groups: Mapping[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """Family -> label, colour, marker and width of its line: its own or, where there are too many, those of
+    what stands in, the bounds apart."""
+    configs = {row["config_name"]: json.loads(row["configuration"]) for row in rows.to_dict("records")}
+    first = {family: configs[members[0]] for family, members in groups.items()}
+    stand_ins = in_order(config.get("stand_in", "nothing") for config in first.values())
+    if len(groups) <= MOST_COLORS or len(stand_ins) < 2:
+        colors = _distinct_colors(len(groups))
+        markers = itertools.cycle(MARKERS[1:])
+        return {
+            family: {"label": family, "color": color, "marker": marker, "linewidth": 1.2}
+            for family, color, marker in zip(groups, colors, markers, strict=False)
+        }
+    colors = dict(zip(stand_ins, _distinct_colors(len(stand_ins)), strict=True))
+    styles = {}
+    for family, config in first.items():
+        stand_in = config.get("stand_in", "nothing")
+        style = {"label": f"rules, {stand_in} stands in", "color": colors[stand_in], "marker": MARKERS[1]}
+        style |= {"linewidth": 0.9, "alpha": 0.6}
+        rule = RULES.get(config.get("method"))
+        if rule is not None and rule.is_static:
+            kept = {"label": f"Top-K, {stand_in} stands in", "marker": MARKERS[0], "linewidth": 1.6}
+            style |= kept | {"alpha": 1.0}
+        elif rule is not None and rule.uses_outputs:
+            style |= {"label": f"{family}, a bound", "color": "0.2", "linestyle": ":", "linewidth": 1.6}
+        styles[family] = style
+    return styles
 
 
 def plot_quality_vs_experts(verdicts: pd.DataFrame, ax: Any = None) -> Any:
@@ -7778,25 +8965,27 @@ def plot_quality_vs_experts(verdicts: pd.DataFrame, ax: Any = None) -> Any:
         ax.plot(static["mean_experts"], static[difference], "o", color="0.2", markersize=5)
         ax.plot([], [], "o-", **gray, label="static Top-K")
     groups = _families(rows, list(rows.loc[~rows["is_static"], "config_name"]))
-    colors = _distinct_colors(len(groups))
-    for place, (label, members) in enumerate(groups.items()):
+    styles = _styles_of_families(rows, groups)
+    labels = set()
+    for name, members in groups.items():
         ladder = rows[rows["config_name"].isin(members)].sort_values("mean_experts")
         bars = np.maximum([ladder[difference] - ladder["low"], ladder["high"] - ladder[difference]], 0)
+        style = dict(styles[name])
+        if style["label"] in labels:
+            del style["label"]  # it stands in the legend once
+        labels.add(styles[name]["label"])
         ax.errorbar(
             ladder["mean_experts"],
             ladder[difference],
             yerr=bars,
-            label=label,
-            color=colors[place],
-            marker=MARKERS[1:][place % len(MARKERS[1:])],
+            **style,
             markersize=5,
             markeredgecolor="white",
             markeredgewidth=0.5,
-            linewidth=1.2,
             elinewidth=0.8,
         )
     if _owns_figure(ax):
-        ax.figure.set_size_inches(8.5, max(4.2, 0.5 + 0.2 * len(groups)))  # room for the legend
+        ax.figure.set_size_inches(8.5, max(4.2, 0.5 + 0.2 * len(labels)))  # room for the legend
     if len(rows):
         _nats_scale(ax, "y", [*low, *high])
         ax.legend(**LEGEND_BESIDE, fontsize="small")
@@ -7806,33 +8995,48 @@ def plot_quality_vs_experts(verdicts: pd.DataFrame, ax: Any = None) -> Any:
     return ax
 
 
+def _draw_verdict(ax: Any, height: float, mark: Mapping[str, Any], width: float) -> list[float]:
+    """Draw one difference with its interval; returns the ends of what was drawn."""
+    delta = mark["delta_nll"]
+    if pd.isna(delta):
+        return []
+    color = VERDICT_COLORS[mark["verdict"]]
+    is_tested = not pd.isna(mark["ci95_low"])
+    ends = [mark["ci95_low"], mark["ci95_high"]] if is_tested else [delta, delta]
+    ax.plot(ends, [height, height], color=color, linewidth=width, solid_capstyle="butt")
+    face = color if is_tested else "white"
+    ax.plot(delta, height, "o", color=color, markersize=2.8 * width, markerfacecolor=face)
+    return ends
+
+
 def plot_delta_at_equal_compute(verdicts: pd.DataFrame, ax: Any = None) -> Any:
-    """One row per adaptive configuration: NLL minus that of static Top-K with the same mean experts, 95 %."""
+    """One row per adaptive configuration: NLL minus that of static Top-K with the same mean experts, 95 %.
+    Where there are many, one row per rule, with a mark for each value of its knob."""
     ax = _axes(ax)
-    rows = verdicts[~verdicts["is_static"]].reset_index(drop=True)
+    rows = verdicts[~verdicts["is_static"]]
+    lines = {name: [name] for name in rows["config_name"]}
+    if len(rows) > MOST_ROWS:
+        lines = _families(rows, list(rows["config_name"]))
     if _owns_figure(ax):
-        ax.figure.set_figheight(1.7 + 0.26 * max(len(rows), 4))
+        ax.figure.set_figheight(1.7 + 0.26 * max(len(lines), 4))
     spans = [0.0]
     side = {"va": "center", "transform": ax.get_yaxis_transform()}
-    for y, row in rows.iterrows():
-        experts = row["mean_experts"]
-        ax.text(1.02, y, "–" if pd.isna(experts) else f"{experts:.2f}", **side)
-        delta = row["delta_nll"]
-        if pd.isna(delta):
+    for y, members in enumerate(lines.values()):
+        marks = rows[rows["config_name"].isin(members)].sort_values("mean_experts")
+        experts = distinct(f"{number:.2f}" for number in marks["mean_experts"].dropna())
+        ends_of_line = experts if len(experts) < 3 else [experts[0], experts[-1]]
+        ax.text(1.02, y, " to ".join(ends_of_line) or "–", **side)
+        if marks["delta_nll"].isna().all():
             ax.text(0.98, y, "not comparable", ha="right", color="0.5", **side)
-            continue
-        color = VERDICT_COLORS[row["verdict"]]
-        is_tested = not pd.isna(row["ci95_low"])
-        ends = [row["ci95_low"], row["ci95_high"]] if is_tested else [delta, delta]
-        ax.plot(ends, [y, y], color=color, linewidth=1.8, solid_capstyle="butt")
-        ax.plot(delta, y, "o", color=color, markersize=5, markerfacecolor=color if is_tested else "white")
-        spans += ends
+        apart = 0.16 * (np.arange(len(marks)) - (len(marks) - 1) / 2) * min(1, 4 / len(marks))
+        for height, mark in zip(y + apart, marks.to_dict("records"), strict=True):
+            spans += _draw_verdict(ax, height, mark, 1.8 if len(marks) == 1 else 1.2)
     _nats_scale(ax, "x", spans)
     ax.axvline(0, color="0.2", linewidth=1)
     for verdict, color in VERDICT_COLORS.items():
         ax.plot([], [], "o-", color=color, linewidth=1.8, markersize=5, label=verdict)
-    ax.set_yticks(range(len(rows)), list(rows["config_name"]))
-    ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel="NLL minus static Top-K at equal experts, nats per token")
+    ax.set_yticks(range(len(lines)), list(lines))
+    ax.set(ylim=(len(lines) - 0.4, -0.6), xlabel="NLL minus static Top-K at equal experts, nats per token")
     ax.set_title("Against static Top-K at equal compute (left is better)", pad=22)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, borderaxespad=0.1)
     place = {"xycoords": "axes fraction", "textcoords": "offset points"}
@@ -7846,12 +9050,36 @@ def _spread(places: Sequence[float], gap: float) -> np.ndarray:
     return optimize.isotonic_regression(np.asarray(places) - steps).x + steps
 
 
-FIELD_COLORS = {"lowest": "#029e73", "BH, empirical null": "#0173b2", "bound": "0.2", "others": "0.7"}
+FIELD_COLORS = {
+    "beaten by no other": "#029e73",
+    "BH, beaten by no other": "#0173b2",
+    "BH, beaten": "#d55e00",
+    "bound": "0.2",
+    "others": "0.7",
+}
+
+
+def _kind_in_field(config: Config, is_unbeaten: bool) -> str:
+    """Which of FIELD_COLORS a rule's ladder has; BH is the one on the empirical null."""
+    if RULES[config["method"]].uses_outputs:
+        return "bound"
+    if config["method"] == "bh" and config["p_values"] == "empirical":
+        return "BH, beaten by no other" if is_unbeaten else "BH, beaten"
+    return "beaten by no other" if is_unbeaten else "others"
+
+
+def _name_ends(ax: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Name right of `ax` what ends there, none over another; ends: height in the data, name and colour."""
+    transform = ax.transData + ax.transAxes.inverted()
+    ends = sorted(ends)
+    heights = _spread([transform.transform((0, end))[1] for end, _, _ in ends], 0.033)
+    for height, (_, label, color) in zip(heights, ends, strict=True):
+        ax.text(1.01, height, label, transform=ax.transAxes, fontsize=6.5, color=color, va="center")
 
 
 def plot_field(verdicts: pd.DataFrame, axes: Any = None) -> Any:
-    """Each rule's ladder against static Top-K at the same compute, a panel for each stand-in: the lowest rule
-    and BH in colour, the others in grey, each named at its end."""
+    """Each rule's ladder against static Top-K at the same compute, a panel for each stand-in: those that no
+    other with this stand-in beats and BH in colour, the others in grey, each named at its end."""
     rows = verdicts[verdicts["delta_nll"].notna()]
     configs = {row["config_name"]: json.loads(row["configuration"]) for row in rows.to_dict("records")}
     stand_ins = in_order(config["stand_in"] for config in configs.values())
@@ -7862,6 +9090,7 @@ def plot_field(verdicts: pd.DataFrame, axes: Any = None) -> Any:
         )[1][0]
     _nats_scale(axes[0], "y", [*rows["delta_nll"], 0.0])
     names_at: list[list[tuple[float, str, str]]] = []
+    drawn: set[str] = set()
     for ax, stand_in in zip(axes, stand_ins, strict=True):
         alike = {name: config for name, config in configs.items() if config["stand_in"] == stand_in}
         ladders = {
@@ -7869,18 +9098,11 @@ def plot_field(verdicts: pd.DataFrame, axes: Any = None) -> Any:
             for label, members in families(alike).items()
             if len(members) > 1
         }
-        rules = {label: alike[ladder["config_name"].iloc[0]] for label, ladder in ladders.items()}
-        compared = [label for label in ladders if not RULES[rules[label]["method"]].uses_outputs]
-        lowest = min(compared, key=lambda label: ladders[label]["delta_nll"].iloc[-1], default=None)
         ends: list[tuple[float, str, str]] = []  # where each ladder ends, its name and colour
         for label, ladder in ladders.items():
-            kind = "others"
-            if label not in compared:
-                kind = "bound"
-            elif label == lowest:
-                kind = "lowest"
-            elif rules[label]["method"] == "bh" and rules[label]["p_values"] == "empirical":
-                kind = "BH, empirical null"
+            first = ladder.iloc[0]
+            kind = _kind_in_field(alike[first["config_name"]], first["is_unbeaten"])
+            drawn.add(kind)
             color = FIELD_COLORS[kind]
             width = 1.0 if kind == "others" else 1.8
             dots = {"markersize": 3.5, "zorder": 1 if kind == "others" else 2}
@@ -7889,21 +9111,19 @@ def plot_field(verdicts: pd.DataFrame, axes: Any = None) -> Any:
                 ladder["mean_experts"], ladder["delta_nll"], f"o{style}", color=color, linewidth=width, **dots
             )
             ends.append((ladder["delta_nll"].iloc[-1], label, color if kind != "others" else "0.4"))
-        names_at.append(sorted(ends))
+        names_at.append(ends)
         ax.axhline(0, color="0.2", linewidth=1.2)
         words = "Nothing stands in" if stand_in == "nothing" else f"{stand_in} stands in"
         ax.set(xlabel="effective experts", title=words[0].upper() + words[1:])
     # Named when all is drawn: until then the axis, which all panels share, may change.
     for ax, ends in zip(axes, names_at, strict=True):
-        transform = ax.transData + ax.transAxes.inverted()
-        heights = _spread([transform.transform((0, end))[1] for end, _, _ in ends], 0.033)
-        for height, (_, label, color) in zip(heights, ends, strict=True):
-            ax.text(1.01, height, label, transform=ax.transAxes, fontsize=6.5, color=color, va="center")
+        _name_ends(ax, ends)
     for kind, color in FIELD_COLORS.items():
-        axes[0].plot([], [], "o-", color=color, markersize=3.5, label=kind)
-    axes[-1].legend(
-        *axes[0].get_legend_handles_labels(), frameon=False, fontsize="x-small", loc="upper right"
-    )
+        if kind in drawn:
+            axes[0].plot([], [], "o-", color=color, markersize=3.5, label=kind)
+    figure = axes[0].figure
+    below = {"loc": "outside lower center", "ncols": len(drawn), "frameon": False, "fontsize": "small"}
+    figure.legend(*axes[0].get_legend_handles_labels(), **below)
     axes[0].set_ylabel("NLL minus static Top-K at equal compute")
     return axes
 
@@ -8134,11 +9354,18 @@ PLOTS: dict[str, Plot] = {  # file name, in the order of the report
 
 
 def verdict_frame(analysis: Mapping[str, Any]) -> pd.DataFrame:
-    """The verdicts as a frame, with config_name, configuration, is_static; its `attrs` name the baseline."""
+    """The verdicts as a frame, with config_name, configuration, is_static, is_unbeaten (its rule, by those
+    with the same stand-in); its `attrs` name the baseline."""
+    unbeaten = {
+        label for found in unbeaten_rules(analysis.get("field", {})).values() for label in found.labels
+    }
+    members = families({name: analysis["configurations"][name] for name in analysis["verdict"]})
+    unbeaten_names = {name for label in unbeaten for name in members.get(label, ())}
     rows = []
     for name, verdict in analysis["verdict"].items():
         config = json.dumps(analysis["configurations"][name])
         about = {"config_name": name, "configuration": config, "is_static": verdict["verdict"] is None}
+        about["is_unbeaten"] = name in unbeaten_names
         rows.append(about | verdict)
     frame = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["is_static", "delta_to_baseline"])
     numbers = [name for name in frame if name.startswith(("mean_", "delta_", "ci95_"))]
@@ -8186,26 +9413,37 @@ class DrawnPlots:
     failed: dict[str, str]
 
 
+def _has_data(plot: Plot, data: PlotData) -> bool:
+    """Whether there is something to draw; where that cannot be told, drawing it will say why."""
+    try:
+        return len(plot.data(data)) > 0
+    except Exception:
+        return True
+
+
 def draw_plots(df: pd.DataFrame, output_dir: Path, analysis: Mapping[str, Any]) -> DrawnPlots:
     """Draw every plot in PLOTS that has data. One that fails is left out and named: it must not lose the
     report."""
     data = plot_data(df, analysis, output_dir)
     drawn = DrawnPlots([], {})
-    with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
-        for name, plot in PLOTS.items():
+    for name in PLOTS:  # no plot of an earlier run beside the report of this one
+        (output_dir / "plots" / f"{name}.png").unlink(missing_ok=True)
+    readable = {name: plot for name, plot in PLOTS.items() if len(analysis["configurations"]) <= plot.most}
+    wanted = {name: plot for name, plot in readable.items() if _has_data(plot, data)}
+    style = sns.axes_style("whitegrid")
+    with style, sns.plotting_context("paper", font_scale=1.1), Phase("plots drawn", len(wanted)) as phase:
+        for name, plot in wanted.items():
+            phase.now(name)
             path = output_dir / "plots" / f"{name}.png"
-            path.unlink(missing_ok=True)  # no plot of an earlier run beside the report of this one
             try:
-                content = plot.data(data)
-                if not len(content) or len(analysis["configurations"]) > plot.most:
-                    continue
-                plot.draw(content)
+                plot.draw(plot.data(data))
                 figure = plt.gcf()
                 sns.despine(figure, left=True)
                 with replacing(path) as part:
                     # No creation date or version in the file: the same results give the same bytes.
                     figure.savefig(part, format="png", dpi=300, metadata={"Software": None})
                 drawn.paths.append(path)
+                phase.advance(1)
             except OSError:  # a full disk, say: the report would not fit either
                 raise
             except Exception as error:
@@ -8282,12 +9520,13 @@ class ReportColumn:
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[ReportColumn]) -> str:
-    """A Markdown table: the first column left, the others right, and none that has nothing to show."""
+    """A Markdown table: numbers right, words and the first column left, and no column of nothing."""
     shown = []
     for place, column in enumerate(columns):
         cells = [show(row, column.key, column.form) for row in rows]
         if place == 0 or set(cells) != {NOTHING_TO_SHOW}:
-            shown.append([column.title, "---:" if place else "---", *cells])
+            is_numbers = all(cell == NOTHING_TO_SHOW or re.match(r"[-+<]? ?\d", cell) for cell in cells)
+            shown.append([column.title, "---:" if place and is_numbers else "---", *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*shown, strict=True))
 
 
@@ -8386,6 +9625,18 @@ REPORT_TABLES: dict[str, tuple[ReportColumn, ...]] = {
         ReportColumn("categories diverge, bits", "category_divergence_bits", ".3f"),
         ReportColumn("diverge in layers", "diverging", "s"),
     ),
+    "token_kinds": (
+        _CONFIGURATION,
+        ReportColumn("kind of token", "words", "s"),
+        ReportColumn("share of tokens", "token_share", ".1%"),
+        ReportColumn("experts", "mean", ".2f"),
+        ReportColumn("all others", "mean_baseline", ".2f"),
+        ReportColumn("difference", "mean_difference", "+.2f"),
+        ReportColumn("95 % interval", "ci95", "+.2f to +.2f"),
+        ReportColumn("p adjusted", "p_value_adjusted", "p"),
+        ReportColumn("units", "n_units", "d"),
+        ReportColumn("significant", "is_significant", "s"),
+    ),
     "tests": (
         _CONFIGURATION,
         ReportColumn("quantity", "title", "s"),
@@ -8470,21 +9721,16 @@ def task_sentence(analysis: Mapping[str, Any]) -> str:
 def field_sentences(analysis: Mapping[str, Any]) -> list[str]:
     """For each stand-in: which rules no other beats, and whether BH is among them."""
     sentences = []
-    ladders = analysis["field"].get("ladders", ())
-    if ladders and analysis["field"]["n_units"] < 2:
+    if analysis["field"] and analysis["field"]["n_units"] < 2:
         return ["Which rule beats which is not tested: all of the scored text is of one document."]
-    for stand_in in in_order(ladder["stand_in"] for ladder in ladders):
-        alike = [ladder for ladder in ladders if ladder["stand_in"] == stand_in and not ladder["is_bound"]]
-        if len(alike) < 2:
-            continue
-        unbeaten = [ladder["label"] for ladder in alike if not ladder["beaten_by"]]
-        named = ", ".join(f"`{label}`" for label in unbeaten) or "none"
-        has_bh = any(label.startswith("bh") for label in unbeaten)
+    for stand_in, unbeaten in unbeaten_rules(analysis["field"]).items():
+        named = ", ".join(f"`{label}`" for label in unbeaten.labels) or "none"
+        has_bh = any(label.startswith("bh") for label in unbeaten.labels)
         words = "With nothing standing in" if stand_in == "nothing" else f"With {stand_in} standing in"
         among = "BH is among them" if has_bh else "BH is not among them"
         sentences.append(
-            f"{words}, of {len(alike)} rules these are beaten by no other at any whole number of experts "
-            f"(adjusted p below {SIGNIFICANCE_LEVEL:g}): {named}; {among}."
+            f"{words}, of {unbeaten.n_compared} rules these are beaten by no other at any whole number of "
+            f"experts (adjusted p below {SIGNIFICANCE_LEVEL:g}): {named}; {among}."
         )
     return sentences
 
@@ -8578,6 +9824,56 @@ def shuffle_sentences(analysis: Mapping[str, Any]) -> list[str]:
             f"{show(effect, 'mean_difference', '+.4f')} nats per token (95 % interval "
             f"{show(effect, 'ci95', '+.4f to +.4f')}, adjusted p {show(effect, 'p_value_adjusted', 'p')})."
         )
+    return sentences
+
+
+MOST_TOKEN_KINDS = 3  # configurations whose kinds of tokens the report shows; all are in the analysis
+
+
+def _kind_title(entry: Mapping[str, Any]) -> str:
+    """The kind of token of an entry in words."""
+    return KINDS_OF_TOKENS[entry["token_kind"]].title
+
+
+def token_definitions() -> str:
+    """What the kinds of tokens are."""
+    text = "; ".join(f"{kind.title}: {kind.words}" for kind in KINDS_OF_TOKENS.values())
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def token_source(analysis: Mapping[str, Any]) -> str:
+    """Which texts the kinds of tokens were looked at in."""
+    kinds = {entry["kind"] for entry in analysis["token_kinds"]}
+    return "the scored text" if kinds == {"score"} else "the prompts and what was written after them"
+
+
+def shown_token_kinds(analysis: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Configuration -> its entries of `compare_token_kinds`, for the first configurations."""
+    by_config: dict[str, list[Mapping[str, Any]]] = collections.defaultdict(list)
+    for entry in analysis["token_kinds"]:
+        by_config[entry["configuration"]].append(entry)
+    return dict(itertools.islice(by_config.items(), MOST_TOKEN_KINDS))
+
+
+def token_kind_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """Which kinds of tokens get more experts than all others, and which fewer."""
+    sentences = []
+    for name, entries in shown_token_kinds(analysis).items():
+        tested = [entry for entry in entries if entry["significant"] is not None]
+        if not tested:
+            continue
+        entries = sorted(tested, key=lambda entry: -entry["mean_difference"])
+        more = [entry for entry in entries if entry["significant"] and entry["mean_difference"] > 0]
+        fewer = [entry for entry in entries[::-1] if entry["significant"] and entry["mean_difference"] < 0]
+        parts = []
+        for word, group in (("more experts than other tokens get", more), ("fewer get", fewer)):
+            if group:
+                kinds = [f"{_kind_title(entry)} ({entry['mean_difference']:+.2f})" for entry in group]
+                parts.append(f"{word} {', '.join(kinds)}")
+        undecided = [_kind_title(entry) for entry in entries if not entry["significant"]]
+        if undecided:
+            parts.append(f"not shown to differ: {', '.join(undecided)}")
+        sentences.append(f"Under `{name}`, {'; '.join(parts)}.")
     return sentences
 
 
@@ -8715,10 +10011,6 @@ def amount_sentences(analysis: Mapping[str, Any]) -> list[str]:
     if 0 < prompts < 30:
         return [f"So few prompts ({prompts}) show large effects only; small ones need more."]
     return []
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds:.1f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
 
 
 def machine(row: Row) -> str:
@@ -8950,6 +10242,15 @@ def layer_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def token_kind_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for entries in shown_token_kinds(analysis).values():
+        for entry in entries:
+            shown = {"words": _kind_title(entry), "is_significant": significance(entry)}
+            rows.append({**entry, **shown})
+    return rows
+
+
 def summary_rows(analysis: Mapping[str, Any], rows: pd.DataFrame) -> list[dict[str, Any]]:
     """rows: of the table that the summary is about."""
     summaries = []
@@ -9080,6 +10381,10 @@ REPORT_TEMPLATE = """\
 
 {{ subject }}
 
+{% if first_plot %}
+![{{ first_plot.title }}](plots/{{ first_plot.name }}.png)
+
+{% endif %}
 {{ bullets(findings) }}
 
 {% if tasks %}
@@ -9217,6 +10522,21 @@ layers it is more than chance (permutation test, adjusted p below {{ level }}).{
 
 {% endif %}
 
+{% if token_kinds %}
+## Which tokens get many experts
+
+{{ bullets(token_findings) }}
+
+{{ table("token_kinds", token_kinds) }}
+
+Of {{ token_source }}. In each document, the mean over tokens and layers of how many experts ran for tokens \
+of this kind minus that for all other tokens; Student's interval over the documents that have both, a prompt \
+being its own; p BH-adjusted over all {{ n_token_tests }} such tests of this run (all are in \
+`analysis_summary.json`). {{ token_definitions }} Every token is in `token_counts.csv`.
+
+{{ few_units(token_kinds) }}
+{% endif %}
+
 ## Statistical tests
 
 {% if tests %}
@@ -9250,7 +10570,7 @@ Mean experts per token and layer.
 ![{{ title }}](plots/{{ name }}.png)
 
 {% else %}
-No plot lies beside this report.
+{{ "No further plot lies" if first_plot else "No plot lies" }} beside this report.
 
 {% endfor %}
 
@@ -9285,6 +10605,9 @@ This run has no configuration of theirs.
 """
 
 
+FIRST_PLOT = "quality_vs_experts"  # stands with the answer; the others have a section
+
+
 def report_context(
     results: Results, analysis: Mapping[str, Any], folder: Path, failed_plots: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -9295,7 +10618,8 @@ def report_context(
     layers = layer_rows(analysis)
     shuffled = analysis["shuffle_effects"].values()
     diagnostics = analysis["null_diagnostics"] or {}
-    is_drawn = {name: (folder / "plots" / f"{name}.png").exists() for name in PLOTS}
+    drawn = [name for name in PLOTS if (folder / "plots" / f"{name}.png").exists()]
+    first = FIRST_PLOT if FIRST_PLOT in drawn else None
     return {
         "answer": answer_sentence(analysis),
         "subject": subject_sentence(results, analysis),
@@ -9329,12 +10653,18 @@ def report_context(
         "repeats": next((int(number) for number in results.throughput["repeats"].dropna()), 0),
         "layers": layers,
         "diverging": any("diverging" in row for row in layers),
+        "token_kinds": token_kind_rows(analysis),
+        "token_findings": token_kind_sentences(analysis),
+        "token_source": token_source(analysis),
+        "token_definitions": token_definitions(),
+        "n_token_tests": len(analysis["token_kinds"]),
         "tests": test_rows(analysis),
         "category_table": category_table(analysis, distinct(measured["config_name"])),
         "undrawn": [
             f"`{name}` could not be drawn: {markdown_text(why)}" for name, why in failed_plots.items()
         ],
-        "plots": [(name, plot.title) for name, plot in PLOTS.items() if is_drawn[name]],
+        "first_plot": {"name": first, "title": PLOTS[first].title} if first else None,
+        "plots": [(name, PLOTS[name].title) for name in drawn if name != first],
         "expected": expected_rows(analysis),
         "suite_time": suite_time_sentence(results),
         "conclusions": [sentence for conclude in CONCLUSIONS for sentence in conclude(analysis)],
@@ -9370,13 +10700,454 @@ def generate_markdown_report(
     return path
 
 
-def write_report(df: pd.DataFrame, output_dir: str | Path, baseline: str | None = None) -> DrawnPlots:
+# The report as a page
+
+
+PLOT_PIXELS = 1600  # width of a plot in the page: sharp on a screen of twice the usual density
+LONGEST_TEXT = 4000  # characters of a text of others that the page shows; the tables of the run have it whole
+SHORT_CELL = 36  # characters of a cell that stay on one line
+SHORT_CODE = 24  # and of a name in a sentence
+FRAGMENTS_BEFORE = "summary-by-configuration"  # heading of the page that further fragments stand before
+PAGE_POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+)
+PAGE_TEMPLATE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ title }}</title>
+<style>
+:root {
+  --text: #1d2430; --soft: #5b6472; --page: #fff; --card: #f5f6f8; --line: #d9dde3; --accent: #0b6aa8;
+  --better: #0173b2; --worse: #b34a00;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --text: #e3e6ea; --soft: #a2abb8; --page: #15181d; --card: #1f242b; --line: #363d47; --accent: #6cb6ea;
+    --better: #67b7ee; --worse: #f39a5b;
+  }
+}
+* { box-sizing: border-box; }
+html { scroll-padding-top: 4.5rem; text-size-adjust: 100%; }
+body {
+  margin: 0; background: var(--page); color: var(--text);
+  font: 1rem/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+}
+nav {
+  position: sticky; top: 0; z-index: 3; overflow-x: auto; padding: .55rem 1.2rem;
+  background: var(--page); border-bottom: 1px solid var(--line); font-size: .85rem;
+}
+nav a { display: inline-block; margin-right: 1.1rem; color: var(--soft); text-decoration: none; }
+nav a:hover { color: var(--accent); text-decoration: underline; }
+main { max-width: 76rem; margin: 0 auto; padding: .5rem 1.2rem 4rem; }
+main > p, main > ul { max-width: 52rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 1rem 0 .5rem; }
+h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: .5rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1.02rem; margin: 1.8rem 0 .5rem; }
+h1 + h2 { border: 0; margin-top: 0; padding-top: 0; font-size: 1rem; color: var(--soft); }
+h1 + h2 + p { padding: .9rem 1.1rem; background: var(--card); border-left: 4px solid var(--accent); }
+h1 + h2 + p strong { font-weight: 600; }
+strong code { font-weight: inherit; }
+ul { padding-left: 1.2rem; }
+code {
+  font: .88em ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace; overflow-wrap: anywhere;
+}
+.table {
+  overflow: auto; width: fit-content; max-width: 100%; max-height: 80vh; margin: .9rem 0;
+  border: 1px solid var(--line); border-radius: 6px;
+}
+table { border-collapse: separate; border-spacing: 0; font-size: .85rem; line-height: 1.35; }
+th, td {
+  padding: .35rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
+  unicode-bidi: isolate; font-variant-numeric: tabular-nums;
+}
+th {
+  position: sticky; top: 0; z-index: 1; background: var(--card); font-weight: 600; vertical-align: bottom;
+}
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--card); }
+th:first-child { z-index: 2; }
+td { max-width: 36rem; overflow-wrap: anywhere; }
+td:first-child { max-width: 15rem; overflow-wrap: break-word; }
+.table code { overflow-wrap: inherit; }
+.short { white-space: nowrap; }
+.number { text-align: right; }
+tbody tr:last-child td { border-bottom: 0; }
+.better { color: var(--better); font-weight: 600; }
+.worse { color: var(--worse); font-weight: 600; }
+.undecided, .static { color: var(--soft); }
+figure { margin: 1rem 0; max-width: 56rem; overflow-x: auto; }
+figure img {
+  display: block; max-width: 100%; height: auto; padding: .7rem; background: #fff; border-radius: 6px;
+  border: 1px solid var(--line);
+}
+@media (prefers-color-scheme: dark) { figure img { filter: brightness(.93); } }
+@media (max-width: 40rem) {
+  main { padding: .3rem .8rem 3rem; }
+  nav { padding: .5rem .8rem; white-space: nowrap; }
+  table { font-size: .78rem; }
+  th, td { padding: .3rem .5rem; }
+  td:first-child, th:first-child { max-width: 8.5rem; }
+  td:first-child, td:first-child .short { white-space: normal; }
+  figure img { padding: .25rem; max-width: none; width: max(100%, 36rem); }
+}
+@media print {
+  :root {
+    --text: #000; --soft: #444; --page: #fff; --card: #f3f3f3; --line: #bbb; --accent: #0b6aa8;
+    --better: #0173b2; --worse: #b34a00;
+  }
+  @page { size: A4 landscape; margin: 12mm; }
+  nav { display: none; }
+  body { font-size: 10pt; }
+  main, main > p, main > ul { max-width: none; }
+  main { padding: 0; }
+  .table { overflow: visible; max-height: none; border: 0; }
+  table { font-size: 7.2pt; }
+  th, td { padding: 2pt 4pt; position: static !important; }
+  .short { white-space: normal; overflow-wrap: normal; }
+  tr, figure { break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
+  figure { max-width: none; overflow: visible; }
+  figure img { max-height: 165mm; max-width: 100%; width: auto; border: 0; padding: 0; filter: none; }
+}
+</style>
+</head>
+<body>
+<nav aria-label="Contents">
+{% for id, heading in contents %}
+<a href="#{{ id }}">{{ heading|safe }}</a>
+{% endfor %}
+</nav>
+<main>
+{{ content|safe }}
+</main>
+</body>
+</html>
+"""
+
+
+def plot_data_url(path: Path) -> tuple[str, int, int]:
+    """A plot as a data URL of PNG, no wider than PLOT_PIXELS and in 256 colours; its width and height."""
+    with pil_image.open(path) as image:
+        plot = image.convert("RGB")
+    if plot.width > PLOT_PIXELS:
+        plot = plot.resize((PLOT_PIXELS, max(1, round(plot.height * PLOT_PIXELS / plot.width))))
+    stored = io.BytesIO()
+    plot.quantize(256, dither=0).save(stored, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(stored.getvalue()).decode()}", plot.width, plot.height
+
+
+class _PageParts:
+    """How the page shows what Markdown says: no HTML of a text, no link, no image but the run's own plots."""
+
+    def __init__(self, plots_folder: Path):
+        self._plots = {f"plots/{name}.png": plots_folder / f"{name}.png" for name in PLOTS}
+        self._parser = markdown_it.MarkdownIt("commonmark", {"html": False})
+        self._parser.enable("table").disable(["link", "autolink", "reference", "html_block", "html_inline"])
+        self._parser.renderer.rules |= {
+            "text": self._text,
+            "code_inline": self._code,
+            "image": self._image,
+            "heading_open": self._heading,
+            "th_open": self._cell,
+            "td_open": self._cell,
+            "table_open": self._table,
+            "table_close": self._table_end,
+        }
+        self._headings: collections.Counter[str] = collections.Counter()
+
+    def render(self, markdown: str) -> str:
+        shown = self._parser.render(markdown)
+        return re.sub(r"<p>(<figure>.*?</figure>)</p>", r"\1", shown)  # a paragraph holds no figure
+
+    def _text(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        text = tokens[place].content
+        if len(text) > LONGEST_TEXT:
+            text = f"{text[:LONGEST_TEXT]}… ({len(text) - LONGEST_TEXT:,} more characters)"
+        return html.escape(text)
+
+    def _code(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        words = self._text(tokens, place, options, env)
+        return f'<code class="short">{words}</code>' if len(words) < SHORT_CODE else f"<code>{words}</code>"
+
+    def _image(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        token = tokens[place]
+        source = token.attrs.get("src", "")
+        words = html.escape(token.content)
+        path = self._plots.get(source)
+        if path is None or not path.is_file():
+            return f"{words} ({html.escape(str(source))})"
+        try:
+            url, width, height = plot_data_url(path)
+        except (OSError, ValueError) as error:
+            return f"{words}: {html.escape(_visible(_first_line(error)))}"
+        size = f'width="{width}" height="{height}"'
+        return f'<figure><img src="{url}" alt="{words}" {size}></figure>'
+
+    def _heading(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        words = re.sub(r"[^a-z0-9]+", "-", tokens[place + 1].content.lower()).strip("-") or "section"
+        self._headings[words] += 1
+        number = self._headings[words]
+        return f'<{tokens[place].tag} id="{words}{"" if number == 1 else f"-{number}"}">'
+
+    def _cell(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        """Short ones stay on one line; numbers and verdicts are told by their class."""
+        token = tokens[place]
+        content = tokens[place + 1].content
+        classes = []
+        if "right" in str(token.attrs.get("style", "")):
+            classes.append("number")
+        if token.tag == "td" and len(content) < SHORT_CELL:
+            classes.append("short")
+        if content in (*VERDICT_COLORS, "static"):
+            classes.append(content)
+        return f'<{token.tag} class="{" ".join(classes)}">' if classes else f"<{token.tag}>"
+
+    def _table(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        return '<div class="table" tabindex="0">\n<table>\n'
+
+    def _table_end(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        return "</table>\n</div>\n"
+
+
+def page_html(report_markdown: str, plots_folder: Path, sections: Sequence[str] = ()) -> str:
+    """The report as one page that needs nothing beside it and runs nothing.
+
+    report_markdown: REPORT.md. plots_folder: where the plots lie that it shows. sections: further fragments
+    of HTML, each from its own `<h2 id=...>` on, made harmless by who made them; they stand before the
+    summary by configuration.
+    """
+    content = _PageParts(plots_folder).render(report_markdown)
+    before, heading, after = content.partition(f'<h2 id="{FRAGMENTS_BEFORE}">')
+    content = "\n".join([before, *sections, heading + after])
+    title = re.search(r"<h1[^>]*>(.*?)</h1>", content)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=True)
+    return environment.from_string(PAGE_TEMPLATE).render(
+        policy=PAGE_POLICY,
+        title=html.unescape(title[1]) if title else "BH routing against Top-K",
+        contents=re.findall(r'<h2 id="([\w-]+)"[^>]*>(.*?)</h2>', content),
+        content=content,
+    )
+
+
+def write_page(folder: Path, sections: Sequence[str] = ()) -> Path:
+    """Write report.html from the REPORT.md and the plots that lie in `folder`; sections: see `page_html`."""
+    markdown = (folder / "REPORT.md").read_text(encoding="utf-8")
+    path = folder / "report.html"
+    write_whole(path, page_html(markdown, folder / "plots", sections))
+    return path
+
+
+@dataclass(frozen=True)
+class WrittenReport(DrawnPlots):
+    """The plots of a report, and the analysis that it tells."""
+
+    analysis: dict[str, Any]
+
+
+def write_report(df: pd.DataFrame, output_dir: str | Path, baseline: str | None = None) -> WrittenReport:
     """Analysis, plots and report of a run, into `output_dir`; see `analyze_results` for the arguments."""
     folder = Path(output_dir)
+    start = time.perf_counter()
     analysis = analyze_results(df, folder, baseline)
+    logger.info(f"analysed in {duration(time.perf_counter() - start)}")
     drawn = draw_plots(df, folder, analysis)
     generate_markdown_report(df, analysis, folder / "REPORT.md", drawn.failed)
-    return drawn
+    tokens = token_view(results_beside(df, folder), folder)
+    sections = [f'<h2 id="tokens">Token by token</h2>\n{tokens}'] if tokens else []
+    write_page(folder, sections)
+    return WrittenReport(drawn.paths, drawn.failed, analysis)
+
+
+# The answer on a terminal
+
+
+TERMINAL_COLUMNS = 80
+TERMINAL_ROWS = 12  # of a table; the report has them all
+TERMINAL_TABLES: dict[str, tuple[ReportColumn, ...]] = {
+    "configurations": (
+        ReportColumn("configuration", "configuration", "s"),
+        ReportColumn("experts", "experts", ".2f"),
+        ReportColumn("saved", "saved", ".0%"),
+        ReportColumn("time", "time", ".2f"),
+        ReportColumn("NLL", "delta_nll", "+.4f"),
+        ReportColumn("95 % interval", "ci95", "+.4f to +.4f"),
+        ReportColumn("verdict", "verdict", "s"),
+    ),
+    "rules": (
+        ReportColumn("rule", "label", "s"),
+        ReportColumn("experts", "span", ".2f to .2f"),
+        ReportColumn("NLL", "at_middle", "+.4f"),
+        ReportColumn("within 1 %", "within_1", ".2f"),
+        ReportColumn("beaten by", "beaten_by", "s"),
+    ),
+    "tasks": (
+        ReportColumn("task", "task", "s"),
+        ReportColumn("configuration", "configuration", "s"),
+        ReportColumn("score", "metric", "s"),
+        ReportColumn("mean", "mean", ".3f"),
+        ReportColumn("diff.", "mean_difference", "+.3f"),
+        ReportColumn("95 % interval", "ci95", "+.3f to +.3f"),
+        ReportColumn("differs", "is_significant", "s"),
+    ),
+}
+
+
+def _columns_of(text: str) -> int:
+    """How many columns of a terminal a text takes: wide characters two, marks on others none."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
+def _shortened(text: str, columns: int) -> str:
+    """`text` in so many columns; where something had to go, an ellipsis stands in its middle."""
+    text = _visible(text[: 20 * columns])
+    if _columns_of(text) <= columns:
+        return text
+    while _columns_of(text) > columns - 1:
+        middle = len(text) // 2
+        text = text[:middle] + text[middle + 1 :]
+    middle = len(text) // 2
+    return f"{text[:middle]}…{text[middle:]}"
+
+
+def _padded(text: str, columns: int, is_number: bool) -> str:
+    space = " " * (columns - _columns_of(text))
+    return space + text if is_number else text + space
+
+
+def terminal_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[ReportColumn]) -> list[str]:
+    """The lines of a table in TERMINAL_COLUMNS: numbers right, words left, no column that has nothing to
+    show. The widest words are shortened as far as it needs."""
+    shown: list[list[str]] = []
+    numbers: list[bool] = []
+    for place, column in enumerate(columns):
+        texts = [show(row, column.key, column.form or "s") for row in rows]
+        if place == 0 or set(texts) != {NOTHING_TO_SHOW}:
+            shown.append([column.title, *texts])
+            numbers.append(column.form not in ("", "s"))
+    widths = [max(map(_columns_of, texts)) for texts in shown]
+    room = TERMINAL_COLUMNS - 2 * (len(shown) - 1)
+    while sum(widths) > room:
+        widest = max((place for place in range(len(shown)) if not numbers[place]), key=widths.__getitem__)
+        widths[widest] -= 1
+    lines = []
+    for cells in zip(*shown, strict=True):
+        fitted = zip(cells, widths, numbers, strict=True)
+        padded = [_padded(_shortened(cell, width), width, is_number) for cell, width, is_number in fitted]
+        lines.append("  ".join(padded).rstrip())
+    lines.insert(1, "-" * max(map(_columns_of, lines)))
+    return lines
+
+
+def plain_text(sentence: str) -> str:
+    """A sentence of the report without its Markdown."""
+    text = re.sub(r"\*\*|(?<!\\)`", "", sentence)
+    return html.unescape(re.sub(r"\\([\\`*_{}\[\]|#!])", r"\1", text))
+
+
+def configuration_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the terminal shows of configurations: the baseline, then those compared with it; the best first
+    where they are too many."""
+    base = analysis["baseline"]
+    rows = []
+    for name in analysis["configurations"]:
+        verdict = analysis["verdict"].get(name, {})
+        summary = analysis["summary_by_config"].get(name, {})
+        if name != base and verdict and is_static(verdict):
+            continue
+        generated = summary.get("avg_experts_per_token", {}).get("mean")
+        tests = analysis["statistical_tests"].get(name, {})
+        clock = tests.get("inference_time_sec", {})
+        row = verdict | {"configuration": name, "experts": verdict.get("mean_experts", generated)}
+        row["time"] = clock.get("median_ratio")
+        row["verdict"] = "baseline" if name == base else verdict.get("verdict")
+        rows.append(row)
+    rows.sort(key=lambda row: row["configuration"] != base)
+    of_base = rows[0]["experts"]
+    for row in rows[1:]:
+        if of_base and row["experts"] is not None:
+            row["saved"] = 1 - row["experts"] / of_base
+    if len(rows) > TERMINAL_ROWS:
+        order = {verdict: place for place, verdict in enumerate(("baseline", "better", "undecided", "worse"))}
+
+        def rank(row: Mapping[str, Any]) -> tuple[int, float]:
+            delta = row.get("delta_nll")
+            return order.get(row["verdict"], len(order)), math.inf if delta is None else delta
+
+        rows.sort(key=rank)
+    return rows
+
+
+TERMINAL_NOTES = {  # key of a column -> what it means
+    "saved": "experts, against {baseline}",
+    "time": "of inference, median over prompts of the ratio to {baseline}'s",
+    "delta_nll": "nats per token, minus static Top-K's at the same number of experts",
+    "at_middle": "nats per token, minus static Top-K's, at {middle} effective experts",
+    "within_1": "fewest effective experts within 1 % of the model's own perplexity",
+    "beaten_by": "of the rules with the same stand-in",
+    "mean_difference": "to {baseline}, paired by document",
+    "is_significant": "adjusted p below {level}",
+}
+FIELD_FROM = 6  # rules: so many are shown as rules; where fewer are compared, their configurations say more
+
+
+def rule_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the terminal shows of rules: those that no other beats, then the nearest to the best."""
+
+    middle = middle_of(analysis["field"]["experts"])
+    rows = [row | {"at_middle": row.get(f"at_{middle}")} for row in league_rows(analysis["field"])]
+    return sorted(rows, key=lambda row: (row["beaten_by"] != "none", row.get("to_best", math.inf)))
+
+
+def compared_task_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the terminal shows of tasks: what is compared with the baseline, significant differences first."""
+    rows = [row for row in task_rows(analysis) if row["configuration"] != analysis["baseline"]]
+    return sorted(rows, key=lambda row: row.get("significant") is not True)
+
+
+def terminal_answer(analysis: Mapping[str, Any]) -> str:
+    """What a run says, for a terminal of TERMINAL_COLUMNS: the answer, and the table it rests on."""
+    if analysis["tasks"]:
+        kind = "tasks"
+        answer = task_sentence(analysis)
+        rows = compared_task_rows(analysis)
+    elif len(analysis["field"].get("ladders", ())) >= FIELD_FROM:
+        kind = "rules"
+        answer = answer_sentence(analysis)
+        rows = rule_rows(analysis)
+    else:
+        kind = "configurations"
+        answer = verdict_sentence(analysis)
+        rows = configuration_rows(analysis)
+    shown = rows[:TERMINAL_ROWS]
+    lines = [*textwrap.wrap(_visible(plain_text(answer)), TERMINAL_COLUMNS), ""]
+    if shown:
+        lines += terminal_table(shown, TERMINAL_TABLES[kind])
+    if len(rows) > len(shown):
+        lines.append(f"{len(rows) - len(shown)} more {kind} stand in the report; these are the best.")
+    words = {"baseline": analysis["baseline"], "level": f"{SIGNIFICANCE_LEVEL:g}"}
+    words["middle"] = str(middle_of(analysis["field"]["experts"])) if kind == "rules" else ""
+    notes = [
+        f"{column.title}: {TERMINAL_NOTES[column.key].format(**words)}"
+        for column in TERMINAL_TABLES[kind]
+        if column.key in TERMINAL_NOTES and any(row.get(column.key) is not None for row in shown)
+    ]
+    return "\n".join([*lines, "", *textwrap.wrap("; ".join(notes), TERMINAL_COLUMNS)]).rstrip()
+
+
+def terminal_paths(folder: Path) -> str:
+    """Where to read on: the report as a page and as Markdown, the plots, and the tables of the run."""
+    lines = []
+    reports = [folder / "report.html", folder / "REPORT.md"]
+    tables = [folder / table.file for table in TABLES]
+    for title, paths in (("report", reports), ("plots", [folder / "plots"]), ("tables", tables)):
+        there = [path for path in paths if path.exists()]
+        lines += [f"{title if not place else '':8}{_visible(str(path))}" for place, path in enumerate(there)]
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -9463,7 +11234,7 @@ OPTIONS = (
            "and fits into memory", choices=DTYPES, default="auto"),
     Option("no-fp16", "the same as --dtype float32", None),
     Option("revision", "branch, tag or commit of a hub model"),
-    Option("trust-remote-code", "execute Python code that comes with the model", None),
+    Option("trust-remote-code", "execute Python code that a model brings or that task files name", None),
     Option("batch-size", f"texts scored in one forward pass; auto begins with {AUTO_BATCH_TOKENS:,} tokens "
            "and halves when memory is short. Results do not depend on it, but for rounding", _batch_size,
            "auto", "N"),
@@ -9497,6 +11268,7 @@ OPTIONS = (
            f"--text, {DEFAULT_TEXT_LIMIT:,} if not given", int, metavar="N", needs="dataset or text",
            least=1),
     Option("random-rows", "draw the rows of --dataset by --seed, not the first ones", None, needs="dataset"),
+    Option("token-log", f"write a row for {TOKEN_LOG.row} to {' or '.join(TOKEN_LOG_FILES)}", None),
     Option("tasks", "comma-separated tasks or groups of lm-evaluation-harness, instead of prompts", _names,
            metavar="NAMES"),
     Option("num-fewshot", "examples in the context of --tasks; a task's own if not given", int, metavar="N",
@@ -9588,13 +11360,16 @@ def _check_exclusions(args: argparse.Namespace, given: Mapping[str, Any]) -> Non
         both = [f"--{name.replace('_', '-')}" for name in sources if name in given]
         if len(both) > 1:
             raise UserError(f"{both[0]} and {both[1]} exclude each other: a run takes its items from one")
-    if args.generate_batch and (args.tasks or (args.text and not (args.prompts or args.dataset))):
+    only_scores = args.text and args.text != [NO_TEXT] and not (args.prompts or args.dataset)
+    if args.generate_batch and (args.tasks or only_scores):
         other = "--tasks" if args.tasks else "--text without --prompts or --dataset"
         raise UserError(
             f"--generate-batch and {other} exclude each other: there is no prompt to be continued"
         )
     if args.tasks and args.do_sample:
         raise UserError("--tasks and --do-sample exclude each other: a task says itself how to generate")
+    if args.tasks and args.token_log:
+        raise UserError("--tasks and --token-log exclude each other: tokens of tasks are not told apart")
     if args.device_map and args.device != "auto":
         raise UserError(f"--device {args.device} and --device-map exclude each other")
 
@@ -9788,9 +11563,16 @@ def measure(args: argparse.Namespace) -> Results | None:
             texts=text.scored,
             num_samples=samples,
             generate_batch=args.generate_batch,
+            token_log=args.token_log,
             **options,
         )
     return runner.results if runner.processes.rank == 0 else None
+
+
+def say(text: str) -> None:
+    """Print to stdout, what it cannot show as escapes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -9804,30 +11586,47 @@ def run(args: argparse.Namespace) -> int:
     if results is None:
         return 0
     with log_to(args.output / LOG_FILE):
-        drawn = write_report(results.generation, args.output, args.baseline)
-        logger.info(f"report: {args.output / 'REPORT.md'}")
-    return 1 if drawn.failed or results.num_failed else 0
+        written = write_report(results.generation, args.output, args.baseline)
+        logger.debug(f"report: {args.output / 'REPORT.md'}")
+    say(f"\n{terminal_answer(written.analysis)}\n\n{terminal_paths(args.output)}")
+    return 1 if written.failed or results.num_failed else 0
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM: what a scheduler sends before it kills."""
+    """SIGTERM, what a scheduler sends before it kills, or SIGHUP, what a closed terminal sends."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
 
 
 def _terminate(number: int, frame: Any) -> None:
-    raise _Terminated
+    raise _Terminated(number)
+
+
+def _end_on_signals(stack: contextlib.ExitStack) -> None:
+    """SIGTERM and SIGHUP end a run as Ctrl-C does, until `stack` puts back what they did before."""
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handler
+        return
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        # What is ignored stays ignored: `nohup` starts a program that way.
+        before = signal.SIG_IGN if number is None else signal.getsignal(number)
+        if before is not signal.SIG_IGN:
+            signal.signal(number, _terminate)
+            stack.callback(signal.signal, number, before or signal.SIG_DFL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done, 1 something failed, 2 a wrong call, 130 Ctrl-C, 143 SIGTERM."""
+    """Entry point. Exit codes: 0 done, 1 failures, 2 a wrong call, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     args = parse_options(argv)
     args.command = shlex.join(["run_bh_experiments.py", *(sys.argv[1:] if argv is None else argv)])
     is_first = os.environ.get("RANK", "0") == "0"  # one of several processes speaks, but all may complain
     console = _ConsoleHandler(logging.INFO if is_first else logging.WARNING)
     console.setFormatter(_LineFormatter())
     level = logger.level
-    previous_handler = None
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
-        previous_handler = signal.signal(signal.SIGTERM, _terminate)
+    signals = contextlib.ExitStack()
+    _end_on_signals(signals)
     logger.addHandler(console)
     logger.setLevel(logging.INFO)
     try:
@@ -9840,10 +11639,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as stop:
         logger.error("interrupted; all finished experiments are saved: the same command goes on from there")
-        return 143 if isinstance(stop, _Terminated) else 130
+        return 128 + (stop.number if isinstance(stop, _Terminated) else signal.SIGINT)
     finally:
-        if previous_handler is not None:
-            signal.signal(signal.SIGTERM, previous_handler)
+        signals.close()
         logger.removeHandler(console)
         logger.setLevel(level)
 
