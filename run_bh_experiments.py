@@ -16,6 +16,7 @@
 #     "numpy>=1.26",
 #     "safetensors>=0.8",
 #     "filelock>=3.24",
+#     "psutil>=5.9",
 # ]
 # ///
 """Can a token use fewer experts? Benjamini-Hochberg (BH) against Top-K routing, measured.
@@ -141,6 +142,7 @@ markdown_it = _Lazy("markdown_it")
 optimize = _Lazy("scipy.optimize")
 pil_image = _Lazy("PIL.Image")
 plt = _Lazy("matplotlib.pyplot")
+psutil = _Lazy("psutil")
 sns = _Lazy("seaborn")
 special = _Lazy("scipy.special")
 stats = _Lazy("scipy.stats")
@@ -1516,8 +1518,13 @@ ADAPTIVE_FIELDS = (
 
 def _last_true(mask: Tensor) -> Tensor:
     """Position, from 1, of the last True along the last axis, 0 where there is none: [..., D] -> [...]."""
-    places = torch.arange(1, mask.shape[-1] + 1, dtype=torch.int32, device=mask.device)
-    return (mask * places).amax(-1).long()
+    return (mask * _places(mask.shape[-1], mask.device)).amax(-1)
+
+
+@functools.lru_cache(maxsize=64)
+def _places(number: int, device: torch.device) -> Tensor:
+    """1..number, int64. Kept: it is asked for in every layer of every token."""
+    return torch.arange(1, number + 1, device=device)
 
 
 def bh_levels(alpha: float, num_experts: int) -> Tensor:
@@ -1554,6 +1561,11 @@ def critical_scores(
     return null.critical_scores(bh_levels(alpha, num_experts)).to(device=device, dtype=dtype)
 
 
+# So few tokens are ranked on a CPU by the operation that the router has just used: in decoding, code that is
+# in the cache counts for more than the number of steps.
+FEW_TOKENS = 8
+
+
 @dataclass
 class Gates:
     """The gates of T tokens in one layer, as a rule sees them."""
@@ -1572,10 +1584,12 @@ class Gates:
     @functools.cached_property
     def ranked(self) -> Tensor:
         """The scores, best first: [T, E]."""
-        scores = self.scores.detach()
-        if scores.device.type == "cpu":  # torch sorts their places along, which takes 20 times as long
-            return torch.from_numpy(np.sort(scores.numpy(), axis=-1)).flip(-1)
-        return scores.sort(dim=-1, descending=True).values
+        if self.scores.device.type != "cpu":
+            return self.scores.sort(dim=-1, descending=True).values
+        if len(self.scores) <= FEW_TOKENS:
+            return self.scores.topk(self.num_experts).values
+        # torch sorts their places along, which takes 20 times as long.
+        return torch.from_numpy(np.sort(self.scores.detach().numpy(), axis=-1)).flip(-1)
 
     @functools.cached_property
     def mass(self) -> Tensor:
@@ -2741,12 +2755,13 @@ class _LayerRouting:
         ) -> Tensor:
             replaced = self.replaced
             self.replaced = None
-            kept = weights != 0  # [T, K]
-            token, slot = kept.nonzero(as_tuple=True)  # [P] pairs; the only wait for a GPU
-            if len(slot) == kept.numel():
+            token, slot = weights.nonzero(as_tuple=True)  # [P] pairs; the only wait for a GPU
+            if len(slot) == weights.numel():
                 return forward(hidden, indices, weights, *args, **kwargs)
-            if len(kept) == 1:  # one token, as in decoding: the same as a smaller K
-                output = forward(hidden, indices[:, slot], weights[:, slot], *args, **kwargs)
+            if len(weights) == 1:  # one token, as in decoding: the same as a smaller K
+                kept_indices = indices.index_select(1, slot)  # [1, P]
+                kept_weights = weights.index_select(1, slot)  # [1, P]
+                output = forward(hidden, kept_indices, kept_weights, *args, **kwargs)
             else:
                 pair_indices = indices[token, slot, None]  # [P, 1]
                 pair_weights = weights[token, slot, None]  # [P, 1]
@@ -4110,6 +4125,7 @@ _ORIGIN = (
     Column("model_hash", str, "hash over samples of all weights"),
     Column("device", str, "`cpu`, or the name of the GPU"),
     Column("dtype", str, "precision of weights and arithmetic"),
+    Column("num_threads", int, "threads that PyTorch had on the CPU", clock=True),
     Column("seed", int, "seed of whatever is sampled"),
     Column("torch_version", str, "version of torch"),
     Column("transformers_version", str, "version of transformers"),
@@ -5251,6 +5267,20 @@ def _checked_row(line: bytes) -> dict[str, Any] | None:
     return json.loads(text)
 
 
+def _parsed_head(lines: Sequence[bytes]) -> dict[str, Any]:
+    """Schema and settings from the first lines of a checkpoint. ValueError where they are something else."""
+    return json.loads(b"".join(lines[:2]).rstrip().rstrip(b",") + b"}")
+
+
+def settings_beside(output_dir: Path) -> dict[str, Any]:
+    """The settings of the run whose checkpoint an output folder holds; empty where none can be read."""
+    try:
+        with open(output_dir / "checkpoints" / CHECKPOINT_FILE, "rb") as file:
+            return dict(_parsed_head([file.readline(), file.readline()])["settings"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}  # a damaged one is refused, in words, where the run opens it
+
+
 @dataclass(frozen=True, slots=True)  # there is one for every row
 class _Place:
     """Where a finished row lies in a checkpoint file, in bytes, and whether it is one that failed."""
@@ -5326,7 +5356,7 @@ class CheckpointFile:
     def _check_head(self, head: list[bytes]) -> None:
         """Refuse what is not a checkpoint of this run."""
         try:
-            content = json.loads(b"".join(head[:2]).rstrip().rstrip(b",") + b"}")
+            content = _parsed_head(head)
             schema = content["schema"]
             stored = dict(content["settings"])
             if schema == self.SCHEMA and head[2].rstrip() != b'"results": [':
@@ -5618,6 +5648,121 @@ def _load_weights(
     return model
 
 
+@dataclass(frozen=True)
+class Precision:
+    """In which precision a model runs, and in words why."""
+
+    dtype: torch.dtype
+    reason: str
+
+
+PEAK = 1.25  # times its weights: the memory that a run of a model needs
+
+
+def choose_cpu_precision(outline: nn.Module) -> Precision:
+    """On a CPU: of float32 and bfloat16 what is faster at the width of the model's experts, if float32 fits
+    into memory. outline: the model without its weights, see `model_outline`.
+
+    That a CPU computes in bfloat16 says little: narrow experts are several times faster in float32, wide ones
+    in bfloat16.
+    """
+    needed = PEAK * 4 * sum(parameter.numel() for parameter in outline.parameters())
+    available = psutil.virtual_memory().available
+    if needed > available:
+        sizes = f"float32 needs {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are available"
+        return Precision(torch.bfloat16, sizes)
+    shapes = expert_shapes(outline)
+    if not shapes:
+        return Precision(choose_dtype(torch.device("cpu")), "the model has no stack of experts to time")
+    seconds = projection_seconds(shapes)
+    fastest = min(seconds, key=seconds.__getitem__)
+    times = " and ".join(f"{1e6 * spent:.0f} us in {name}" for name, spent in seconds.items())
+    return Precision(getattr(torch, fastest), f"one expert's projections of one token take {times}")
+
+
+def expert_shapes(model: nn.Module) -> list[torch.Size]:
+    """The shapes of one expert's matrices: of the module with the largest stack of them [E, ., .]."""
+    shapes: list[torch.Size] = []
+    largest = 0
+    for module in model.modules():
+        stacks = [stack for stack in module.parameters(recurse=False) if stack.ndim == 3]
+        size = sum(stack.numel() for stack in stacks)
+        if size > largest:
+            shapes = [stack.shape[1:] for stack in stacks]
+            largest = size
+    return shapes
+
+
+def projection_seconds(shapes: Sequence[torch.Size], turns: int = 5) -> dict[str, float]:
+    """Time for matrices of these shapes [., .], each times one vector, by precision: the least of `turns`.
+
+    Both precisions are tried with one thread and with all: on a busy machine one is what is taken later (see
+    `choose_threads`), and the time of all would say nothing.
+    """
+    seconds = {"float32": math.inf, "bfloat16": math.inf}  # where both take as long, the first is taken
+    work = {
+        name: [
+            (torch.full((1, shape[-1]), 0.5, dtype=dtype), torch.full(tuple(shape), 0.5, dtype=dtype))
+            for shape in shapes
+        ]
+        for name, dtype in ((name, getattr(torch, name)) for name in seconds)
+    }
+    for threads in {1, torch.get_num_threads()}:
+        with computing_with(threads), torch.inference_mode():
+            for _ in range(turns):
+                for name, pairs in work.items():
+                    start = time.perf_counter()
+                    for vector, matrix in pairs:
+                        nn.functional.linear(vector, matrix)
+                    seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return seconds
+
+
+@contextlib.contextmanager
+def computing_with(threads: int) -> Iterator[None]:
+    """PyTorch computes with so many threads inside the block; it is a setting of the whole process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # with one of them the user has chosen
+ONE_THREAD_MARGIN = 1.5  # how many times faster one thread must be
+
+
+def choose_threads(work: Callable[[], Any], turns: int = 5, seconds: float = 2.0) -> int:
+    """One thread or all that PyTorch has, by the median time of `work`, tried in turns until `seconds` have
+    passed.
+
+    Threads wait for each other in every layer: where another process holds a core, a token takes many times
+    as long. With another number of threads PyTorch sums in another order (5e-6 in float32 logits), so on an
+    idle machine the choice must not depend on chance; hence a margin.
+    """
+    most = torch.get_num_threads()
+    if most == 1 or any(os.environ.get(name) for name in THREAD_VARIABLES):
+        return most
+    taken: dict[int, list[float]] = {1: [], most: []}
+    begin = time.perf_counter()
+    for turn in range(turns + 1):
+        for threads, times in taken.items():
+            with computing_with(threads):
+                start = time.perf_counter()
+                work()
+            if turn:  # the first warms up
+                times.append(time.perf_counter() - start)
+        if turn and time.perf_counter() - begin > seconds:
+            break
+    one, many = (float(np.median(times)) for times in taken.values())
+    if many <= ONE_THREAD_MARGIN * one:
+        return most
+    times = f"{1000 * one:.1f} ms with one thread, {1000 * many:.1f} ms with {most}"
+    logger.info(f"this machine is busy: a token takes {times}; computing with one")
+    return 1
+
+
 def load_model(
     model_name: str,
     device: torch.device,
@@ -5630,22 +5775,41 @@ def load_model(
 
     device_map "auto" spreads a model over all GPUs, the rest over memory and disk, instead of `device`.
     """
-    if trust_remote_code:
-        logger.warning(f"--trust-remote-code: Python code that comes with {model_name} will be executed")
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     placed = {"dtype": dtype, "device_map": device_map or str(device), "use_safetensors": True}
-    try:
+    with _loading(model_name):
         with _without_bars(Path(model_name).is_dir() or not sys.stderr.isatty()):  # a download shows its own
             tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, **source)
             model = _load_weights(model_name, dtype, placed, source)
         if not tokenizer("text")["input_ids"]:  # what comes of a folder without the tokenizer's files
             raise ValueError("its tokenizer knows no words")
+    return model, tokenizer
+
+
+def announce_remote_code(model_name: str, trust_remote_code: bool) -> None:
+    """Say it before anything of the model is read."""
+    if trust_remote_code:
+        logger.warning(f"--trust-remote-code: Python code that comes with {model_name} will be executed")
+
+
+def model_outline(model_name: str, revision: str | None = None, trust_remote_code: bool = False) -> nn.Module:
+    """The model without its weights: its tensors have a shape and nothing else. Raises UserError."""
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _loading(model_name):
+        config = transformers.AutoConfig.from_pretrained(model_name, **source)
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+@contextlib.contextmanager
+def _loading(model_name: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # whatever a damaged folder can raise
         raise UserError(
             f"--model {model_name} cannot be loaded: {_first_line(error)} (give a folder with config.json, "
             "tokenizer and safetensors, or the name of a hub model; offline, use models/olmoe-mini)"
         ) from error
-    return model, tokenizer
 
 
 _ADAPTER_FIELDS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")  # of a layer of PEFT
@@ -5818,6 +5982,13 @@ class Processes:
             self._state = accelerate.PartialState(cpu=use_cpu, timeout=timedelta(days=30))
             self.rank = self._state.process_index
             self.world = self._state.num_processes
+
+    def first(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns in the first process, which alone does it."""
+        values = [work() if self.rank == 0 else None]
+        if self._state is not None:
+            accelerate.utils.broadcast_object_list(values)
+        return values[0]
 
     def wait(self) -> None:
         """Until all are here."""
@@ -6528,8 +6699,9 @@ class BHExperimentRunner:
     model, tokenizer: a model that is loaded already; device and dtype are then its own.
     calibration_text: a text file for the empirical nulls, or "sampled": the model writes its own text; see
     `calibration_source` for what is taken without it.
-    seed: for the sampled calibration text, and for sampling. dtype: see `choose_dtype`. revision, device_map,
-    trust_remote_code: see `load_model`. sampling: {"temperature": ..., "top_p": ...}, greedy when None.
+    seed: for the sampled calibration text, and for sampling. dtype: a name; "auto" is `choose_dtype` on a GPU
+    and `choose_cpu_precision` on a CPU. revision, device_map, trust_remote_code: see `load_model`.
+    sampling: {"temperature": ..., "top_p": ...}, greedy when None.
     batch_size: scored texts in a forward pass, a number or "auto". command: what the rows say ran them.
     apply_chat_template: feed each prompt in as the message of a user, see `chat_tokens`.
 
@@ -6574,6 +6746,7 @@ class BHExperimentRunner:
         self.calibration_text = calibration_text
         self.command = command
         self.trust_remote_code = trust_remote_code
+        self.precision_reason = "the model came so"
         self.sampling: dict[str, float] | None = None
         if sampling is not None:
             self.sampling = {"temperature": 1.0, "top_p": 1.0}
@@ -6586,10 +6759,13 @@ class BHExperimentRunner:
                 raise UserError("--device-map spreads one process over all GPUs: leave out accelerate launch")
             if self.processes.world > 1 and place.type == "cuda":
                 place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            precision = choose_dtype(place, dtype if use_fp16 else "float32")
+            announce_remote_code(model_name, trust_remote_code)
+            outline = functools.partial(model_outline, model_name, revision, trust_remote_code)
+            precision = self._precision(dtype if use_fp16 else "float32", place, outline)
+            self.precision_reason = precision.reason
             start = time.perf_counter()
             model, tokenizer = load_model(
-                model_name, place, precision, device_map, revision, trust_remote_code
+                model_name, place, precision.dtype, device_map, revision, trust_remote_code
             )
             self._loaded = f"loaded in {duration(time.perf_counter() - start)}: "
         self.model = model
@@ -6623,6 +6799,36 @@ class BHExperimentRunner:
     def __repr__(self) -> str:
         shape = f"{len(self.layers)} MoE layers x {self.layers[0].num_experts} experts, top-{self.own_k}"
         return f"BHExperimentRunner({self.model_name!r}, {shape}, {self.dtype} on {self.device})"
+
+    def _precision(self, dtype: str, place: torch.device, outline: Callable[[], nn.Module]) -> Precision:
+        """The precision of that name. On a CPU "auto" goes by the clock, which may fall the other way another
+        day: where the output folder holds a run on a CPU, that run's precision is taken."""
+        if dtype != "auto":
+            return Precision(choose_dtype(place, dtype), "asked for")
+        if place.type != "cpu":
+            return Precision(choose_dtype(place), "what the hardware computes in")
+        earlier = settings_beside(self.output_dir)
+        if earlier.get("device") == "cpu" and earlier.get("dtype") in DTYPES:
+            return Precision(getattr(torch, earlier["dtype"]), f"as in the run that {self.output_dir} holds")
+        # By the clock of one process, or some would choose otherwise.
+        return self.processes.first(lambda: choose_cpu_precision(outline()))
+
+    @functools.cached_property
+    def num_threads(self) -> int:
+        """How many threads PyTorch computes with in a run: see `choose_threads`."""
+        if self.device.type != "cpu":
+            return torch.get_num_threads()
+        token = torch.zeros((1, 1), dtype=torch.int64)
+
+        @torch.inference_mode()
+        def one_token() -> None:
+            self.model(input_ids=token, use_cache=False)
+
+        with evaluating(self.model):
+            return choose_threads(one_token)
+
+    def _computing(self) -> contextlib.AbstractContextManager[None]:
+        return computing_with(self.num_threads)
 
     # Routing by hand: one configuration at a time, outside the suite
 
@@ -6852,9 +7058,10 @@ class BHExperimentRunner:
             if self._calibration is not None and (self._calibration.means is not None or not outputs):
                 return self._calibration
             logger.info(f"calibrating on {self.calibration_source.words}")
-            self._calibration = calibrate(
-                self.model, self.tokenizer, self.seed, self.calibration_source, outputs=outputs
-            )
+            with self._computing():
+                self._calibration = calibrate(
+                    self.model, self.tokenizer, self.seed, self.calibration_source, outputs=outputs
+                )
             self._calibration.save(path, self._calibrated_from)
         null = self._calibration.null(0, 1.0)
         smallest = null.smallest_alpha(self.layers[0].num_experts)
@@ -6945,6 +7152,7 @@ class BHExperimentRunner:
             "inputs": dict(inputs),
             "input_hash": fingerprint(inputs),
             "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "num_threads": torch.get_num_threads(),
         }
 
     def _failed(self, row: dict[str, Any], error: Exception) -> dict[str, Any]:
@@ -7281,7 +7489,7 @@ class BHExperimentRunner:
         keys = plan.keys()
         run_id = fingerprint(strict_json([settings, plan.configs, plan.scoring, plan.inputs(), keys]))
         # It is no part of the run's name: the other tables are the same with it and without.
-        with self._opened(settings | {"token_log": token_log}, resume) as checkpoint:
+        with self._opened(settings | {"token_log": token_log}, resume) as checkpoint, self._computing():
             self._check_rows(checkpoint, plan.scoring, plan.inputs())
             self._say_what_was_added(plan.configs, routing_configs)
             self._say_what_names_mean(plan.configs)
@@ -7435,7 +7643,7 @@ class BHExperimentRunner:
         keys = {"task": [("task", config, name) for name in names for config in configs]}
         inputs = {f"task {name}": {"task": fingerprint(name)} for name in names}
         run_id = fingerprint(strict_json([settings, configs, keys]))
-        with self._opened(settings, resume) as checkpoint:
+        with self._opened(settings, resume) as checkpoint, self._computing():
             self._check_rows(checkpoint, configs, inputs)
             self._say_what_was_added(configs, routing_configs)
             self._say_what_names_mean(configs)
@@ -7500,6 +7708,7 @@ class BHExperimentRunner:
             rank = self.processes.rank
             checkpoint = Checkpoint(folder, settings, rank, self.checkpoint_interval)
             stack.callback(checkpoint.close)
+            logger.info(f"{self.dtype}: {self.precision_reason}")
             self.checkpoint = checkpoint
             yield checkpoint
 
@@ -11727,8 +11936,9 @@ OPTIONS = (
     Option("device", "where the model runs", choices=("auto", "cuda", "cpu"), default="auto"),
     Option("device-map", "spread a model that is too big for one GPU over all of them, the rest over memory "
            "and disk", choices=("auto",)),
-    Option("dtype", "precision of weights and arithmetic; auto: bfloat16 where the hardware computes in it, "
-           "else float16 on a GPU and float32 on a CPU", choices=DTYPES, default="auto"),
+    Option("dtype", "precision of weights and arithmetic; auto: on a GPU bfloat16 where it computes in it, "
+           "else float16; on a CPU float32 or bfloat16, what is faster at the width of the model's experts "
+           "and fits into memory", choices=DTYPES, default="auto"),
     Option("no-fp16", "the same as --dtype float32", None),
     Option("revision", "branch, tag or commit of a hub model"),
     Option("trust-remote-code", "execute Python code that a model brings or that task files name", None),

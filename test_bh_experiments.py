@@ -12005,6 +12005,117 @@ def test_settings_of_the_notebook_are_for_a_t4():
     bh.check_options(bh.parse_options(words))
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Speed: precision and threads are chosen by the clock, and change no number that a row holds
+# ---------------------------------------------------------------------------------------------------------
+
+
+def timed_as(monkeypatch, **seconds):
+    """Let one expert's projections take so long."""
+    monkeypatch.setattr(bh, "projection_seconds", lambda shapes: dict(seconds))
+
+
+def test_cpu_precision_is_the_faster_one_that_fits(monkeypatch):
+    """By the clock, where float32 fits into memory; the shapes are those of one expert."""
+    outline = bh.model_outline(str(EMBEDDED))
+    assert bh.expert_shapes(outline) == [(128, 192), (192, 64)]
+    assert all(parameter.is_meta for parameter in outline.parameters())
+    timed_as(monkeypatch, float32=2e-6, bfloat16=1e-6)
+    assert bh.choose_cpu_precision(outline).dtype == torch.bfloat16
+    timed_as(monkeypatch, float32=1e-6, bfloat16=2e-6)
+    precision = bh.choose_cpu_precision(outline)
+    assert precision.dtype == torch.float32
+    assert "1 us in float32 and 2 us in bfloat16" in precision.reason
+    needed = 4 * sum(parameter.numel() for parameter in outline.parameters())
+    memory = SimpleNamespace(available=needed)  # without room for anything beside the weights
+    monkeypatch.setattr(bh.psutil, "virtual_memory", lambda: memory, raising=False)
+    precision = bh.choose_cpu_precision(outline)
+    assert precision.dtype == torch.bfloat16
+    assert "float32 needs" in precision.reason
+
+
+def test_projections_are_timed_in_both_precisions():
+    """At real widths, in next to no time, and with the threads that were there."""
+    before = torch.get_num_threads()
+    seconds = bh.projection_seconds([torch.Size((128, 192)), torch.Size((192, 64))])
+    assert list(seconds) == ["float32", "bfloat16"]
+    assert all(0 < spent < 1 for spent in seconds.values())
+    assert torch.get_num_threads() == before
+
+
+def test_model_without_a_stack_of_experts(monkeypatch):
+    """Nothing to time: what the hardware computes in."""
+    monkeypatch.setattr(bh, "projection_seconds", None)
+    precision = bh.choose_cpu_precision(nn.Linear(3, 3))
+    assert precision.dtype == bh.choose_dtype(torch.device("cpu"))
+
+
+def test_resume_keeps_the_precision_of_the_earlier_run(tiny_folder, tmp_path, monkeypatch):
+    """Also where the clock would now choose otherwise, which would make it another run."""
+    timed_as(monkeypatch, float32=1.0, bfloat16=0.5)
+    configs = {"topk_2": {"method": "topk", "k": 2}}
+    runner = bh.BHExperimentRunner(str(tiny_folder), tmp_path, device="cpu")
+    runner.run_full_experiment_suite(configs, PROMPTS[:1], 2)
+    assert runner.dtype == "bfloat16"
+    assert "bfloat16: one expert's projections" in (tmp_path / bh.LOG_FILE).read_text()
+    timed_as(monkeypatch, float32=0.5, bfloat16=1.0)
+    resumed = bh.BHExperimentRunner(str(tiny_folder), tmp_path, device="cpu")
+    frame = resumed.run_full_experiment_suite(configs, PROMPTS[:2], 2)
+    assert set(frame["dtype"]) == {"bfloat16"}
+    assert "bfloat16: as in the run" in (tmp_path / bh.LOG_FILE).read_text()
+    assert bh.BHExperimentRunner(str(tiny_folder), tmp_path / "new", device="cpu").dtype == "float32"
+    assert bh.BHExperimentRunner(str(tiny_folder), tmp_path, device="cpu", dtype="float32").dtype == "float32"
+    head = tmp_path / "checkpoints" / bh.CHECKPOINT_FILE
+    head.write_bytes(b"{" + head.read_bytes())  # damaged: refused where it is opened, and not before
+    assert bh.settings_beside(tmp_path) == {}
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    """As on a machine with two cores whose user set nothing."""
+    for name in bh.THREAD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    with bh.computing_with(2):
+        yield
+
+
+def test_threads_are_chosen_by_the_clock(two_threads, monkeypatch, caplog):
+    """One where all of them take much longer, all where the difference is small; what was set is put back."""
+
+    def slowed(one, many):
+        return lambda: time.sleep(one if torch.get_num_threads() == 1 else many)
+
+    with caplog.at_level("INFO"):
+        assert bh.choose_threads(slowed(0.001, 0.02)) == 1
+    assert "this machine is busy" in caplog.text
+    assert bh.choose_threads(slowed(0.010, 0.011)) == 2
+    assert torch.get_num_threads() == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the user has chosen
+    assert bh.choose_threads(lambda: pytest.fail("it was timed")) == 2
+
+
+def test_threads_of_a_run_are_put_back(two_threads, mock_model, tmp_path, monkeypatch):
+    """The suite computes with the number that was chosen, and says so; the process has its own again."""
+    monkeypatch.setattr(bh, "choose_threads", lambda work: work() or 1)
+    runner = mock_runner(mock_model, tmp_path)
+    runner.run_full_experiment_suite({"bh_flat": FLAT}, PROMPTS[:1], 2)
+    assert set(runner.results.generation["num_threads"]) == {1}
+    assert torch.get_num_threads() == 2
+
+
+def test_threads_change_rounding_only(embedded):
+    """Attention sums in another order with another number of threads: scores agree to rounding, not more."""
+    item = text_item("a", embedded.tokenizer((EMBEDDED / "README.md").read_text())["input_ids"][:200])
+    rows = []
+    for threads in (1, 2):
+        batch = bh.ScoredBatch(embedded.model, [item])
+        with bh.computing_with(threads), bh.patched_routing(embedded.model, FLAT) as recorder:
+            batch.score_own(recorder)
+        rows += batch.own_rows
+    assert rows[0]["nll"] == pytest.approx(rows[1]["nll"], abs=1e-4)
+    assert rows[0]["avg_experts_per_token"] == pytest.approx(rows[1]["avg_experts_per_token"], abs=0.02)
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write-manual"]:
         write_manual()

@@ -1,5 +1,10 @@
-"""What the benchmark programs share: interleaved timing, the Markdown table, the machine in one line."""
+"""What the benchmark programs share: interleaved timing, the Markdown table, the machine in one line.
 
+With CPU_TIME=1 in the environment they count CPU time of the process instead of wall time. On a machine that
+does other work nothing else can be compared; with OMP_NUM_THREADS=1, because threads that wait count as well.
+"""
+
+import os
 import platform
 import sys
 import time
@@ -17,6 +22,9 @@ EMBEDDED = ROOT / "models" / "olmoe-mini"
 sys.path.insert(0, str(ROOT))  # so that every program finds run_bh_experiments, wherever it is started
 
 
+clock = time.process_time if os.environ.get("CPU_TIME") else time.perf_counter
+
+
 def olmoe_config(**changes: Any) -> OlmoeConfig:
     """The shape of OLMoE-1B-7B with changes, for the tokens of the embedded model: 0 ends a text, 1 pads."""
     # Its experts are 1024 wide, where the default of `OlmoeConfig` is 2048.
@@ -25,21 +33,22 @@ def olmoe_config(**changes: Any) -> OlmoeConfig:
 
 def machine(device: str = "cpu") -> str:
     """Versions and hardware, for the line above a table."""
-    where = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+    kind = "CPU time, " if os.environ.get("CPU_TIME") else ""
+    where = f"{kind}{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
     if device == "cuda":
         where = torch.cuda.get_device_name()
     return f"torch {torch.__version__}, transformers {transformers.__version__}, {where}"
 
 
 def seconds(call: Callable[[], Any], device: str = "cpu") -> float:
-    """Wall time of one call; on a GPU until its kernels are done."""
+    """Time of one call; on a GPU until its kernels are done."""
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     call()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def medians(

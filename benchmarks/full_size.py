@@ -5,11 +5,12 @@
     python benchmarks/full_size.py --device cuda
     python benchmarks/full_size.py --save FOLDER       # only write such a model, with the embedded tokenizer
 
-Greedy decoding at batch 1 from one prompt, prefill not counted. The variants take turns within one run:
-the model as it is; patched with its own Top-8 (only recorded); BH whose floor is 8, so that it decides and
-then keeps all; native Top-4, the bound; BH at 4 experts on average, with the flat null and the alpha that the
-script's `match_experts` finds on the very text that is decoded; its mean while decoding is printed. An
-empirical null would need more text, and means nothing with random weights: this is about time only.
+Greedy decoding from one prompt (`--batch B`: from B, together), prefill not counted. The variants take turns
+within one run: the model as it is; patched with its own Top-8 (only recorded); BH whose floor is 8, so that
+it decides and then keeps all; native Top-4, the bound; BH at `--means` experts on average, with the flat null
+and the alpha that the script's `match_experts` finds on the very text that is decoded; its mean while
+decoding is printed. The same with each expert's mean output standing in for what is dropped. An empirical
+null would need more text, and means nothing with random weights: this is about time only.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import EMBEDDED, machine, medians, olmoe_config, print_header, print_row
+from common import EMBEDDED, clock, machine, medians, olmoe_config, print_header, print_row
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, OlmoeForCausalLM
 
@@ -39,8 +40,12 @@ def free_bytes(device: str) -> float:
 
 
 def random_olmoe(layers: int, dtype: torch.dtype, device: str) -> OlmoeForCausalLM:
-    """OLMoE-1B-7B's shape with `layers` layers and seeded random weights, made in place."""
-    config = olmoe_config(num_hidden_layers=layers)
+    """OLMoE-1B-7B's shape with `layers` layers and seeded random weights, made in place.
+
+    With fewer layers the vocabulary is smaller alike, so that each part keeps its share of a token's time; it
+    holds the embedded model's tokens.
+    """
+    config = olmoe_config(num_hidden_layers=layers, vocab_size=max(4096, 50304 * layers // 16))
     with torch.device("meta"):
         model = OlmoeForCausalLM(config).to(dtype)
     needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
@@ -74,12 +79,12 @@ class Clock:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.device == "cuda":
             torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
+        self.times.append(clock())
         return scores
 
 
 def decode(model: OlmoeForCausalLM, ids: Tensor, new_tokens: int) -> tuple[Tensor, float]:
-    """Greedy text [1, S + n], and seconds per token after the prefill."""
+    """Greedy text [B, S + n], and seconds per step after the prefill."""
     clock = Clock(ids.device.type)
     settings = GenerationConfig(
         max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=1, eos_token_id=0
@@ -95,16 +100,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--mean", type=float, default=4, help="experts that BH keeps on average")
+    parser.add_argument(
+        "--means", type=float, nargs="+", default=[4, 5], help="experts that BH keeps on average"
+    )
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt")
+    parser.add_argument("--batch", type=int, default=1, help="rows that are decoded together")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--quick", action="store_true", help="2 layers, 3 repeats")
+    parser.add_argument("--quick", action="store_true", help="2 layers, 2 repeats of 4 tokens after 4")
     parser.add_argument(
         "--save", type=Path, metavar="FOLDER", help="write the model there and do nothing else"
     )
     args = parser.parse_args()
     if args.quick:
-        args.layers, args.repeats = 2, 3
+        args.layers, args.repeats = min(args.layers, 2), 2
+        args.new_tokens, args.prompt = 4, 4
 
     start = time.perf_counter()
     model = random_olmoe(args.layers, getattr(torch, args.dtype), args.device)
@@ -113,7 +123,8 @@ def main() -> None:
     print(
         f"{machine(args.device)}, {args.dtype}, {args.layers} layers, {size / 1e9:.2f} B parameters made in"
     )
-    print(f"{taken:.0f} s; medians of {args.repeats} runs of {args.new_tokens} tokens after a prompt of 32")
+    how = f"medians of {args.repeats} runs of {args.new_tokens} tokens after a prompt of {args.prompt}"
+    print(f"{taken:.0f} s; {how}, batch {args.batch}")
     if args.save:
         model.save_pretrained(args.save)
         AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(args.save)
@@ -121,17 +132,22 @@ def main() -> None:
         return
 
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(2, model.config.vocab_size, (1, 32), generator=generator).to(args.device)
-    calibration = bh.record_routers(model, [decode(model, ids, args.new_tokens)[0]])
+    ids = torch.randint(2, model.config.vocab_size, (args.batch, args.prompt), generator=generator).to(
+        args.device
+    )
+    text, _ = decode(model, ids, args.new_tokens)
+    calibration = bh.record_routers(model, [text], outputs=True)
     flat = {"method": "bh", "p_values": "flat", "max_k": 8}
-    bh_mean = bh.match_experts("bh", flat, args.mean, calibration)
     variants: dict[str, Any] = {
         "unpatched Top-8": None,
         "Top-8, recorded": {"method": "topk", "k": 8},
-        "BH, floor 8: all kept": bh_mean | {"min_k": 8},
+        "BH, floor 8: all kept": {**flat, "alpha": 0.5, "min_k": 8},
         "native Top-4": {"method": "topk", "k": 4},
-        f"BH at alpha = {bh_mean['alpha']:g}": bh_mean,
     }
+    for mean in args.means:
+        matched = bh.match_experts("bh", flat, mean, calibration)
+        variants[f"BH at {mean:g}, alpha = {matched['alpha']:.4f}"] = matched
+        variants[f"the same, `stand_in: mean`, at {mean:g}"] = matched | {"stand_in": "mean"}
     layers = bh.find_moe_layers(model)
     experts = dict.fromkeys(variants, 8.0)
 
@@ -147,7 +163,7 @@ def main() -> None:
     print_header("routing", "experts, mean", "tokens/s", "ratio to unpatched")
     base = times["unpatched Top-8"]
     for name, spent in times.items():
-        print_row(name, f"{experts[name]:.2f}", f"{1 / spent:.2f}", f"{base / spent:.2f}")
+        print_row(name, f"{experts[name]:.2f}", f"{args.batch / spent:.2f}", f"{base / spent:.2f}")
 
 
 if __name__ == "__main__":

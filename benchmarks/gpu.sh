@@ -3,31 +3,57 @@
 # 30 GB of GPU memory, and 15 GB of disk under $TMPDIR for a model of OLMoE's full shape with random weights.
 #
 #     PYTHON=.venv/bin/python benchmarks/gpu.sh | tee gpu.md
+#     PYTHON=.venv/bin/python benchmarks/gpu.sh --quick     # on a CPU, small: does every step work?
 #
-# The suite is the default one, 60 experiments; its time is from the start of the first experiment to that of
-# the last, with scoring. Random weights: quality figures of that run mean nothing.
+# What it is to show: the suite below 90 s; BH at 4 experts not slower than Top-8 at batch 1 and 32; which of
+# skipping (a number of experts alone), masked and native is fastest in a block. The suite is the default one,
+# 60 experiments; its time is from the start of the first experiment to that of the last, with scoring. Random
+# weights: quality figures of that run mean nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export HF_HUB_OFFLINE=1
-"$python" -c 'import torch; assert torch.cuda.is_available(), "torch sees no CUDA GPU here"'
+device=cuda
+block=(--tokens 1 32 512 --repeats 51)
+selection=()
+decoding=(--new-tokens 64 --repeats 9)
+model=()
+suite=()
+batches=(1 32)
+if [[ ${1:-} == --quick ]]; then
+    device=cpu
+    block=(--quick --experts grouped_mm)
+    selection=(--quick --tokens 1 512)
+    decoding=(--quick --layers 1)
+    model=(--layers 1)
+    suite=(--max-tokens 2 --configs topk_8,bh_moderate --calibration-text models/olmoe-mini/README.md)
+    batches=(1 2)
+elif [[ $# -gt 0 ]]; then
+    echo "$0 $*: only --quick is known" >&2
+    exit 2
+else
+    "$python" -c 'import torch; assert torch.cuda.is_available(), "torch sees no CUDA GPU here; try --quick"'
+    "$python" -c 'import torch; print(torch.cuda.get_device_name(), "CUDA", torch.version.cuda)'
+fi
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-"$python" -c 'import torch; print(torch.cuda.get_device_name(), "CUDA", torch.version.cuda)'
 
-printf '\n## MoE block: skipping (compacted) against masked dispatch\n\n'
-"$python" benchmarks/moe_block.py --device cuda --dtype bfloat16 --tokens 1 32 512 --repeats 51
+printf '\n## MoE block: skipping (compacted) against masked and native, stand-ins\n\n'
+"$python" benchmarks/moe_block.py --device $device --dtype bfloat16 "${block[@]}"
 
 printf '\n## Selection\n\n'
-"$python" benchmarks/selection.py --device cuda --dtype bfloat16
+"$python" benchmarks/selection.py --device $device --dtype bfloat16 "${selection[@]}"
 
-printf '\n## Decoding, full size\n\n'
-"$python" benchmarks/full_size.py --device cuda --new-tokens 64 --repeats 9
+for batch in "${batches[@]}"; do
+    printf '\n## Decoding, full size, batch %s\n\n' $batch
+    "$python" benchmarks/full_size.py --device $device --batch $batch "${decoding[@]}"
+done
 
 printf '\n## The suite, full size\n\n'
-"$python" benchmarks/full_size.py --device cuda --save "$folder/model"
+"$python" benchmarks/full_size.py --device $device --save "$folder/model" "${model[@]}"
 start=$(date +%s)
-"$python" run_bh_experiments.py --model "$folder/model" --output "$folder/results" --device cuda
+"$python" run_bh_experiments.py --model "$folder/model" --output "$folder/results" --device $device \
+    --dtype bfloat16 "${suite[@]}"
 echo "whole command: $(($(date +%s) - start)) s"
 "$python" - "$folder/results" <<'END'
 import sys
