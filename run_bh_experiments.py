@@ -2462,8 +2462,8 @@ REFUSED_ARCHITECTURES = {
 QUANTIZED_WEIGHTS = {
     "fp8": "taken: fine-grained FP8. transformers unpacks it on a CPU, and on a GPU that has no FP8. With "
     "its FP8 kernels on a newer GPU: not run",
-    "mxfp4": "taken: GPT-OSS, unpacked to `--dtype`, four times the memory or more: its kernels choose the "
-    "experts themselves, so the seam cannot",
+    "mxfp4": "taken: GPT-OSS, unpacked to `--dtype`, four times the memory or more: its kernels, which come "
+    "from the hub, choose the experts themselves, so the seam cannot",
     "bitsandbytes": "taken: 8 bits, and 4 bits as FP4 or NF4 with nested scales, with bitsandbytes 0.50. It "
     "packs linear layers, here attention; experts and router stay as they are",
     "torchao": "taken: int8 and float8 weights, int8 activations, of linear layers likewise, with torchao "
@@ -3092,7 +3092,8 @@ class RoutingRecorder:
     """Router statistics by PyTorch forward hooks; memory O(L E), whatever the number of tokens.
 
     A hook only keeps what it sees; the sums are taken on the layer's device once for many calls, so that
-    recording costs decoding next to nothing and never waits for a GPU. Padding, by the attention mask that
+    recording costs decoding next to nothing and never waits for a GPU. The first call since the start, a
+    prefill where text is generated, is told apart from those after it. Padding, by the attention mask that
     the model was given, is not counted. In a notebook it shows itself as a table by layer; where `view` is
     set, also as the texts that were read and written, each token shaded by its experts.
 
@@ -3190,7 +3191,8 @@ class RoutingRecorder:
             is_tested = all(place in call.wanted for call in seen)
             wanted = torch.cat([call.wanted[place] for call in seen]) if is_tested else None
             row = torch.cat([self._row_of_tokens(call, place) for call in seen])
-            phase = torch.cat([torch.full((len(call.outputs[place][0]),), call.phase) for call in seen])
+            tokens = torch.tensor([len(call.outputs[place][0]) for call in seen])
+            phase = torch.tensor([call.phase for call in seen]).repeat_interleave(tokens)
             is_token = torch.cat([self._is_token(call, place) for call in seen])
             device = sums.counts.device
             number, mass = sums.add(output, wanted, (phase.to(device), row.to(device)), is_token.to(device))
