@@ -2466,6 +2466,8 @@ QUANTIZED_WEIGHTS = {
     "from the hub, choose the experts themselves, so the seam cannot",
     "bitsandbytes": "taken: 8 bits, and 4 bits as FP4 or NF4 with nested scales, with bitsandbytes 0.50. It "
     "packs linear layers, here attention; experts and router stay as they are",
+    "compressed-tensors": "taken: FP8 weights with a scale for each row, with compressed-tensors 0.20; "
+    "attention and experts are unpacked. Its other formats: not run",
     "torchao": "taken: int8 and float8 weights, int8 activations, of linear layers likewise, with torchao "
     "0.18. Packed experts: float8 with grouped_mm or eager, int8 with eager only; elsewhere torchao lacks an "
     "operation, and the model is refused. int4: not run",
