@@ -8482,9 +8482,9 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
     summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), compute
     (`summarize_compute`), throughput (`summarize_throughput`), verdict (`quality_verdicts`), shuffle_effects,
     field (`compare_field`), task_fields (`compare_field_on_tasks`), quality_margin, noise_floor, tasks
-    (`compare_tasks`), null_diagnostics, layers (`summarize_layers`), token_kinds (`compare_token_kinds`) and
-    hypotheses. Raises UserError for a table that is none of this script's, for a baseline that is not in it,
-    and when no row is left.
+    (`compare_tasks`), null_diagnostics, layers (`summarize_layers`),
+    token_kinds (`compare_token_kinds`) and hypotheses. Raises UserError for a table that is none of this
+    script's, for a baseline that is not in it, and when no row is left.
     """
     folder = Path(output_dir)
     results = results_beside(df, folder)
