@@ -2565,10 +2565,12 @@ REFUSED_ARCHITECTURES = {
 QUANTIZED_WEIGHTS = {
     "fp8": "taken: fine-grained FP8. transformers unpacks it on a CPU, and on a GPU that has no FP8. With "
     "its FP8 kernels on a newer GPU: not run",
-    "mxfp4": "taken: GPT-OSS, unpacked to `--dtype`, four times the memory or more: its kernels choose the "
-    "experts themselves, so the seam cannot",
+    "mxfp4": "taken: GPT-OSS, unpacked to `--dtype`, four times the memory or more: its kernels, which come "
+    "from the hub, choose the experts themselves, so the seam cannot",
     "bitsandbytes": "taken: 8 bits, and 4 bits as FP4 or NF4 with nested scales, with bitsandbytes 0.50. It "
     "packs linear layers, here attention; experts and router stay as they are",
+    "compressed-tensors": "taken: FP8 weights with a scale for each row, with compressed-tensors 0.20; "
+    "attention and experts are unpacked. Its other formats: not run",
     "torchao": "taken: int8 and float8 weights, int8 activations, of linear layers likewise, with torchao "
     "0.18. Packed experts: float8 with grouped_mm or eager, int8 with eager only; elsewhere torchao lacks an "
     "operation, and the model is refused. int4: not run",
@@ -3196,7 +3198,8 @@ class RoutingRecorder:
     """Router statistics by PyTorch forward hooks; memory O(L E), whatever the number of tokens.
 
     A hook only keeps what it sees; the sums are taken on the layer's device once for many calls, so that
-    recording costs decoding next to nothing and never waits for a GPU. Padding, by the attention mask that
+    recording costs decoding next to nothing and never waits for a GPU. The first call since the start, a
+    prefill where text is generated, is told apart from those after it. Padding, by the attention mask that
     the model was given, is not counted. In a notebook it shows itself as a table by layer; where `view` is
     set, also as the texts that were read and written, each token shaded by its experts.
 
@@ -3294,7 +3297,8 @@ class RoutingRecorder:
             is_tested = all(place in call.wanted for call in seen)
             wanted = torch.cat([call.wanted[place] for call in seen]) if is_tested else None
             row = torch.cat([self._row_of_tokens(call, place) for call in seen])
-            phase = torch.cat([torch.full((len(call.outputs[place][0]),), call.phase) for call in seen])
+            tokens = torch.tensor([len(call.outputs[place][0]) for call in seen])
+            phase = torch.tensor([call.phase for call in seen]).repeat_interleave(tokens)
             is_token = torch.cat([self._is_token(call, place) for call in seen])
             device = sums.counts.device
             number, mass = sums.add(output, wanted, (phase.to(device), row.to(device)), is_token.to(device))
@@ -8851,9 +8855,9 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
     summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), compute
     (`summarize_compute`), throughput (`summarize_throughput`), verdict (`quality_verdicts`), shuffle_effects,
     field (`compare_field`), task_fields (`compare_field_on_tasks`), quality_margin, noise_floor, tasks
-    (`compare_tasks`), null_diagnostics, layers (`summarize_layers`), token_kinds (`compare_token_kinds`) and
-    hypotheses. Raises UserError for a table that is none of this script's, for a baseline that is not in it,
-    and when no row is left.
+    (`compare_tasks`), null_diagnostics, layers (`summarize_layers`),
+    token_kinds (`compare_token_kinds`) and hypotheses. Raises UserError for a table that is none of this
+    script's, for a baseline that is not in it, and when no row is left.
     """
     folder = Path(output_dir)
     results = results_beside(df, folder)

@@ -9985,6 +9985,14 @@ def mxfp4_tensors(name, tensor):
     return {f"{name}_blocks": blocks, f"{name}_scales": scales}
 
 
+def channel_tensors(name, tensor):
+    """FP8 with a scale for each row, as compressed-tensors stores it."""
+    if tensor.ndim != 2 or name.removesuffix(".weight") in UNQUANTIZED:
+        return {name: tensor}
+    scale = tensor.float().abs().amax(1, keepdim=True) / 448
+    return {name: (tensor.float() / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale.bfloat16()}
+
+
 def quantized_folder(name, folder):
     """A folder with a tiny model in a format, as a user would download it."""
     import transformers
@@ -9998,6 +10006,14 @@ def quantized_folder(name, folder):
         plain_folder("gpt_oss", folder)
         spared = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
         rewrite_weights(folder, mxfp4_tensors, {"quant_method": "mxfp4", "modules_to_not_convert": spared})
+    elif name == "compressed-tensors":
+        pytest.importorskip("compressed_tensors")
+        plain_folder("olmoe", folder)
+        weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+        settings = {"quant_method": name, "format": "float-quantized", "quantization_status": "compressed",
+                    "ignore": ["lm_head", "re:.*mlp.gate$"],
+                    "config_groups": {"all": {"targets": ["Linear"], "weights": weights}}}  # fmt: skip
+        rewrite_weights(folder, channel_tensors, settings)
     else:
         if name.startswith("torchao"):
             quantization = pytest.importorskip("torchao.quantization")
@@ -10028,6 +10044,7 @@ QUANTIZED = {
     **dict.fromkeys(("fp8", "mxfp4"), ("float32", "bfloat16")),
     **dict.fromkeys(("bitsandbytes-8", "bitsandbytes-fp4", "bitsandbytes-nf4"), ("float32",)),
     **dict.fromkeys(("torchao-int8", "torchao-int8-activations", "torchao-float8"), ("float32",)),
+    "compressed-tensors": ("float32",),
 }
 
 
@@ -10036,7 +10053,7 @@ def test_quantized_weights_are_taken(name, tmp_path):
     """What the manual lists: keeping all is bit-identical, dropped is the native smaller K (in 16 bits but
     for rounding), the model is restored, and a runner generates."""
     folder = quantized_folder(name, tmp_path / "model")
-    assert name.split("-")[0] in bh.QUANTIZED_WEIGHTS
+    assert any(name.startswith(method) for method in bh.QUANTIZED_WEIGHTS)
     for dtype in QUANTIZED[name]:
         model, tokenizer = bh.load_model(str(folder), torch.device("cpu"), getattr(torch, dtype))
         architecture = Architecture(model)
