@@ -11,6 +11,8 @@
 #     "seaborn>=0.13.2",
 #     "tqdm>=4.66",
 #     "jinja2>=3.1",
+#     "markdown-it-py>=3.0",
+#     "pillow>=10.3",
 #     "numpy>=1.26",
 #     "safetensors>=0.8",
 #     "filelock>=3.24",
@@ -69,20 +71,25 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bz2
 import collections
 import contextlib
 import copy
 import csv
+import dataclasses
 import difflib
 import errno
 import functools
+import gzip
 import hashlib
+import html
 import importlib
 import importlib.util
 import io
 import itertools
 import json
 import logging
+import lzma
 import math
 import numbers
 import os
@@ -94,9 +101,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import unicodedata
+import warnings
+import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -125,7 +135,9 @@ class _Lazy:
 
 accelerate = _Lazy("accelerate")
 jinja2 = _Lazy("jinja2")
+markdown_it = _Lazy("markdown_it")
 optimize = _Lazy("scipy.optimize")
+pil_image = _Lazy("PIL.Image")
 plt = _Lazy("matplotlib.pyplot")
 sns = _Lazy("seaborn")
 special = _Lazy("scipy.special")
@@ -492,12 +504,17 @@ def input_hashes(prompt: Prompt) -> dict[str, str]:
     return {field: fingerprint(prompt[field]) for field, counts in PROMPT_IDENTITY.items() if counts}
 
 
+MAX_CHARACTERS = 10_000_000  # of a prompt, beyond any context: a compressed file can unfold to anything
+
+
 def resolve_prompt(prompt: Prompt) -> dict[str, str]:
     """A prompt with exactly PROMPT_FIELDS; only `text` is needed. Raises UserError where that is missing."""
     text = prompt.get("text")
     name = f"prompt {prompt.get('id', dict(prompt))!r:.80}"
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{name} has no text: it needs a non-empty string under 'text'")
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{name} has {len(text):,} characters, more than {MAX_CHARACTERS:,}: shorten it")
     unknown = sorted(set(prompt) - set(PROMPT_FIELDS))
     if unknown:
         raise UserError(
@@ -589,6 +606,26 @@ def _dataset_source(option: str, dataset: str) -> tuple[str, tuple[str, ...], di
     return dataset, tuple(dataset.split(":", 1)), {}
 
 
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def _refuse_endless_lines(option: str, dataset: str, rows: int) -> None:
+    """UserError where one of the first lines of a local compressed file unfolds to more than any prompt may
+    hold: the datasets library holds a line several times over."""
+    path = Path(dataset)
+    for file in sorted(path.rglob("*")) if path.is_dir() else []:
+        if file.suffix.lower() in COMPRESSED and file.is_file():
+            with COMPRESSED[file.suffix.lower()](file, "rb") as lines:
+                for _ in range(rows + 1):  # one may name the columns
+                    line = lines.readline(MAX_CHARACTERS + 1)
+                    if len(line) > MAX_CHARACTERS:
+                        raise UserError(
+                            f"{option} {file}: a line has more than {MAX_CHARACTERS:,} characters"
+                        )
+                    if not line:
+                        break
+
+
 def _dataset_rows(
     option: str, dataset: str, split: str | None, limit: int, random_seed: int | None = None
 ) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
@@ -599,6 +636,7 @@ def _dataset_rows(
 
     _, source, files = _dataset_source(option, dataset)
     try:
+        _refuse_endless_lines(option, dataset, limit if random_seed is None else SHUFFLE_BUFFER)
         splits = datasets.load_dataset(*source, **files, streaming=True)
         if split is None:
             split = "train" if "train" in splits or len(splits) > 1 else next(iter(splits))
@@ -2094,6 +2132,30 @@ def _alone() -> Iterator[None]:
         yield
 
 
+_HOLDERS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()  # model -> its lock
+
+
+@contextlib.contextmanager
+def holding(model: nn.Module) -> Iterator[None]:
+    """The model for this thread inside the block; UserError where another thread holds it.
+
+    What is measured without a patch, calibration for example, is wrong if another thread patches the model
+    meanwhile, or looks at it: both change it.
+    """
+    with _alone():
+        lock = _HOLDERS.setdefault(model, threading.RLock())
+    is_held = False
+    try:
+        is_held = lock.acquire(blocking=False)
+        if not is_held:
+            kind = type(model).__name__
+            raise UserError(f"this {kind} is at work in another thread: wait for it, or load the model again")
+        yield
+    finally:
+        if is_held:
+            lock.release()
+
+
 def _refuse_patched(name: str, router: nn.Module) -> None:
     if hasattr(router, "_bh_patched"):
         raise UserError(f"{name} is patched already: leave the first `with` block before the next")
@@ -2108,6 +2170,20 @@ def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> 
     undo = (held.update, {name: held[name]}) if name in held else (held.pop, name, None)
     stack.callback(*undo)
     setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def _replaced_forward(name: str, module: nn.Module, forward: Callable) -> Iterator[None]:
+    """`forward` in place of a module's own inside the block. UserError after it where somebody put another in
+    its place meanwhile: that one is gone, and what it kept to put back is of no use."""
+    with contextlib.ExitStack() as stack:
+        _replace(stack, module, "forward", forward)
+        yield
+        if vars(module).get("forward") is not forward:
+            raise UserError(
+                f"{name}: its forward was replaced while it was patched, by an accelerate hook for example; "
+                "add hooks before the block, or take them off in it"
+            )
 
 
 @contextlib.contextmanager
@@ -2315,7 +2391,6 @@ def _declared_routers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-@_alone()
 @torch.no_grad()
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a transformers model, in order, by the architecture's own declaration.
@@ -2324,6 +2399,11 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     architectures or of attribute names is needed. Raises UserError, in one line, for a model that cannot be
     patched.
     """
+    with _alone(), holding(model):
+        return _find_moe_layers(model)
+
+
+def _find_moe_layers(model: nn.Module) -> list[MoELayer]:
     routers = _declared_routers(model)
     for name, router in routers.items():
         _refuse_patched(name, router)
@@ -2374,6 +2454,21 @@ REFUSED_ARCHITECTURES = {
     "llama4_text": "its router returns scores of all experts, no selection",
     "longcat_flash": "its experts cannot run one expert for a token",
     "zaya": "its router returns a state for the next layer besides, and picks one expert",
+}
+
+
+# Models that bring quantised weights: `quant_method` of config.json -> what was run, and what came of it. By
+# the tests, on tiny models on a CPU. The seam itself does not ask for the format.
+QUANTIZED_WEIGHTS = {
+    "fp8": "taken: fine-grained FP8. transformers unpacks it on a CPU, and on a GPU that has no FP8. With "
+    "its FP8 kernels on a newer GPU: not run",
+    "mxfp4": "taken: GPT-OSS, unpacked to `--dtype`, four times the memory or more: its kernels choose the "
+    "experts themselves, so the seam cannot",
+    "bitsandbytes": "taken: 8 bits, and 4 bits as FP4 or NF4 with nested scales, with bitsandbytes 0.50. It "
+    "packs linear layers, here attention; experts and router stay as they are",
+    "torchao": "taken: int8 and float8 weights, int8 activations, of linear layers likewise, with torchao "
+    "0.18. Packed experts: float8 with grouped_mm or eager, int8 with eager only; elsewhere torchao lacks an "
+    "operation, and the model is refused. int4: not run",
 }
 
 
@@ -2603,6 +2698,21 @@ ROUTING_COLUMNS = (
     Column("gate_mass_frac", float,
            "mean over decisions of the share of softmax(router logits) that the experts which ran have"),
 )  # fmt: skip
+# What that costs, by the shapes of the model's own parameters. Experts are those that the router picks from,
+# with the share of what stands in for the dropped. All else is used by every token: embeddings, attention,
+# norms, routers, shared experts, dense layers and the head.
+COMPUTE_COLUMNS = (
+    Column("total_parameters", int, "parameters of the model, a tensor that is used twice once"),
+    Column("active_parameters", float,
+           "of these, what a token uses, mean over tokens: all but the experts that did not run, and what is "
+           "no part of the text decoder. Embedding tables in full, as models are named in the field"),
+    Column("active_expert_parameters", float, "of the active, those of the experts that ran"),
+    Column("expert_flops_per_token", float,
+           "floating-point operations of these experts for a token: 2 for each multiply-add, 1 for a bias"),
+    Column("weight_bytes_per_token", float,
+           "bytes of weights that are read to decode one token: of the active, with one row of an embedding "
+           "table that is not the head's as well. Where text was generated: of the tokens after the prefill"),
+)  # fmt: skip
 LAYER_COLUMNS = (
     *ROUTING_COLUMNS,
     Column("use_entropy_bits", float, "entropy of the use of the E experts; log2(E) when even"),
@@ -2664,6 +2774,13 @@ class RoutingStatistics:
         of_use = {name: values.mean(keepdims=True) for name, values in self._use_measures().items()}
         measures = self._decision_measures(over_layers) | of_use
         return strict_json({column.name: measures[column.name][0] for column in ROUTING_COLUMNS})
+
+    @property
+    def effective_experts(self) -> np.ndarray:
+        """Mean effective experts of a token by layer [L]; 0 in a layer that no token came by."""
+        sums = self._sums()
+        ran = sums["counts"] @ np.arange(self.counts.shape[1])
+        return (ran + sums["stand_ins"]) / sums["counts"].sum(1).clip(min=1)
 
     def _sums(self) -> dict[str, np.ndarray]:
         """What may be added over layers, one entry a layer."""
@@ -2741,44 +2858,230 @@ class RoutingStatistics:
         return cls(counts, use, unchosen[:, 0], mass[:, 0], config, tuple(layers))
 
 
+def parameter_count(parameter: Tensor) -> int:
+    """How many numbers a parameter holds, also where bitsandbytes packs two into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else math.prod(packed.shape)
+
+
+def stored_parts(parameter: Tensor) -> list[Tensor]:
+    """The plain tensors that a parameter is stored in: itself, or what a quantised one of torchao holds."""
+    if not hasattr(parameter, "__tensor_flatten__"):
+        return [parameter]
+    names, _ = parameter.__tensor_flatten__()
+    return [part for name in names for part in stored_parts(getattr(parameter, name))]
+
+
+def parameter_bytes(parameter: Tensor) -> int:
+    return sum(part.numel() * part.element_size() for part in stored_parts(parameter))
+
+
+def _text_parameters(model: nn.Module) -> dict[int, Tensor]:
+    """Parameters that a token of text can use, by identity: of the decoder and the head, or of the whole
+    model where it does not say what these are. A vision tower is not among them."""
+    parts = [model]
+    if hasattr(model, "get_decoder"):
+        parts = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
+    return {id(parameter): parameter for part in parts for parameter in part.parameters()}
+
+
+def _unread_bytes(model: nn.Module, parameters: Mapping[int, Tensor]) -> int:
+    """Bytes of embedding tables that a token does not read: all rows but one, where the head reads none."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    of_head = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    tables = {
+        id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    unread = [table for key, table in tables.items() if key in parameters and key not in of_head]
+    return sum(parameter_bytes(table) * (len(table) - 1) // len(table) for table in unread)
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a token costs a model beside its experts, and what one expert of each of L layers costs."""
+
+    total_parameters: int
+    shared_parameters: int  # used by every token, embedding tables in full
+    shared_bytes: int  # of weights, read for one decoded token
+    expert_parameters: np.ndarray  # [L], of one expert
+    expert_flops: np.ndarray  # [L], of one expert for one token
+    expert_bytes: np.ndarray  # [L], of one expert
+
+    @classmethod
+    def of(cls, model: nn.Module, experts: Sequence[nn.Module], num_experts: int) -> ModelCost:
+        """experts: the experts module of each MoE layer, with `num_experts` experts each."""
+        parameters = _text_parameters(model)
+        sizes = np.zeros(len(experts))
+        flops = np.zeros(len(experts))
+        nbytes = np.zeros(len(experts))
+        routed: set[int] = set()
+        for place, module in enumerate(experts):
+            for name, parameter in module.named_parameters():
+                routed.add(id(parameter))
+                size = parameter_count(parameter) / num_experts
+                sizes[place] += size
+                flops[place] += size if name.endswith("bias") else 2 * size
+                nbytes[place] += parameter_bytes(parameter) / num_experts
+        shared = [parameter for key, parameter in parameters.items() if key not in routed]
+        return cls(
+            total_parameters=sum(parameter_count(parameter) for parameter in model.parameters()),
+            shared_parameters=sum(parameter_count(parameter) for parameter in shared),
+            shared_bytes=sum(map(parameter_bytes, shared)) - _unread_bytes(model, parameters),
+            expert_parameters=sizes,
+            expert_flops=flops,
+            expert_bytes=nbytes,
+        )
+
+    def bytes_read(self, experts: np.ndarray) -> float:
+        """Bytes of weights read where so many experts of each layer run, [L]."""
+        return float(self.shared_bytes + experts @ self.expert_bytes)
+
+    def row(self, routing: RoutingStatistics, decoding: RoutingStatistics) -> dict[str, Any]:
+        """COMPUTE_COLUMNS, of all tokens that were routed and of those that were decoded; None for none."""
+        row = dict.fromkeys((column.name for column in COMPUTE_COLUMNS), None)
+        row["total_parameters"] = self.total_parameters
+        if routing.counts.any():
+            experts = routing.effective_experts
+            of_experts = float(experts @ self.expert_parameters)
+            row["active_parameters"] = self.shared_parameters + of_experts
+            row["active_expert_parameters"] = of_experts
+            row["expert_flops_per_token"] = float(experts @ self.expert_flops)
+        if decoding.counts.any():
+            row["weight_bytes_per_token"] = self.bytes_read(decoding.effective_experts)
+        return row
+
+
+def _packed(values: np.ndarray) -> str:
+    """Whole numbers as text for a checkpoint."""
+    return base64.b85encode(zlib.compress(values.tobytes())).decode()
+
+
+def _unpacked(text: str, kind: str) -> np.ndarray:
+    """What `_packed` wrote: [n] of a numpy type."""
+    return np.frombuffer(zlib.decompress(base64.b85decode(text)), kind)
+
+
+MASS_STEPS = 2**16 - 1  # gate mass of a single token is kept in such steps: 2 bytes
+
+
+@dataclass(frozen=True)
+class TokenRouting:
+    """What was decided for each token of a text, in L layers.
+
+    ids [n or n + 1]: the tokens; one that comes last was written or predicted, but never routed. counts [n,
+    L]: experts that ran. mass [n, L]: gate mass of these, in 1 / MASS_STEPS. num_given: how many tokens were
+    given; the others were written, or predicted.
+    """
+
+    ids: np.ndarray
+    counts: np.ndarray
+    mass: np.ndarray
+    num_given: int
+
+    def pack(self) -> dict[str, Any]:
+        """As plain data for a checkpoint: about a byte a token and layer for the counts, two for the mass."""
+        return {
+            "num_given": self.num_given,
+            "ids": _packed(self.ids.astype("<i4")),
+            "counts": _packed(self.counts.T.astype("<u2")),
+            "mass": _packed(self.mass.T.astype("<u2")),
+        }
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any], num_layers: int) -> TokenRouting:
+        """What `pack` made."""
+        counts = _unpacked(packed["counts"], "<u2").reshape(num_layers, -1).T.astype(np.int64)
+        mass = _unpacked(packed["mass"], "<u2").reshape(num_layers, -1).T.astype(np.int64)
+        return cls(_unpacked(packed["ids"], "<i4"), counts, mass, packed["num_given"])
+
+    def of_text(self, ids: Any, num_given: int) -> TokenRouting | None:
+        """The same with all ids of its text [n + 1]; None where it is not of all of them but the last."""
+        ids = np.asarray(ids)
+        if not np.array_equal(self.ids, ids[:-1]):
+            return None
+        return dataclasses.replace(self, ids=ids, num_given=num_given)
+
+
 @dataclass
 class _Call:
     """One forward pass of the model, as the recorder keeps it until it is summed."""
 
     mask: Tensor | None  # attention mask [B, at least S]; padding is not counted
     shape: tuple[int, int] | None  # B, S
+    phase: int  # 0 for the first since the start, a prefill where text is generated; 1 for the others
     outputs: dict[int, tuple]  # place of the layer -> (logits [T, E], weights [T, K], indices [T, K])
     wanted: dict[int, Tensor]  # place of the layer -> counts [T] before floor and cap
+    ids: Tensor | None = None  # [B, S], where tokens are kept
+
+
+@dataclass(frozen=True)
+class _KeptTokens:
+    """What was decided for the tokens of some calls, where it was computed."""
+
+    shapes: list[tuple[int, int]]  # B, S of each call
+    ids: Tensor  # [N]
+    is_token: Tensor  # [N], False for padding
+    decided: list[Tensor]  # of each layer: counts and gate mass in 1 / MASS_STEPS, int32 [2, N]
+
+    def calls(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each call: ids [B, S], is_token [B, S] and what was decided [L, 2, B, S]."""
+        ids = self.ids.cpu().numpy()
+        is_token = self.is_token.cpu().numpy()
+        decided = np.stack([layer.cpu().numpy() for layer in self.decided])  # [L, 2, N]
+        start = 0
+        for shape in self.shapes:
+            part = slice(start, start + math.prod(shape))
+            of_call = decided[:, :, part].reshape(*decided.shape[:2], *shape)
+            yield ids[part].reshape(shape), is_token[part].reshape(shape), of_call
+            start = part.stop
+
+
+def _joined_text(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenRouting:
+    """A text from its parts, one of each call: ids [n] and what was decided [L, 2, n]."""
+    decided = np.concatenate([part for _, part in parts], axis=2)
+    ids = np.concatenate([ids for ids, _ in parts])
+    return TokenRouting(ids, decided[:, 0].T, decided[:, 1].T, num_given=len(parts[0][0]))
 
 
 class _LayerSums:
-    """The sums of one layer, for each of R rows of the batch, on the layer's device."""
+    """The sums of one layer, for each of 2 phases and R rows of the batch, on the layer's device."""
 
     def __init__(self, layer: MoELayer, rows: int):
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=layer.device)
 
         self.layer = layer
-        self.counts = zeros(rows, layer.num_experts + 1)
-        self.use = zeros(rows, layer.num_experts)
-        self.unchosen = zeros(rows)
-        self.mass = zeros(rows)
+        self.counts = zeros(2, rows, layer.num_experts + 1)
+        self.use = zeros(2, rows, layer.num_experts)
+        self.unchosen = zeros(2, rows)
+        self.mass = zeros(2, rows)
 
     def add(
-        self, output: tuple[Tensor, Tensor, Tensor], wanted: Tensor | None, row: Tensor, is_token: Tensor
-    ) -> None:
+        self,
+        output: tuple[Tensor, Tensor, Tensor],
+        wanted: Tensor | None,
+        place: tuple[Tensor, Tensor],
+        is_token: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """Add N tokens. output: logits [N, E], weights [N, K], indices [N, K]. wanted: counts [N] before
-        floor and cap. row: of the batch [N]. is_token: False for padding [N]."""
+        floor and cap. place: phase [N] and row of the batch [N]. is_token: False for padding [N].
+
+        Returns how many experts ran for each token [N], and their gate mass [N].
+        """
+        phase, row = place
         first, weights, indices = output
         ran = (weights != 0) & is_token[:, None]  # [N, K]
         gates = self.layer.logits(first).float().softmax(-1)
         mass = gates.gather(-1, indices.clamp(max=gates.shape[-1] - 1)).double()  # [N, K]
-        self._count(self.counts, (row, ran.sum(-1)), is_token)
+        number = ran.sum(-1)  # [N]
+        kept_mass = (mass * ran).sum(-1)  # [N]
+        self._count(self.counts, (phase, row, number), is_token)
         token, slot = ran.nonzero(as_tuple=True)
-        self._count(self.use, (row[token], indices[token, slot]), torch.ones_like(token))
-        self._count(self.mass, (row,), (mass * ran).sum(-1).mul(MASS_UNIT).round())
+        self._count(self.use, (phase[token], row[token], indices[token, slot]), torch.ones_like(token))
+        self._count(self.mass, (phase, row), kept_mass.mul(MASS_UNIT).round())
         if wanted is not None:
-            self._count(self.unchosen, (row,), (wanted == 0) & is_token)
+            self._count(self.unchosen, (phase, row), (wanted == 0) & is_token)
+        return number, kept_mass
 
     @staticmethod
     def _count(sums: Tensor, place: tuple[Tensor, ...], number: Tensor) -> None:
@@ -2790,7 +3093,11 @@ class RoutingRecorder:
 
     A hook only keeps what it sees; the sums are taken on the layer's device once for many calls, so that
     recording costs decoding next to nothing and never waits for a GPU. Padding, by the attention mask that
-    the model was given, is not counted. In a notebook it shows itself as a table by layer.
+    the model was given, is not counted. In a notebook it shows itself as a table by layer; where `view` is
+    set, also as the texts that were read and written, each token shaded by its experts.
+
+    After `keep_tokens` also what was decided for each single token is kept, on the device until it is asked
+    for: memory O(L) a token.
     """
 
     MAX_CALLS = 256  # what is kept at most before it is summed
@@ -2799,14 +3106,22 @@ class RoutingRecorder:
     def __init__(self, layers: Sequence[MoELayer], config: Config):
         self.config = config
         self.layers = list(layers)
+        self.view: Callable[[Sequence[TokenRouting]], str] | None = None  # texts -> HTML
+        self._most_kept: float = 0  # tokens
         self.start()
 
     def start(self, rows: int | None = None) -> None:
         """Begin anew. rows: the batch size, to count each row of the batch by itself."""
         self._rows = rows
+        self._phase = 0
         self._calls: list[_Call] = []
         self._tokens = 0
         self._sums = [_LayerSums(layer, rows or 1) for layer in self.layers]
+        self._kept: list[_KeptTokens] = []
+
+    def keep_tokens(self, most: float = math.inf) -> None:
+        """Keep what is decided for each token from now on; no more begins when `most` tokens are kept."""
+        self._most_kept = most
 
     def watch_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook for the model: a new call begins."""
@@ -2817,13 +3132,19 @@ class RoutingRecorder:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             mask = None
         shape = None if ids is None else tuple(ids.shape[:2])
-        self._calls.append(_Call(mask, shape, {}, {}))
+        self._begin_call(mask, shape, ids if self._most_kept else None)
         self._tokens += 0 if ids is None else ids.numel()
+
+    def _begin_call(
+        self, mask: Tensor | None, shape: tuple[int, int] | None, ids: Tensor | None = None
+    ) -> None:
+        self._calls.append(_Call(mask, shape, self._phase, {}, {}, ids))
+        self._phase = 1
 
     def _call(self, place: int) -> _Call:
         """The call that a layer is in: a new one where it was called without the whole model."""
         if not self._calls or place in self._calls[-1].outputs:
-            self._calls.append(_Call(None, None, {}, {}))
+            self._begin_call(None, None)
         return self._calls[-1]
 
     def hook(self, place: int) -> Callable:
@@ -2842,12 +3163,24 @@ class RoutingRecorder:
 
         return observe
 
+    def _keeps(self, calls: Sequence[_Call]) -> bool:
+        """Whether what is decided for each token of these calls is to be kept, and can be."""
+        num_kept = sum(len(kept.ids) for kept in self._kept)
+        return bool(calls) and num_kept < self._most_kept and all(map(self._is_whole, calls))
+
+    def _is_whole(self, call: _Call) -> bool:
+        """Whether every layer saw every token of the call."""
+        tokens = -1 if call.ids is None else call.ids.numel()
+        return [len(output[0]) for output in call.outputs.values()] == [tokens] * len(self.layers)
+
     @torch.no_grad()
     def _flush(self) -> None:
         """Add what was kept to the sums."""
         calls = self._calls
         self._calls = []
         self._tokens = 0
+        keeps = self._keeps(calls)
+        decided = []  # of each layer, for the tokens of these calls
         for place, sums in enumerate(self._sums):
             seen = [call for call in calls if place in call.outputs]
             if not seen:
@@ -2857,9 +3190,17 @@ class RoutingRecorder:
             is_tested = all(place in call.wanted for call in seen)
             wanted = torch.cat([call.wanted[place] for call in seen]) if is_tested else None
             row = torch.cat([self._row_of_tokens(call, place) for call in seen])
+            phase = torch.cat([torch.full((len(call.outputs[place][0]),), call.phase) for call in seen])
             is_token = torch.cat([self._is_token(call, place) for call in seen])
             device = sums.counts.device
-            sums.add(output, wanted, row.to(device), is_token.to(device))
+            number, mass = sums.add(output, wanted, (phase.to(device), row.to(device)), is_token.to(device))
+            if keeps:
+                steps = mass.mul(MASS_STEPS).round().clamp(max=MASS_STEPS)
+                decided.append(torch.stack([number.int(), steps.int()]))
+        if keeps:
+            shapes = [call.shape for call in calls]
+            ids = torch.cat([call.ids.reshape(-1) for call in calls])
+            self._kept.append(_KeptTokens(shapes, ids, is_token, decided))
 
     def _row_of_tokens(self, call: _Call, place: int) -> Tensor:
         """The row of the batch that each token [T] is in; 0 where rows are not told apart."""
@@ -2875,28 +3216,95 @@ class RoutingRecorder:
             return torch.ones(tokens, dtype=torch.bool)
         return call.mask[:, -call.shape[1] :].reshape(-1) != 0
 
+    NAMES = ("counts", "use", "unchosen", "mass")
+
+    def _seen(self) -> dict[str, np.ndarray]:
+        """The sums since the start, brought over at once: name -> [L, 2 phases, R rows, ...]."""
+        self._flush()
+        parts = [getattr(sums, name) for name in self.NAMES for sums in self._sums]
+        at_once = torch.cat([part.flatten().to(parts[0].device) for part in parts]).cpu()
+        arrays = [
+            values.view(part.shape).numpy()
+            for values, part in zip(at_once.split([part.numel() for part in parts]), parts, strict=True)
+        ]
+        num_layers = len(self._sums)
+        return {
+            name: np.stack(arrays[place * num_layers : (place + 1) * num_layers])
+            for place, name in enumerate(self.NAMES)
+        }
+
+    def _statistics_of(self, sums: Mapping[str, np.ndarray]) -> RoutingStatistics:
+        return RoutingStatistics(*(sums[name] for name in self.NAMES), self.config, tuple(self.layers))
+
     def statistics(self) -> list[RoutingStatistics]:
         """What was seen since the start: one for each row of the batch, or one."""
-        self._flush()
-        statistics = []
-        for row in range(self._rows or 1):
-            parts = (
-                np.stack([getattr(sums, name)[row].cpu().numpy() for sums in self._sums])
-                for name in ("counts", "use", "unchosen", "mass")
-            )
-            statistics.append(RoutingStatistics(*parts, self.config, tuple(self.layers)))
-        return statistics
+        seen = self._seen()
+        return [
+            self._statistics_of({name: sums[:, :, row].sum(1) for name, sums in seen.items()})
+            for row in range(self._rows or 1)
+        ]
+
+    def phases(self) -> list[RoutingStatistics]:
+        """What was seen in the first call of the model since the start, and in all after it: prefill and
+        decoding, where text was generated."""
+        seen = self._seen()
+        return [
+            self._statistics_of({name: sums[:, phase].sum(1) for name, sums in seen.items()})
+            for phase in (0, 1)
+        ]
 
     def total(self) -> RoutingStatistics:
         """What was seen since the start."""
         return functools.reduce(RoutingStatistics.__add__, self.statistics())
+
+    def texts(self) -> list[TokenRouting]:
+        """The texts whose tokens were kept, each row of a batch by itself, in the order they were begun.
+
+        A call with one token a row goes on with the texts of the call before; any other begins new ones.
+        """
+        self._flush()
+        texts: list[list[tuple[np.ndarray, np.ndarray]]] = []
+        current: list[list[tuple[np.ndarray, np.ndarray]]] = []  # those that the latest call is of
+        for kept in self._kept:
+            for ids, is_token, decided in kept.calls():
+                rows, length = ids.shape
+                if length > 1 or rows != len(current):
+                    current = [[] for _ in range(rows)]
+                    texts += current
+                for row, parts in enumerate(current):
+                    parts.append((ids[row][is_token[row]], decided[:, :, row][:, :, is_token[row]]))
+        return [_joined_text(parts) for parts in texts]
 
     def summary(self) -> pd.DataFrame:
         """What was seen since the start, one row a layer: LAYER_COLUMNS."""
         return self.total().by_layer()
 
     def _repr_html_(self) -> str:
-        return self.summary().to_html(float_format="{:.3f}".format)
+        table = self.summary().to_html(float_format="{:.3f}".format)
+        return table if self.view is None else self.view(self.texts()) + table
+
+
+@contextlib.contextmanager
+def counting_distinct_experts(layers: Sequence[MoELayer]) -> Iterator[list[list[Tensor]]]:
+    """Count how many different experts of each layer run in a call of the model, inside the block: what a
+    batch of tokens makes it read. Yields a list a layer, which grows by a number a call."""
+    counts: list[list[Tensor]] = [[] for _ in layers]
+
+    def counter(place: int) -> Callable:
+        num_experts = layers[place].num_experts
+
+        def count(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            _, weights, indices = output  # [T, K]
+            expert = indices.masked_fill(weights == 0, num_experts).flatten()  # a dropped one is the last
+            runs = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert.device)
+            counts[place].append(runs.index_fill(0, expert, 1)[:num_experts].sum())
+
+        return count
+
+    with contextlib.ExitStack() as stack:
+        for place, layer in enumerate(layers):
+            stack.enter_context(layer.router.register_forward_hook(counter(place)))
+        yield counts
 
 
 def _asked_candidates(layers: Sequence[MoELayer], config: Config) -> list[int]:
@@ -2971,6 +3379,7 @@ def patched_routing(
     config = config | {"layers": [layer.index for layer in layers if is_routed(config, layer.index)]}
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as alone:
         alone.enter_context(_alone())
+        alone.enter_context(holding(model))
         stack.enter_context(evaluating(model))
         stack.enter_context(model.register_forward_pre_hook(recorder.watch_model, with_kwargs=True))
         candidates = _asked_candidates(patched, config)
@@ -2984,8 +3393,9 @@ def patched_routing(
                 routing = _LayerRouting(layer, settings, candidates[place], calibration, observe)
                 router_forward = routing.wrap_router(layer.router.forward, layer.experts.forward)
                 experts_forward = routing.wrap_experts(layer.experts.forward)
-                _replace(stack, layer.router, "forward", router_forward)
-                _replace(stack, layer.experts, "forward", experts_forward)
+                stack.enter_context(_replaced_forward(layer.name, layer.router, router_forward))
+                experts_name = f"the experts of {layer.name}"
+                stack.enter_context(_replaced_forward(experts_name, layer.experts, experts_forward))
             # config.num_experts_per_tok has no effect after loading; the router's own attribute has.
             if layer.knob:
                 _replace(stack, *layer.knob, candidates[place])
@@ -3029,10 +3439,14 @@ def writing_plainly(model: nn.Module) -> Iterator[None]:
         yield
 
 
+_SEEDING = threading.RLock()
+
+
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's random generators seeded inside the block, and as they were after it."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    """torch's random generators seeded inside the block, and as they were after it; one thread at a time,
+    because all threads share them."""
+    with _SEEDING, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
@@ -3050,7 +3464,7 @@ def sample_calibration_text(
     remaining = sequences or CALIBRATION_SEQUENCES
     settings = generation_settings(tokenizer, CALIBRATION_LENGTH - 1, do_sample=True, top_k=0)
     texts = []
-    with writing_plainly(model), seeded(seed, device), torch.inference_mode():
+    with holding(model), writing_plainly(model), seeded(seed, device), torch.inference_mode():
         while remaining > 0:
             rows = min(remaining, CALIBRATION_SEQUENCES)
             start = torch.full((rows, 1), start_token(tokenizer), device=device)
@@ -3252,7 +3666,7 @@ def record_routers(model: nn.Module, batches: Sequence[Tensor], outputs: bool = 
     def add_outputs(layer: MoELayer, forward: Callable, *seen: Tensor) -> None:
         sums[layer.index].add(forward, *(_but_first_positions(part, length) for part in seen))
 
-    with contextlib.ExitStack() as stack, evaluating(model), torch.inference_mode():
+    with contextlib.ExitStack() as stack, holding(model), evaluating(model), torch.inference_mode():
         for layer in layers:
             stack.enter_context(layer.router.register_forward_hook(recorder(layer)))
         if outputs:
@@ -3321,7 +3735,7 @@ def fit_linear_maps(
         chosen[layer.index].append(_but_first_positions(indices, length).to("cpu", torch.int16))
         forwards[layer.index] = forward
 
-    with evaluating(model), torch.inference_mode():
+    with holding(model), evaluating(model), torch.inference_mode():
         with _watched_experts(layers, keep):
             for batch in batches:
                 length = batch.shape[1]
@@ -3632,6 +4046,10 @@ GENERATION = Table(
         Column("num_input_tokens", int, "tokens of the prompt"),
         Column("num_output_tokens", int, "new tokens"),
         *ROUTING_COLUMNS,
+        Column("prefill_experts", float, "`avg_experts_per_token` in the prefill: the tokens of the prompt"),
+        Column("decode_experts", float,
+               "the same in decoding: the new tokens but the last; empty where only one was asked for"),
+        *COMPUTE_COLUMNS,
         *TEXT_METRICS.values(),
         Column("inference_time_sec", float, "whole generation, prompt included", clock=True,
                metric=Metric("inference time", "s", 3)),
@@ -3673,6 +4091,7 @@ SCORES = Table(
         Column("repeat_nll", float,
                "model's own routing only, first batch: scored a second time, the noise floor"),
         *ROUTING_COLUMNS,
+        *COMPUTE_COLUMNS,
         Column("batch_size", int, "windows in the forward pass that scored it", clock=True),
         *_ORIGIN,
     ),
@@ -3693,6 +4112,33 @@ TASKS = Table(
         Column("score", float, "its value for this document"),
         *ROUTING_COLUMNS,
         Column("batch_size", int, "requests that were answered together", clock=True),
+        *_ORIGIN,
+    ),
+)  # fmt: skip
+
+THROUGHPUT = Table(
+    "throughput.csv",
+    "a configuration and a batch of prompts that are continued together (`--generate-batch`)",
+    (
+        _CONFIG_NAME,
+        Column("batch_size", int, "texts that are generated together"),
+        Column("num_prompts", int, "different prompts among them"),
+        *_STATUS,
+        Column("repeats", int, "how often it was timed; times are medians of these"),
+        Column("tokens_per_sec", float, "new tokens of all texts / `inference_time_sec`", clock=True),
+        Column("inference_time_sec", float, "whole generation, prompts included", clock=True),
+        Column("time_to_first_token_sec", float, "start to the end of the prefill", clock=True),
+        Column("decode_sec_per_step", float,
+               "time after the prefill / (new tokens - 1): a step gives each text a token", clock=True),
+        Column("decode_experts", float, "mean of c in decoding"),
+        Column("distinct_experts", float,
+               "how many different experts of a layer run in a decoding step, mean over steps and layers"),
+        Column("weight_bytes_per_step", float,
+               "bytes of weights that are read for a decoding step: as `weight_bytes_per_token`, of the "
+               "distinct experts. What stands in for the dropped is not counted"),
+        Column("peak_memory_gb", float,
+               "peak of allocated GPU memory during the generation, GiB; empty on a CPU", clock=True),
+        Column("max_new_tokens", int, "how many new tokens each text gets"),
         *_ORIGIN,
     ),
 )  # fmt: skip
@@ -3744,7 +4190,68 @@ EXPERT_COUNTS = Table(
         _RUN_ID,
     ),
 )
-TABLES = (GENERATION, SCORES, TASKS, LAYER_STATISTICS, EXPERT_USAGE, EXPERT_COUNTS)
+_TOKEN = (
+    Column("position", int, "place of the token in its text, from 0"),
+    Column("phase", str, "`prompt`: given; `new`: written; `scored`: predicted"),
+    Column("token_id", int, "number of the token"),
+    Column("token", str,
+           "its text; that of a character of several tokens stands with the first of them"),
+    Column("token_kinds", str, "its kinds, as in `token_kinds.csv`, separated by spaces"),
+)  # fmt: skip
+_SAMPLE = Column("sample", int, "which sample of a generated text, from 0")
+TOKEN_COUNTS = Table(
+    "token_counts.csv",
+    "a configuration, a prompt (and a sample of its text) and a token of the text",
+    (
+        _CONFIG_NAME,
+        Column("prompt_id", str, "name of the prompt"),
+        _SAMPLE,
+        *_TOKEN,
+        Column("avg_experts", float, "mean over layers of how many experts ran; empty for the last token"),
+        Column("experts_by_layer", str, "how many ran in each MoE layer, in order"),
+        _RUN_ID,
+    ),
+)
+TOKEN_KINDS = Table(
+    "token_kinds.csv",
+    "a configuration, a kind of measurement, a document and a kind of token",
+    (
+        _CONFIG_NAME,
+        _KIND,
+        Column("document", str, "the prompt, or what a window was cut from"),
+        Column("token_kind", str, "kind of token"),
+        Column("tokens", int, "tokens of this kind"),
+        Column("avg_experts", float, "mean over these and the layers of how many experts ran"),
+        Column("other_tokens", int, "all other tokens of the document"),
+        Column("other_avg_experts", float, "mean over these"),
+        _RUN_ID,
+    ),
+)
+TABLES = (
+    *(GENERATION, SCORES, TASKS, THROUGHPUT),
+    *(LAYER_STATISTICS, EXPERT_USAGE, EXPERT_COUNTS),
+    *(TOKEN_COUNTS, TOKEN_KINDS),
+)
+# Written on demand, and not as a plain CSV: it has a row for every decision.
+TOKEN_LOG = Table(
+    "token_log",
+    "a configuration, a prompt or window of text, a token and a layer",
+    (
+        _RUN_ID,
+        _CONFIG_NAME,
+        _KIND,
+        Column("item_id", str, "name of the prompt or window"),
+        _SAMPLE,
+        *_TOKEN,
+        _LAYER,
+        Column("num_experts", int, "how many experts ran"),
+        Column("gate_mass", float, f"their share of softmax(router logits), in steps of 1/{MASS_STEPS}"),
+    ),
+)
+TOKEN_LOG_FILES = {  # the first one that can be written is
+    f"{TOKEN_LOG.file}.parquet": f"with --token-log, a row: {TOKEN_LOG.row}",
+    f"{TOKEN_LOG.file}.csv.gz": "the same, where pyarrow is not installed",
+}
 
 # A spreadsheet would run a cell that begins like this; one more quote in front makes it text, and goes again.
 _FORMULA = re.compile(r"(?='*[=+\-@\t\r])")
@@ -3858,18 +4365,22 @@ def read_table(table: Table, folder: Path) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Results:
-    """What a run measured, as frames with the columns of GENERATION, SCORES and TASKS."""
+    """What a run measured, as frames with the columns of GENERATION, SCORES and TASKS. Beside these three,
+    over which it iterates, stands THROUGHPUT: it has no items to pair."""
 
     generation: pd.DataFrame
     scores: pd.DataFrame
     tasks: pd.DataFrame
+    throughput: pd.DataFrame = dataclasses.field(
+        default_factory=lambda: fit_table(pd.DataFrame(), THROUGHPUT)
+    )
 
     def __iter__(self) -> Iterator[pd.DataFrame]:
         return iter((self.generation, self.scores, self.tasks))
 
     @property
     def num_failed(self) -> int:
-        return sum(int((frame["status"] != "ok").sum()) for frame in self)
+        return sum(int((frame["status"] != "ok").sum()) for frame in (*self, self.throughput))
 
     def __str__(self) -> str:
         amounts = zip(("experiments", "scores of text", "scores of tasks"), map(len, self), strict=True)
@@ -3882,14 +4393,14 @@ class Results:
     @classmethod
     def read(cls, folder: Path) -> Results:
         """What a run left in its folder. Raises UserError where it left no table."""
-        tables = (GENERATION, SCORES, TASKS)
+        tables = (GENERATION, SCORES, TASKS)  # there is no throughput without these
         if not any((folder / table.file).is_file() for table in tables):
             files = ", ".join(table.file for table in tables)
             raise UserError(
                 f"{folder} holds none of {files}: run the experiments first, or give their folder"
             )
         if not is_of_older_script(folder):
-            return cls(*(read_table(table, folder) for table in tables))
+            return cls(*(read_table(table, folder) for table in (*tables, THROUGHPUT)))
         try:
             return results_of_older_script(folder)
         except UserError:
@@ -4084,6 +4595,518 @@ class LayerTables:
             write_table(EXPERT_COUNTS, self._count_rows(), folder)
 
 
+# What each token got
+
+
+@dataclass(frozen=True)
+class TokenKind:
+    """A kind of token: what the report calls such tokens, and which they are."""
+
+    title: str
+    words: str
+
+
+# A token has one of the four kinds in the middle; or none, where it is a special token or white space.
+KINDS_OF_TOKENS = {
+    "first_position": TokenKind("first positions", "the first token of each text"),
+    "word_start": TokenKind(
+        "beginnings of words",
+        "tokens with a letter that begin with white space, or after one that ends in no letter or digit",
+    ),
+    "word_continuation": TokenKind("continuations of words", "all other tokens with a letter"),
+    "digits": TokenKind("digits", "tokens with a digit and no letter"),
+    "punctuation": TokenKind("punctuation", "tokens with no letter or digit, but something to be seen"),
+    "rare": TokenKind(
+        "rare tokens", "those that occur once in all that a configuration generated, or scored"
+    ),
+    "frequent": TokenKind("frequent tokens", "the most frequent ones, which make up half of that"),
+}
+
+
+def word_kind(text: str, before: str) -> str:
+    """The kind of a token by its text and that of the token before it; empty for white space."""
+    if any(character.isalpha() for character in text):
+        begins = text[0].isspace() or not before[-1:].isalnum()
+        return "word_start" if begins else "word_continuation"
+    if any(character.isnumeric() for character in text):
+        return "digits"
+    return "punctuation" if text.strip() else ""
+
+
+class TokenTexts:
+    """What tokens stand for, of any tokenizer that can decode: each is decoded behind a letter, so that the
+    space before a word is seen also where the tokenizer drops it at the beginning of a text."""
+
+    LONGEST = 8  # tokens that a character is looked for in
+    UNKNOWN = "\ufffd"  # what part of a character is decoded to
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.special = set(getattr(tokenizer, "all_special_ids", ()))
+        self.anchor = list(tokenizer("a", add_special_tokens=False)["input_ids"])[-1:]
+        self.anchor_text = self._decode(self.anchor)
+        self._one = functools.lru_cache(maxsize=None)(lambda token: self._behind_anchor([token]))
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _behind_anchor(self, ids: Sequence[int]) -> str:
+        text = self._decode([*self.anchor, *ids])
+        behind = text[len(self.anchor_text) :]
+        return behind if behind and text.startswith(self.anchor_text) else self._decode(ids)
+
+    def _character(self, ids: Sequence[int]) -> tuple[str, int]:
+        """The character that `ids` begin with in the middle of, and how many of them it takes."""
+        for length in range(2, min(len(ids), self.LONGEST) + 1):
+            text = self._behind_anchor(ids[:length])
+            if self.UNKNOWN not in text:
+                return text, length
+        return self._one(ids[0]), 1
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token; a character of several stands with the first, and the others are empty."""
+        ids = [int(token) for token in ids]
+        texts: list[str] = []
+        while len(texts) < len(ids):
+            text = self._one(ids[len(texts)])
+            length = 1
+            if self.UNKNOWN in text:
+                text, length = self._character(ids[len(texts) :])
+            texts += [text] + [""] * (length - 1)
+        return texts
+
+    def word_kinds(self, ids: Sequence[int], texts: Sequence[str]) -> list[str]:
+        """`word_kind` of each token; empty for special ones."""
+        kinds = []
+        before = ""
+        for token, text in zip(ids, texts, strict=True):
+            is_special = int(token) in self.special
+            kinds.append("" if is_special else word_kind(text, before))
+            if text:
+                before = "" if is_special else text
+        return kinds
+
+
+@dataclass(frozen=True)
+class RoutedText:
+    """A text under a configuration, and what each of its tokens got. item: the prompt or window."""
+
+    config_name: str
+    kind: str
+    item: str
+    sample: int
+    category: str
+    document: str
+    routing: TokenRouting
+
+    def phases(self) -> list[str]:
+        given = self.routing.num_given
+        follows = "new" if self.kind == "generation" else "scored"
+        return ["prompt"] * given + [follows] * (len(self.routing.ids) - given)
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """Which tokens are rare and which are frequent, in the texts of a configuration."""
+
+    rare: np.ndarray
+    frequent: np.ndarray
+
+    @classmethod
+    def of(cls, counts: Mapping[int, int]) -> Frequencies:
+        ids = np.array(sorted(counts, key=lambda token: (-counts[token], token)))
+        number = np.array([counts[token] for token in ids.tolist()])
+        before = number.cumsum() - number  # tokens that are more frequent
+        return cls(ids[number == 1], ids[before < number.sum() / 2])
+
+
+class TokenTables:
+    """What each token of a run got: two tables and, on demand, a log with a row a token and layer.
+
+    texts: called for a pass over the texts, of which one at a time is held in memory.
+    """
+
+    LOGGED_TOGETHER = 100_000  # rows
+
+    def __init__(
+        self,
+        texts: Callable[[], Iterator[RoutedText]],
+        token_texts: TokenTexts,
+        layers: Sequence[MoELayer],
+        run_id: str,
+    ):
+        self.texts = texts
+        self.token_texts = token_texts
+        self.layers = np.array([layer.index for layer in layers])
+        self.run_id = run_id
+        self.frequencies = self._frequencies()
+
+    def _frequencies(self) -> dict[tuple[str, str], Frequencies]:
+        """(configuration, kind) -> which of its tokens are rare and frequent."""
+        counts: dict[tuple[str, str], collections.Counter[int]] = collections.defaultdict(collections.Counter)
+        for text in self.texts():
+            counts[text.config_name, text.kind].update(text.routing.ids[: len(text.routing.counts)].tolist())
+        return {key: Frequencies.of(numbers) for key, numbers in counts.items()}
+
+    def _is_of_kind(self, text: RoutedText, word_kinds: Sequence[str]) -> dict[str, np.ndarray]:
+        """Kind of token -> which of the tokens [n] are of it."""
+        ids = text.routing.ids
+        frequencies = self.frequencies[text.config_name, text.kind]
+        words = np.array(word_kinds)
+        is_of_kind = {kind: words == kind for kind in KINDS_OF_TOKENS}
+        is_of_kind["first_position"] = np.arange(len(ids)) == 0
+        is_of_kind["rare"] = np.isin(ids, frequencies.rare)
+        is_of_kind["frequent"] = np.isin(ids, frequencies.frequent)
+        return is_of_kind
+
+    def _tokens(self, text: RoutedText) -> pd.DataFrame:
+        """The tokens of a text, one row each: what the table and the log say of them."""
+        ids = text.routing.ids
+        texts = self.token_texts.texts(ids)
+        is_of_kind = self._is_of_kind(text, self.token_texts.word_kinds(ids, texts))
+        kinds = [
+            " ".join(kind for kind in KINDS_OF_TOKENS if is_of_kind[kind][place]) for place in range(len(ids))
+        ]
+        return pd.DataFrame(
+            {
+                "position": np.arange(len(ids)),
+                "phase": text.phases(),
+                "token_id": ids,
+                "token": texts,
+                "token_kinds": kinds,
+            }
+        )
+
+    def _count_rows(self) -> Iterator[Row]:
+        for text in self.texts():
+            if text.kind != "generation":
+                continue
+            about = {"config_name": text.config_name, "prompt_id": text.item, "sample": text.sample}
+            counts = text.routing.counts
+            for place, token in enumerate(self._tokens(text).to_dict("records")):
+                row = about | token | {"run_id": self.run_id}
+                if place < len(counts):
+                    row["avg_experts"] = float(counts[place].mean())
+                    row["experts_by_layer"] = " ".join(map(str, counts[place].tolist()))
+                yield row
+
+    def _kind_rows(self) -> Iterator[Row]:
+        # (configuration, kind, document) -> for each kind of token, and for all: tokens, and their experts
+        # in all layers
+        sums: dict[tuple[str, str, str], np.ndarray]
+        sums = collections.defaultdict(lambda: np.zeros((len(KINDS_OF_TOKENS) + 1, 2), dtype=np.int64))
+        for text in self.texts():
+            experts = text.routing.counts.sum(1)  # [n]
+            ids = text.routing.ids
+            word_kinds = self.token_texts.word_kinds(ids, self.token_texts.texts(ids))
+            is_of_kind = self._is_of_kind(text, word_kinds)
+            flags = np.array([*is_of_kind.values(), np.ones(len(ids), bool)])[:, : len(experts)]
+            key = (text.config_name, text.kind, text.document)
+            sums[key] += np.stack([flags.sum(1), flags @ experts], axis=1)
+        for (name, kind, document), of_document in sums.items():
+            about = {"config_name": name, "kind": kind, "document": document, "run_id": self.run_id}
+            *of_kinds, of_all = of_document
+            for token_kind, of_kind in zip(KINDS_OF_TOKENS, of_kinds, strict=True):
+                row = about | {"token_kind": token_kind}
+                for prefix, (tokens, experts) in (("", of_kind), ("other_", of_all - of_kind)):
+                    row[f"{prefix}tokens"] = int(tokens)
+                    if tokens:
+                        row[f"{prefix}avg_experts"] = float(experts / (tokens * len(self.layers)))
+                yield row
+
+    def _log_frames(self) -> Iterator[pd.DataFrame]:
+        """The rows of the log, so many together that writing them pays."""
+        frames = []
+        for text in self.texts():
+            counts = text.routing.counts
+            num_layers = len(self.layers)
+            tokens = self._tokens(text)[: len(counts)]
+            frame = tokens.loc[tokens.index.repeat(num_layers)]
+            about = {"config_name": text.config_name, "kind": text.kind, "item_id": text.item}
+            frame = frame.assign(
+                **about,
+                run_id=self.run_id,
+                sample=text.sample,
+                layer=np.tile(self.layers, len(counts)),
+                num_experts=counts.reshape(-1),
+                gate_mass=text.routing.mass.reshape(-1) / MASS_STEPS,
+            )
+            frames.append(frame[TOKEN_LOG.names])
+            if sum(map(len, frames)) >= self.LOGGED_TOGETHER:
+                yield pd.concat(frames, ignore_index=True)
+                frames = []
+        if frames:
+            yield pd.concat(frames, ignore_index=True)
+
+    def write(self, folder: Path, with_log: bool) -> None:
+        """Write the tables, and the log if it is asked for; what this run does not have goes."""
+        kinds = {kind for _, kind in self.frequencies}
+        written = []
+        if "generation" in kinds:
+            written.append(write_table(TOKEN_COUNTS, self._count_rows(), folder))
+        if kinds:
+            written.append(write_table(TOKEN_KINDS, self._kind_rows(), folder))
+        if kinds and with_log:
+            written.append(write_token_log(self._log_frames(), folder))
+        for name in (TOKEN_COUNTS.file, TOKEN_KINDS.file, *TOKEN_LOG_FILES):
+            if folder / name not in written:
+                (folder / name).unlink(missing_ok=True)
+
+
+def _write_parquet(frames: Iterable[pd.DataFrame], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {str: pa.string(), int: pa.int32(), float: pa.float32()}
+    schema = pa.schema([(column.name, types[column.kind]) for column in TOKEN_LOG.columns])
+    with pq.ParquetWriter(path, schema) as writer:
+        for frame in frames:
+            writer.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
+
+
+def _write_csv_gz(frames: Iterable[pd.DataFrame], path: Path) -> None:
+    texts = [column.name for column in TOKEN_LOG.columns if column.kind is str]
+    # Without a name and a time in it the file is the same whenever the same is written.
+    with open(path, "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+        packed.write((",".join(f'"{name}"' for name in TOKEN_LOG.names) + "\n").encode())
+        for frame in frames:
+            safe = frame.assign(**{name: frame[name].map(_csv_cell) for name in texts})
+            lines = safe.to_csv(
+                index=False,
+                header=False,
+                quoting=csv.QUOTE_NONNUMERIC,
+                lineterminator="\n",
+                float_format="%.6f",
+            )
+            packed.write(lines.encode())
+
+
+def write_token_log(frames: Iterable[pd.DataFrame], folder: Path) -> Path:
+    """Write TOKEN_LOG, whole or not at all: as parquet where pyarrow is installed, else as csv.gz."""
+    parquet, csv_gz = TOKEN_LOG_FILES
+    has_pyarrow = importlib.util.find_spec("pyarrow") is not None
+    path = folder / (parquet if has_pyarrow else csv_gz)
+    with replacing(path) as part:
+        if has_pyarrow:
+            _write_parquet(frames, part)
+        else:
+            _write_csv_gz(frames, part)
+    logger.info(f"token log: {path}" + ("" if has_pyarrow else "; with pyarrow installed it is parquet"))
+    return path
+
+
+def read_token_log(folder: str | Path) -> pd.DataFrame:
+    """What a run with token_log wrote: TOKEN_LOG, a row a token and layer. Raises UserError where it is
+    missing, or parquet that nothing installed here can read."""
+    parquet, csv_gz = (Path(folder) / name for name in TOKEN_LOG_FILES)
+    if parquet.exists():
+        if importlib.util.find_spec("pyarrow") is None:
+            raise UserError(f"{parquet} needs pyarrow: pip install pyarrow")
+        return pd.read_parquet(parquet)
+    if not csv_gz.exists():
+        raise UserError(f"{folder} holds no token log: run the experiments with --token-log")
+    return fit_table(read_csv(csv_gz, TOKEN_LOG.columns), TOKEN_LOG)
+
+
+# The view of the same: texts as HTML, each token shaded by its experts
+
+
+VIEWED_TOKENS = 2000  # that `BHExperimentRunner.routing` keeps for a notebook
+VIEW_LIMIT = 900_000  # characters of HTML; prompts beyond that are only counted
+VIEWED_AT_FIRST = 3  # configurations that are shown without being selected
+_SHADES = 10
+_SHADED_FROM_TO = (
+    0.05,
+    0.95,
+)  # quantiles of the tokens' experts: a few odd tokens must not blanch the others
+
+
+@dataclass(frozen=True)
+class ViewedText:
+    """A text to be shown. experts, by_layer: of each token, its mean number of experts and their numbers by
+    layer in words; NaN and empty for one that was not routed."""
+
+    name: str  # of the prompt
+    category: str
+    config_name: str
+    tokens: list[str]
+    experts: np.ndarray
+    by_layer: list[str]
+    num_given: int
+
+
+def _shown_token(text: str) -> str:
+    """The text of a token in HTML: nothing of it acts, and line ends and odd characters are seen."""
+    if not text:
+        return "·"  # the rest of a character whose first token shows all of it
+    return "↵".join(html.escape(_visible(line)) for line in text.replace("\r\n", "\n").split("\n"))
+
+
+class _TokenView:
+    """The HTML of `token_view_html`; all texts in it have the same scale of shades."""
+
+    def __init__(self, texts: Sequence[ViewedText]):
+        self.by_prompt: dict[str, list[ViewedText]] = collections.defaultdict(list)
+        for text in texts:
+            self.by_prompt[text.name].append(text)
+        experts: dict[str, list[np.ndarray]] = collections.defaultdict(list)  # by configuration
+        for text in texts:
+            experts[text.config_name].append(text.experts)
+        # What adapts is what one wants to see, so it comes first.
+        adapting = [name for name, parts in experts.items() if np.nanstd(np.concatenate(parts)) > 0]
+        self.configs = [*adapting, *(name for name in experts if name not in adapting)]
+        self.shown = set(self.configs[:VIEWED_AT_FIRST])
+        scaled = [part for name in adapting or experts for part in experts[name]]
+        self.low, self.high = np.nanquantile(np.concatenate(scaled), _SHADED_FROM_TO).tolist()
+
+    def shade(self, experts: float) -> int:
+        share = (experts - self.low) / (self.high - self.low) if self.high > self.low else 1.0
+        return min(max(int(share * _SHADES), 0), _SHADES - 1)
+
+    def token(self, text: str, experts: float, by_layer: str) -> str:
+        shown = _shown_token(text)
+        if math.isnan(experts):
+            return f"<u>{shown}</u>"
+        return f'<u class="s{self.shade(experts)}" title="{experts:.2f}: {by_layer}">{shown}</u>'
+
+    def text(self, text: ViewedText) -> str:
+        tokens = [self.token(*of) for of in zip(text.tokens, text.experts, text.by_layer, strict=True)]
+        for place, (token, follows) in enumerate(itertools.pairwise(text.tokens)):
+            if token.endswith("\n") and not follows.startswith("\n"):  # empty lines would only take room
+                tokens[place] += "\n"
+        given = "".join(tokens[: text.num_given])
+        written = "".join(tokens[text.num_given :])
+        mean = float(np.nanmean(text.experts))
+        return (
+            f'<div class="c{self.configs.index(text.config_name)}">'
+            f"<code>{html.escape(text.config_name)}</code> {mean:.2f} experts per token and layer"
+            f"<p><i>{given}</i>{written}</p></div>\n"
+        )
+
+    def prompt(self, name: str, is_open: bool) -> str:
+        texts = self.by_prompt[name]
+        parts = sorted(texts, key=lambda text: self.configs.index(text.config_name))
+        summary = html.escape(_visible(f"{texts[0].category}: {name}" if texts[0].category else name))
+        opened = " open" if is_open else ""
+        return f"<details{opened}><summary>{summary}</summary>\n{''.join(map(self.text, parts))}</details>\n"
+
+    def legend(self) -> str:
+        swatches = "".join(f'<u class="s{number}">&nbsp;&nbsp;</u>' for number in range(_SHADES))
+        return (
+            '<p class="legend">Experts that ran for a token, mean over layers: '
+            f"<span>≤ {self.low:.1f} {swatches} ≥ {self.high:.1f}.</span> "
+            "<i>The prompt is in italics</i>, what was written follows. Pointing at a token shows its mean, "
+            "then its number in each layer from 0. The last token was never routed.</p>\n"
+        )
+
+    def choice(self) -> str:
+        """Which configurations are shown: boxes to tick, which work by style alone."""
+        boxes = []
+        for number, name in enumerate(self.configs):
+            ticked = " checked" if name in self.shown else ""
+            label = f"<code>{html.escape(name)}</code>"
+            boxes.append(f'<label><input type="checkbox" class="i{number}"{ticked}>{label}</label>')
+        return f'<p class="choice">{" ".join(boxes)}</p>\n' if len(boxes) > 1 else ""
+
+    def style(self) -> str:
+        """All of it is for this fragment only. Shades let the page's own colours through, light or dark."""
+        shades = "".join(
+            f".bh-tokens .s{number}{{background:rgba(40,150,220,{0.07 * number:.2f})}}"
+            for number in range(_SHADES)
+        )
+        hidden = "".join(
+            f".bh-tokens:has(.i{number}:not(:checked)) .c{number}{{display:none}}"
+            for number in range(len(self.configs))
+        )
+        return f"<style>{_VIEW_STYLE}{shades}{hidden}</style>\n"
+
+    def html(self) -> str:
+        """Prompts in order; the first of each category is open. Where there is not room for all, each
+        category has its share."""
+        category = {name: texts[0].category for name, texts in self.by_prompt.items()}
+        rank: dict[str, int] = {}  # of a prompt in its category
+        for name in self.by_prompt:
+            rank[name] = sum(category[other] == category[name] for other in rank)
+        parts: dict[str, str] = {}
+        room = VIEW_LIMIT
+        for name in sorted(self.by_prompt, key=rank.__getitem__):
+            part = self.prompt(name, is_open=rank[name] == 0)
+            room -= len(part.encode())
+            if parts and room < 0:
+                break
+            parts[name] = part
+        left_out = len(self.by_prompt) - len(parts)
+        more = f"<p>{left_out} more prompts are in <code>{TOKEN_COUNTS.file}</code>.</p>" if left_out else ""
+        body = "".join(parts[name] for name in self.by_prompt if name in parts)
+        head = self.style() + self.legend() + self.choice()
+        return f'<div class="bh-tokens">\n{head}{body}{more}</div>\n'
+
+
+_VIEW_STYLE = (
+    ".bh-tokens{overflow-wrap:anywhere}"
+    ".bh-tokens p{margin:.2em 0 .8em}"
+    ".bh-tokens details{border-top:1px solid rgba(128,128,128,.4);padding:.4em 0}"
+    ".bh-tokens summary{cursor:pointer;font-weight:600}"
+    ".bh-tokens details p{white-space:pre-wrap;line-height:1.7;overflow:hidden}"
+    ".bh-tokens div,.bh-tokens .legend,.bh-tokens .choice{font-size:.9em}"
+    ".bh-tokens details div{margin:.5em 0 0}"
+    ".bh-tokens label{display:inline-block;margin-right:.8em}"
+    ".bh-tokens u{text-decoration:none;border-radius:2px}"
+    ".bh-tokens .legend span{white-space:nowrap}"
+    ".bh-tokens .legend u{border:solid rgba(128,128,128,.5);border-width:1px 0;border-radius:0}"
+    ".bh-tokens u[title]:hover{outline:1px solid}"
+)
+
+
+def token_view_html(texts: Sequence[ViewedText]) -> str:
+    """Texts as a fragment of HTML, each token shaded by its mean number of experts; empty without any.
+
+    It needs no script, carries its own style, and nothing in the texts acts as markup.
+    """
+    texts = [text for text in texts if not np.isnan(text.experts).all()]
+    return _TokenView(texts).html() if texts else ""
+
+
+def view_texts(config_name: str, token_texts: TokenTexts, texts: Sequence[TokenRouting]) -> str:
+    """`token_view_html` of what a recorder kept, for a notebook."""
+    viewed = []
+    for number, text in enumerate(texts, 1):
+        by_layer = [" ".join(map(str, counts)) for counts in text.counts.tolist()]
+        tokens = token_texts.texts(text.ids)
+        experts = text.counts.mean(1)
+        viewed.append(
+            ViewedText(f"text {number}", "", config_name, tokens, experts, by_layer, text.num_given)
+        )
+    return token_view_html(viewed)
+
+
+def viewed_texts(counts: pd.DataFrame, categories: Mapping[str, str]) -> list[ViewedText]:
+    """The texts of TOKEN_COUNTS, of several samples the first. categories: of the prompts, by name."""
+    texts = []
+    first = counts[counts["sample"] == 0]
+    for (name, prompt), rows in first.groupby(["config_name", "prompt_id"], sort=False):
+        texts.append(
+            ViewedText(
+                name=prompt,
+                category=categories.get(prompt, ""),
+                config_name=name,
+                tokens=rows["token"].tolist(),
+                experts=rows["avg_experts"].to_numpy(float),
+                by_layer=rows["experts_by_layer"].tolist(),
+                num_given=int((rows["phase"] == "prompt").sum()),
+            )
+        )
+    return texts
+
+
+def token_view(results: Results, folder: Path) -> str:
+    """`token_view_html` of a run, from the table that it left in `folder`."""
+    generation = results.generation
+    counts = read_side_table(TOKEN_COUNTS, folder, run_ids(generation))
+    categories = dict(zip(generation["prompt_id"], generation["prompt_category"], strict=True))
+    return token_view_html(viewed_texts(counts, categories))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # 9. Checkpoints: nothing finished is lost
 # ---------------------------------------------------------------------------------------------------------
@@ -4097,6 +5120,7 @@ KEY_COLUMNS = {
     "generation": ("config_name", "prompt_id", "sample"),
     "score": ("config_name", "item_id"),
     "task": ("config_name", "task"),
+    "throughput": ("config_name", "batch_size", "input_hash"),  # of other prompts: another measurement
 }
 
 
@@ -4115,7 +5139,7 @@ def _checked_row(line: bytes) -> dict[str, Any] | None:
     return json.loads(text)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there is one for every row
 class _Place:
     """Where a finished row lies in a checkpoint file, in bytes, and whether it is one that failed."""
 
@@ -4179,7 +5203,7 @@ class CheckpointFile:
         for line in file:
             row = None if line == self.END[1:] else _checked_row(line)
             if row is not None:
-                self.places[row_key(row)] = _Place(offset, len(line), row["status"])
+                self.places[row_key(row)] = _Place(offset, len(line), sys.intern(row["status"]))
             elif line == self.END[1:]:
                 is_whole = True
             else:
@@ -4247,8 +5271,9 @@ class CheckpointFile:
         self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
         logger.warning(f"the checkpoint was removed while in use; what is finished is now in {self.path}")
 
-    def append(self, row: Row) -> None:
-        """Add one finished row. OSError when the disk is full; the file is then as it was before."""
+    def append(self, row: Row) -> Key:
+        """Add one finished row; returns its key. OSError when the disk is full; the file is then as it was
+        before."""
         text = json.dumps(strict_json(row), allow_nan=False)
         line = f'{text[:-1]}, "crc32": {zlib.crc32(text.encode())}}}'.encode()
         data = (b",\n" if self.places else b"\n") + line
@@ -4263,11 +5288,13 @@ class CheckpointFile:
             self._file.write(self.END)
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         offset = self._end + len(data) - len(line)
-        self.places[row_key(row)] = _Place(offset, len(line), row["status"])
+        key = row_key(row)
+        self.places[key] = _Place(offset, len(line), sys.intern(row["status"]))
         self._end += len(data)
         self._unsynced += 1
         if self._unsynced >= self.sync_every:
             self.sync()
+        return key
 
     def row(self, key: Key) -> dict[str, Any]:
         """The row of a key in `places`."""
@@ -4312,9 +5339,9 @@ class Checkpoint:
             if name.fullmatch(path.name) and path != self.own_path
         ]
 
-    def append(self, row: Row) -> None:
-        """Add one finished row to this process's file."""
-        self.own.append(row)
+    def append(self, row: Row) -> Key:
+        """Add one finished row to this process's file; returns its key."""
+        return self.own.append(row)
 
     def _file_with(self, key: Key) -> CheckpointFile | None:
         """The file whose row of this key counts: one that did not fail, if there is one."""
@@ -4400,6 +5427,85 @@ def choose_dtype(device: torch.device, dtype: str = "auto") -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def quantization_of(model_name: str, source: Mapping[str, Any]) -> str | None:
+    """The format of the weights that a model brings, as its config.json calls it; None for plain ones.
+
+    ValueError for one that transformers does not know: it would go on with random weights.
+    """
+    config = transformers.AutoConfig.from_pretrained(model_name, **source)
+    settings = getattr(config, "quantization_config", None)
+    if not isinstance(settings, dict):
+        return None
+    method = settings.get("quant_method", "bitsandbytes")  # older ones of these do not say so
+    known = [known.value for known in transformers.utils.quantization_config.QuantizationMethod]
+    if method not in known:
+        raise ValueError(f"transformers knows no quantised weights of the kind {method!r}")
+    return method
+
+
+def _to_one_precision(model: nn.Module, dtype: torch.dtype) -> None:
+    """Weights that were unpacked come at the precision of their scales, the others as they were stored: all
+    get the one that was asked for, but for what the architecture keeps in float32."""
+    kept = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    kept += [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextlib.contextmanager
+def _without_bars(is_wanted: bool) -> Iterator[None]:
+    """Inside the block transformers shows no bars of its own, if that is wanted."""
+    bars = transformers.utils.logging
+    was_shown = bars.is_progress_bar_enabled()
+    if is_wanted and was_shown:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if is_wanted and was_shown:
+            bars.enable_progress_bar()
+
+
+def _refuse_unsafe_shards(model_name: str, revision: str | None) -> None:
+    """ValueError where the index of the weights names what is not a safetensors file of its own folder:
+    transformers would open a file anywhere, and would unpickle one that is called otherwise."""
+    maybe = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    index = transformers.utils.cached_file(
+        model_name, transformers.utils.SAFE_WEIGHTS_INDEX_NAME, revision=revision, **maybe
+    )
+    if index is None:
+        return
+    shards = json.loads(_read_text(Path(index), "--model"))["weight_map"].values()
+    for shard in sorted(set(shards)):
+        if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"the index of its weights names {shard!r}, no safetensors file of its folder")
+
+
+def _load_weights(
+    model_name: str, dtype: torch.dtype, placed: Mapping[str, Any], source: Mapping[str, Any]
+) -> nn.Module:
+    """The model, all of its weights from safetensors of its own. placed, source: what transformers is given.
+    ValueError, and whatever transformers raises."""
+    _refuse_unsafe_shards(model_name, source["revision"])
+    placed = dict(placed)
+    quantization = quantization_of(model_name, source)
+    if quantization == "mxfp4":  # its kernels choose the experts themselves
+        logger.info(f"{model_name} brings MXFP4 weights: they are unpacked to {dtype}")
+        placed["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+    elif quantization not in (None, "fp8"):  # what is not packed has a precision that fits what is
+        placed["dtype"] = "auto"
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        model_name, output_loading_info=True, **placed, **source
+    )
+    # transformers would go on with random numbers in their place; packed weights have names of their own
+    if report["missing_keys"] and not quantization:
+        raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+    if quantization and not getattr(model, "is_quantized", False):
+        _to_one_precision(model, dtype)
+    return model
+
+
 def load_model(
     model_name: str,
     device: torch.device,
@@ -4417,8 +5523,9 @@ def load_model(
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     placed = {"dtype": dtype, "device_map": device_map or str(device), "use_safetensors": True}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, **source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(model_name, **placed, **source)
+        with _without_bars(Path(model_name).is_dir() or not sys.stderr.isatty()):  # a download shows its own
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, **source)
+            model = _load_weights(model_name, dtype, placed, source)
         if not tokenizer("text")["input_ids"]:  # what comes of a folder without the tokenizer's files
             raise ValueError("its tokenizer knows no words")
     except Exception as error:  # whatever a damaged folder can raise
@@ -4429,14 +5536,25 @@ def load_model(
     return model, tokenizer
 
 
+_ADAPTER_FIELDS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")  # of a layer of PEFT
+
+
 def model_fingerprint(model: nn.Module) -> str:
-    """16 hex digits that name the weights: of each tensor the name, shape and up to 2,048 values."""
+    """16 hex digits that name the weights: of each tensor the name, shape and up to 2,048 values; and which
+    adapters of PEFT are in use."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):  # what a quantised module keeps beside its weights
+            continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if not tensor.is_meta:  # offloaded to disk: known by name and shape only
-            values = tensor.detach().flatten()
-            digest.update(values[:: max(1, values.numel() // 1024)].double().cpu().numpy().tobytes())
+        for part in stored_parts(tensor):
+            if not part.is_meta:  # offloaded to disk: known by name and shape only
+                values = part.detach().flatten()
+                digest.update(values[:: max(1, values.numel() // 1024)].double().cpu().numpy().tobytes())
+    for name, module in model.named_modules():
+        if "_active_adapter" in vars(module):
+            adapters = [vars(module).get(field) for field in _ADAPTER_FIELDS]
+            digest.update(f"{name} {adapters}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -4521,6 +5639,60 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def duration(seconds: float) -> str:
+    return f"{seconds:.1f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
+
+
+SAY_EVERY = 30.0  # seconds between lines that tell how far a phase is, where no terminal shows a bar
+
+
+class Phase:
+    """A part of a run that takes its time: one bar on a terminal; without one, a line of the log now and
+    then. At its end the log says how much was done in how long.
+
+    words: what is being made, as in "60 of 60 experiments generated". done: how many there were before.
+    """
+
+    def __init__(self, words: str, total: int, done: int = 0, is_shown: bool = True):
+        self._words = words
+        self._total = total
+        self._done = done
+        self._start = time.perf_counter()
+        self._said = self._start
+        self._is_shown = is_shown
+        self._bar = tqdm.tqdm(
+            total=total,
+            initial=done,
+            desc=words,
+            disable=None if is_shown else True,  # None: shown on a terminal only
+            leave=False,
+            bar_format="{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]",
+        )
+
+    def now(self, what: str) -> None:
+        """Show what is being done."""
+        self._bar.set_description_str(f"{self._words}, {_visible(what)[:30]}")
+
+    def advance(self, number: int) -> None:
+        self._done += number
+        self._bar.update(number)
+        seconds = time.perf_counter() - self._said
+        if self._is_shown and self._bar.disable and seconds > SAY_EVERY and self._done < self._total:
+            self._said = time.perf_counter()
+            logger.info(f"{self._amounts()}, for {duration(self._said - self._start)} now")
+
+    def _amounts(self) -> str:
+        return f"{self._done:,} of {self._total:,} {self._words}"
+
+    def __enter__(self) -> Phase:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.close()
+        if self._is_shown:
+            logger.info(f"{self._amounts()} in {duration(time.perf_counter() - self._start)}")
+
+
 class Processes:
     """This process among those that `accelerate launch` started; alone without it."""
 
@@ -4573,7 +5745,7 @@ class _StepWatch:
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated: its token ids [n], and the clock columns."""
+    """What was generated: its token ids [n], of a batch those of the first prompt; and the clock columns."""
 
     tokens: Tensor
     clock: dict[str, float | None]
@@ -4606,6 +5778,27 @@ class PromptRun:
         how = {"do_sample": False} if sampling is None else {"do_sample": True, "top_k": 0, **sampling}
         self.settings = generation_settings(tokenizer, new_tokens, **how)
 
+    @staticmethod
+    def together(runs: Sequence[PromptRun]) -> PromptRun:
+        """The prompts of `runs` as one batch, with the settings of the first.
+
+        Padded on the left, so that each text goes on where its prompt ends; the mask leaves padding out of
+        attention and of what the recorder counts. Texts may differ from those of batch 1 by rounding.
+        """
+        batch = copy.copy(runs[0])
+        pad = batch.settings.pad_token_id
+        filler = {"input_ids": 0 if pad is None else pad, "attention_mask": 0}
+        batch.inputs = {
+            name: nn.utils.rnn.pad_sequence(
+                [run.inputs[name][0] for run in runs],
+                batch_first=True,
+                padding_value=filler[name],
+                padding_side="left",
+            )
+            for name in batch.inputs
+        }  # [B, S]
+        return batch
+
     @property
     def num_input_tokens(self) -> int:
         return self.inputs["input_ids"].shape[1]
@@ -4632,7 +5825,7 @@ class PromptRun:
         steps = self.new_tokens - 1
         clock = {
             "inference_time_sec": end - start,
-            "tokens_per_sec": self.new_tokens / (end - start),
+            "tokens_per_sec": len(output) * self.new_tokens / (end - start),
             "time_to_first_token_sec": watch.prefill_done - start,
             "decode_sec_per_token": (end - watch.prefill_done) / steps if steps else None,
             "peak_memory_gb": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None,
@@ -4658,8 +5851,10 @@ class ScoredBatch:
     are not scored. Positions are those that predict a token which is scored in some row: [B, S - first].
     """
 
-    def __init__(self, model: nn.Module, items: Sequence[TextItem]):
+    def __init__(self, model: nn.Module, items: Sequence[TextItem], keeps_tokens: bool = False):
+        """keeps_tokens: rows also have what was decided for each token, a `TokenRouting`."""
         device = input_device(model)
+        self.keeps_tokens = keeps_tokens
         texts = [torch.as_tensor(item.token_ids, dtype=torch.int64) for item in items]
         self.model = model
         self.items = list(items)
@@ -4700,10 +5895,15 @@ class ScoredBatch:
         """Mean NLL of each text, nats per token, as the model is routed now: [B]."""
         return self._nll_of(self._log_probabilities())
 
+    def _start(self, recorder: RoutingRecorder) -> None:
+        recorder.start(rows=len(self.items))
+        if self.keeps_tokens:
+            recorder.keep_tokens()
+
     @torch.inference_mode()
     def score_own(self, recorder: RoutingRecorder) -> None:
         """Score by the model's own routing, in which it is patched now: what the others are compared with."""
-        recorder.start(rows=len(self.items))
+        self._start(recorder)
         log_probabilities = self._log_probabilities()
         size = len(self.items)
         agreement = {"kl_to_own": [0.0] * size, "top1_agreement": [1.0] * size}
@@ -4716,7 +5916,7 @@ class ScoredBatch:
     @torch.inference_mode()
     def score(self, recorder: RoutingRecorder) -> list[dict[str, Any]]:
         """Score as the model is routed now: for each text [B] the columns of SCORES, and `routing`."""
-        recorder.start(rows=len(self.items))
+        self._start(recorder)
         log_probabilities = self._log_probabilities()
         nll = self._nll_of(log_probabilities)
         # KL(own || this) in one pass: exactly 0 for equal scores; rounding may take it below.
@@ -4733,10 +5933,14 @@ class ScoredBatch:
         self, nll: list[float], agreement: Mapping[str, list[float]], recorder: RoutingRecorder
     ) -> list[dict[str, Any]]:
         rows = []
+        texts = recorder.texts() if self.keeps_tokens else []
         for place, (item, tokens, routing) in enumerate(
             zip(self.items, self.is_scored.sum(1).tolist(), recorder.statistics(), strict=True)
         ):
             bits_per_byte = None
+            kept = None
+            if len(texts) == len(self.items):
+                kept = texts[place].of_text(item.token_ids, item.context)
             if item.num_bytes:
                 bits_per_byte = nll[place] * tokens / (math.log(2) * item.num_bytes)
             row = {
@@ -4747,6 +5951,7 @@ class ScoredBatch:
                 "bits_per_byte": bits_per_byte,
                 "batch_size": len(self.items),
                 "routing": routing,
+                "tokens": kept,
             }
             row |= {name: values[place] for name, values in agreement.items()}
             rows.append(row | routing.row())
@@ -4760,14 +5965,74 @@ class ScoredBatch:
 # Scores of tasks
 
 
+@contextlib.contextmanager
+def _sandboxed_templates() -> Iterator[None]:
+    """Inside the block templates of tasks are filled in by jinja2's sandbox: a template of the harness's own
+    environment can call anything."""
+    import jinja2.sandbox
+    from lm_eval import utils
+
+    own = utils.env
+    sandbox = jinja2.sandbox.SandboxedEnvironment(undefined=own.undefined, keep_trailing_newline=True)
+    sandbox.filters.update(own.filters)
+    with contextlib.ExitStack() as stack:
+        _replace(stack, utils, "env", sandbox)
+        yield
+
+
+@contextlib.contextmanager
+def _only_harness_code() -> Iterator[None]:
+    """Inside the block task files outside the harness are data: the Python functions and the metrics by path
+    that they may name are refused before anything of them is imported."""
+    import lm_eval
+    from lm_eval.tasks import _yaml_loader
+
+    evaluate = importlib.import_module("evaluate")  # a requirement of the harness, not of this script
+    harness = Path(lm_eval.__file__).resolve().parent
+    import_function = _yaml_loader._import_func_in_yml
+    load_metric = evaluate.load
+    way_out = "is not executed without --trust-remote-code: give that if you trust who wrote it"
+
+    def import_own(function: str, folder: Path) -> Any:
+        if not Path(folder).resolve().is_relative_to(harness):
+            raise PermissionError(f"the Python function {function} {way_out}")
+        return import_function(function, folder)
+
+    def load_known(path: str, *args: Any, **kwargs: Any) -> Any:
+        if Path(path).name != path or Path(path).exists():
+            raise PermissionError(f"the metric {path} {way_out}")
+        return load_metric(path, *args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        _replace(stack, _yaml_loader, "_import_func_in_yml", import_own)
+        _replace(stack, evaluate, "load", load_known)
+        yield
+
+
 def load_tasks(
-    names: Sequence[str], include_path: str | Path | None = None, num_fewshot: int | None = None
+    names: Sequence[str],
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Mapping[str, Any]]:
     """Name -> tasks and groups of lm-evaluation-harness that it stands for. Raises UserError.
 
-    include_path: a folder with task files of your own, beside the harness's tasks. num_fewshot: examples in
-    the context, instead of a task's own number; one that says 0 keeps it.
+    include_path: a folder with task files of your own, beside the harness's tasks; Python functions that they
+    name are refused without `trust_remote_code`. num_fewshot: examples in the context, instead of a task's
+    own number; one that says 0 keeps it.
     """
+    with contextlib.ExitStack() as stack:
+        if trust_remote_code:
+            logger.warning("--trust-remote-code: Python code that task files name will be executed")
+        else:
+            stack.enter_context(_only_harness_code())
+        stack.enter_context(_sandboxed_templates())
+        return _find_tasks(names, include_path, num_fewshot)
+
+
+def _find_tasks(
+    names: Sequence[str], include_path: str | Path | None, num_fewshot: int | None
+) -> dict[str, Mapping[str, Any]]:
     from lm_eval.tasks import TaskManager
 
     if include_path is None:
@@ -4928,7 +6193,8 @@ def run_task(lm: Any, recorder: RoutingRecorder, tasks: Mapping[str, Any], limit
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     # Never with the harness's cache: it finds answers by the model's name, whatever its routing.
-    evaluated = evaluate(lm, task_dict=tasks, limit=limit)
+    with _sandboxed_templates():
+        evaluated = evaluate(lm, task_dict=tasks, limit=limit)
     documents = []
     for task, samples in evaluated["samples"].items():
         samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
@@ -4957,16 +6223,24 @@ def run_task(lm: Any, recorder: RoutingRecorder, tasks: Mapping[str, Any], limit
 # 12. BHExperimentRunner
 # ---------------------------------------------------------------------------------------------------------
 
+THROUGHPUT_REPEATS = 3  # how often a batch is timed under each configuration, after one run that is not
+PHASES = {  # kind of row -> what is done when it is there
+    "generation": "experiments generated",
+    "throughput": "batches timed",
+    "score": "scores of text computed",
+}
 AUTO_BATCH_TOKENS = 8192  # what --batch-size auto begins with; halved whenever memory does not suffice
 # What a run leaves in its folder, in the words of the manual. These are set aside together:
 RUN_FILES: dict[str, str] = {
     **{table.file: f"a row: {table.row}" for table in TABLES},
+    **TOKEN_LOG_FILES,
     TASK_RESULTS: "with --tasks: what lm-evaluation-harness reports, by configuration and task",
     NULL_DIAGNOSTICS: "do the nulls hold on the scored text?",
     "analysis_summary.json": "summaries, tests and verdicts; strict JSON, null with a reason where a test "
     "says nothing",
     "REPORT.md": "the report: answer, tables, tests, plots, what an earlier attempt expected beside what was "
     "measured",
+    "report.html": "the report in one file, its plots inside: to be sent, and opened anywhere",
     "plots": "the plots, PNG at 300 DPI",
     "checkpoints": f"what is finished: `{CHECKPOINT_FILE}` and a file of each further process; settings, and "
     "a `results` list of rows, each with a checksum and what its routers did",
@@ -4979,6 +6253,8 @@ KEPT_FILES: dict[str, str] = {
     EARLIER.format(number="N"): "what --no-resume, or a run that found no checkpoint, moved aside",
 }
 
+# Kind of a row in the checkpoint -> the table that takes it.
+TABLE_OF_KIND = {"generation": GENERATION, "score": SCORES, "task": TASKS, "throughput": THROUGHPUT}
 # Kind of a row -> its columns with the category and the document that the tables by layer count it under.
 COUNTED_BY = {
     "generation": ("prompt_category", "prompt_id"),
@@ -5005,6 +6281,8 @@ RUN_IDENTITY: dict[str, str] = {  # argument -> BY_ROW, NOTHING, or the entry of
     # run_full_experiment_suite, run_tasks
     **dict.fromkeys(("routing_configs", "test_prompts", "texts", "num_samples", "tasks"), BY_ROW),
     "max_new_tokens": "max_new_tokens",
+    "generate_batch": BY_ROW,
+    "token_log": "token_log",  # its rows have more in the checkpoint
     "num_fewshot": "num_fewshot",
     "limit": "limit",
     "include_path": "task_files",
@@ -5022,6 +6300,18 @@ class SuitePlan:
     texts: Sequence[TextItem]
     new_tokens: int
     num_samples: int
+    generate_batch: int | None  # how many prompts are continued together besides, to measure the throughput
+    token_log: bool  # whether what every token of the texts got is kept
+
+    @property
+    def batch(self) -> list[Prompt]:
+        """The prompts that are continued together: from the first on, again from there where they are too
+        few."""
+        return list(itertools.islice(itertools.cycle(self.prompts), self.generate_batch or 0))
+
+    @property
+    def batch_inputs(self) -> dict[str, str]:
+        return {"texts": fingerprint([prompt["text"] for prompt in self.batch])}
 
     def keys(self) -> dict[str, list[Key]]:
         """The rows it will have, by kind, in the order of their tables."""
@@ -5032,7 +6322,11 @@ class SuitePlan:
             for name in self.configs
         ]
         score = [("score", name, text.id) for text in self.texts for name in self.scoring]
-        return {"generation": generation, "score": score}
+        keys = {"generation": generation, "score": score}
+        if self.generate_batch:
+            batch = (self.generate_batch, fingerprint(self.batch_inputs))
+            keys["throughput"] = [("throughput", name, *batch) for name in self.configs]
+        return keys
 
     def inputs(self) -> dict[str, dict[str, str]]:
         """Kind and name of everything that is fed in -> its hashes by field."""
@@ -5041,28 +6335,51 @@ class SuitePlan:
 
 
 class _Saver:
-    """Takes finished rows into the checkpoint, unless they are there; says when to stop."""
+    """Takes finished rows into the checkpoint, unless they are there; counts them, and says when to stop."""
 
     def __init__(self, checkpoint: Checkpoint, done: set[Key], fail_fast: bool):
         self.checkpoint = checkpoint
         self.done = done
         self.fail_fast = fail_fast
+        self._phase: Phase | None = None
+
+    @contextlib.contextmanager
+    def phase(self, words: str, total: int, done: int, is_shown: bool) -> Iterator[Phase]:
+        """Count rows for a `Phase`, in the block."""
+        with Phase(words, total, done, is_shown) as self._phase:
+            yield self._phase
+        self._phase = None
 
     def lacks(self, key: Key) -> bool:
         return key not in self.done
 
     def save(self, row: Row) -> None:
-        key = row_key(row)
-        if key in self.done:
+        if row_key(row) in self.done:
             return
-        self.checkpoint.append(row)
-        self.done.add(key)
+        self.done.add(self.checkpoint.append(row))  # one key in both, not two that are equal
+        if self._phase is not None:
+            self._phase.advance(1)
         if self.fail_fast and row["status"] != "ok":
             raise _Stopped
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """What is run in one go: a prompt, or texts in one batch, under every configuration."""
+
+    kind: str  # of its rows
+    name: str
+    keys: list[Key]
+    work: Callable[[], None]
+
+
 class _Stopped(Exception):
     """A row failed, and --fail-fast asks to stop there."""
+
+
+def _millions(number: int) -> str:
+    """A number of parameters, in words."""
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
 
 
 class BHExperimentRunner:
@@ -5116,12 +6433,14 @@ class BHExperimentRunner:
         if not use_fp16 and dtype not in ("auto", "float32"):
             raise UserError(f"--no-fp16 means --dtype float32, but dtype is {dtype}: give one of them")
         self.model_name = model_name
+        self._loaded = ""
         self.output_dir = Path(output_dir)
         self.checkpoint_interval = check_least("checkpoint_interval", checkpoint_interval)
         self.seed = check_seed("seed", seed)
         self.batch_size = "auto" if batch_size == "auto" else check_least("batch_size", batch_size)
         self.calibration_text = calibration_text
         self.command = command
+        self.trust_remote_code = trust_remote_code
         self.sampling: dict[str, float] | None = None
         if sampling is not None:
             self.sampling = {"temperature": 1.0, "top_p": 1.0}
@@ -5135,9 +6454,11 @@ class BHExperimentRunner:
             if self.processes.world > 1 and place.type == "cuda":
                 place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             precision = choose_dtype(place, dtype if use_fp16 else "float32")
+            start = time.perf_counter()
             model, tokenizer = load_model(
                 model_name, place, precision, device_map, revision, trust_remote_code
             )
+            self._loaded = f"loaded in {duration(time.perf_counter() - start)}: "
         self.model = model
         self.tokenizer = tokenizer
         self.layers = find_moe_layers(model)
@@ -5155,6 +6476,15 @@ class BHExperimentRunner:
         self._calibration_source: CalibrationText | None = None
         self._batch_limit = sys.maxsize  # how many texts the memory was enough for
 
+    @functools.cached_property
+    def shape(self) -> str:
+        """The model in words: layers, experts, parameters, and how many of these compute for a token."""
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        idle = sum((layer.num_experts - layer.own_k) * layer.expert_size for layer in self.layers)
+        layers = f"{len(self.layers)} MoE layers x {self.layers[0].num_experts} experts, top-{self.own_k}"
+        parameters = f"{_millions(total)} parameters, {_millions(total - idle)} active for a token"
+        return f"{type(self.model).__name__}, {layers}, {parameters}, {self.dtype} on {self.device}"
+
     def __repr__(self) -> str:
         shape = f"{len(self.layers)} MoE layers x {self.layers[0].num_experts} experts, top-{self.own_k}"
         return f"BHExperimentRunner({self.model_name!r}, {shape}, {self.dtype} on {self.device})"
@@ -5164,18 +6494,22 @@ class BHExperimentRunner:
     @contextlib.contextmanager
     def routing(self, config: str | Config) -> Iterator[RoutingRecorder]:
         """Route by a configuration, or the built-in one of that name, in the block; yields the recorder."""
+        self._refuse_changed_model()
         name = "routing"
         if isinstance(config, str):
             name = config
             known = suites()["all"]
             config = known[_choice("configuration", name, tuple(known))]
         with self._routed(self._resolve(name, config)) as recorder:
+            recorder.keep_tokens(VIEWED_TOKENS)
+            recorder.view = functools.partial(view_texts, name, TokenTexts(self.tokenizer))
             yield recorder
 
     def generate(self, text: str, max_new_tokens: int = DEFAULT_MAX_TOKENS) -> str:
         """What the model writes after `text` as it is routed now; sampled if the runner samples."""
         run = self._prompt_run(resolve_prompt({"text": text}), max_new_tokens, self.seed)
-        return run.decode(run.generate().tokens)
+        with holding(self.model):
+            return run.decode(run.generate().tokens)
 
     def _apply_routing_config(self, config: Config) -> RoutingRecorder:
         """Route by `config` until the next call or `_restore_original_routing`; returns the live recorder."""
@@ -5193,6 +6527,14 @@ class BHExperimentRunner:
 
     def _routed(self, config: Config) -> contextlib.AbstractContextManager[RoutingRecorder]:
         return patched_routing(self.model, config, self.calibration_for([config]), self.layers)
+
+    def _refuse_changed_model(self) -> None:
+        """Rows and calibration are kept by the model's fingerprint, which is taken once."""
+        if model_fingerprint(self.model) != self.settings["model"]:
+            raise UserError(
+                "the model is another than this runner was made for (its weights, or the adapter in use): "
+                "make a new BHExperimentRunner of it"
+            )
 
     # Configurations, as they are on this model
 
@@ -5321,6 +6663,12 @@ class BHExperimentRunner:
             "sampling": self.sampling,
         }
 
+    @functools.cached_property
+    def cost(self) -> ModelCost:
+        """What a token costs this model."""
+        experts = [layer.experts for layer in self.layers]
+        return ModelCost.of(self.model, experts, self.layers[0].num_experts)
+
     @property
     def calibration(self) -> Calibration:
         """The calibration of this model: from the output folder if it was made from the same, or made now."""
@@ -5358,15 +6706,15 @@ class BHExperimentRunner:
             self._calibration = Calibration.load(path, self._calibrated_from)
             if self._calibration is not None and (self._calibration.means is not None or not outputs):
                 return self._calibration
+            logger.info(f"calibrating on {self.calibration_source.words}")
             self._calibration = calibrate(
                 self.model, self.tokenizer, self.seed, self.calibration_source, outputs=outputs
             )
             self._calibration.save(path, self._calibrated_from)
         null = self._calibration.null(0, 1.0)
-        source = self.calibration_source.words
         smallest = null.smallest_alpha(self.layers[0].num_experts)
         logger.info(
-            f"calibrated on {self._calibration.logits.shape[1]} tokens of {source} in "
+            f"calibrated on {self._calibration.logits.shape[1]} tokens of {self.calibration_source.words} in "
             f"{time.perf_counter() - start:.1f} s: n0 = {null.n0:,} null scores a layer, enough for alpha >= "
             f"{smallest:.2g}"
         )
@@ -5488,8 +6836,11 @@ class BHExperimentRunner:
         """The row of a prompt that is continued under one configuration."""
         row = self._prompt_row(name, config, prompt, sample, run.new_tokens)
         with self._routed(config) as recorder:
+            recorder.keep_tokens()
             generation = run.generate()
-            routing = recorder.total()
+            prefill, decoding = recorder.phases()
+            texts = recorder.texts()
+        routing = prefill + decoding
         # The model's own routing runs again by itself: what the others are compared with, and, beside its
         # first run, the noise floor.
         own = run.own
@@ -5497,16 +6848,23 @@ class BHExperimentRunner:
             row["repeat_inference_time_sec"] = own.clock["inference_time_sec"]
         text = run.decode(generation.tokens)
         generated = GeneratedText(text, generation.tokens, own.tokens)
+        ids = torch.cat([run.inputs["input_ids"][0], generation.tokens]).cpu()
+        # A model without a cache reads the whole text for each token: the last time it read all of it.
+        tokens = texts[-1].of_text(ids, run.num_input_tokens) if texts else None
         return {
             **row,
             **generation.clock,
             **routing.row(),
+            "prefill_experts": prefill.row()["avg_experts_per_token"],
+            "decode_experts": decoding.row()["avg_experts_per_token"],
+            **self.cost.row(routing, decoding),
             **{column.name: measure(generated) for measure, column in TEXT_METRICS.items()},
             "generated_text": text,
             "full_text": prompt["text"] + text,
             "num_input_tokens": run.num_input_tokens,
             "num_output_tokens": len(generation.tokens),
             "routing": routing.pack(),
+            "tokens": tokens and tokens.pack(),
         }
 
     def _prompt_row(
@@ -5541,7 +6899,9 @@ class BHExperimentRunner:
         config = self._resolve(config_name, config)
         prompt = resolve_prompt(prompt_data)
         run = self._prompt_run(prompt, max_new_tokens, self._sample_seed(prompt, sample))
-        row = self._generated_row(run, config_name, config, prompt, sample)
+        with holding(self.model):
+            self._refuse_changed_model()
+            row = self._generated_row(run, config_name, config, prompt, sample)
         return {name: row.get(name) for name in GENERATION.names}
 
     def _generate_unit(self, plan: SuitePlan, prompt: Prompt, sample: int, saver: _Saver) -> None:
@@ -5558,6 +6918,65 @@ class BHExperimentRunner:
                 row = self._prompt_row(name, config, prompt, sample, plan.new_tokens)
                 row = self._failed(row, error)
             saver.save(row)
+
+    # Throughput
+
+    def _throughput_row(self, name: str, config: Config, plan: SuitePlan) -> dict[str, Any]:
+        return {
+            **self._row("throughput", name, config, plan.batch_inputs),
+            "batch_size": plan.generate_batch,
+            "num_prompts": min(plan.generate_batch, len(plan.prompts)),
+            "max_new_tokens": plan.new_tokens,
+            "repeats": THROUGHPUT_REPEATS,
+        }
+
+    def _routing_of_batch(self, batch: PromptRun, config: Config) -> dict[str, Any]:
+        """The columns of THROUGHPUT that no clock decides, from a run that also warms up."""
+        with self._routed(config) as recorder, counting_distinct_experts(self.layers) as counts:
+            batch.generate()
+            _, decoding = recorder.phases()
+        columns = {"decode_experts": decoding.row()["avg_experts_per_token"]}
+        steps = [of_layer[1:] for of_layer in counts]  # without the prefill
+        if all(steps):
+            distinct = np.array([torch.stack(of_layer).double().mean().item() for of_layer in steps])  # [L]
+            columns["distinct_experts"] = float(distinct.mean())
+            columns["weight_bytes_per_step"] = self.cost.bytes_read(distinct)
+        return columns
+
+    def _throughput_unit(self, plan: SuitePlan, saver: _Saver) -> None:
+        """Continue a batch of prompts under every configuration, in turns; a failure is a row. Rows are saved
+        together: what was timed alone, before an interruption, does not compare."""
+        rows = {name: self._throughput_row(name, config, plan) for name, config in plan.configs.items()}
+        rows = {name: row for name, row in rows.items() if saver.lacks(row_key(row))}
+        batch: PromptRun | None = None
+        clocks: dict[str, list[dict[str, float | None]]] = {name: [] for name in rows}
+        for turn in range(1 + THROUGHPUT_REPEATS):
+            for name in [name for name, row in rows.items() if row["status"] == "ok"]:
+                config = plan.configs[name]
+                try:
+                    if batch is None:
+                        runs = [self._prompt_run(prompt, plan.new_tokens, self.seed) for prompt in plan.batch]
+                        batch = PromptRun.together(runs)
+                    if turn == 0:
+                        rows[name] |= self._routing_of_batch(batch, config)
+                    else:
+                        with self._routed(config):
+                            clocks[name].append(batch.generate().clock)
+                except Exception as error:  # one failed configuration must not end the suite
+                    rows[name] = self._failed(rows[name], error)
+        for name, row in rows.items():
+            if row["status"] == "ok":
+                row |= self._median_clock(clocks[name])
+            saver.save(row)
+
+    @staticmethod
+    def _median_clock(clocks: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+        """The clock columns of THROUGHPUT from those of several generations."""
+        medians = strict_json(pd.DataFrame(clocks, dtype=float).median().to_dict())
+        return {
+            **{name: medians[name] for name in THROUGHPUT.names if name in medians},
+            "decode_sec_per_step": medians["decode_sec_per_token"],
+        }
 
     # Scoring
 
@@ -5590,10 +7009,13 @@ class BHExperimentRunner:
                 with self._routed(config):
                     again = batch.nll()
                 measured = [row | {"repeat_nll": nll} for row, nll in zip(measured, again, strict=True)]
-        return [
-            self._score_row(name, config, item) | row | {"routing": row["routing"].pack()}
-            for item, row in zip(batch.items, measured, strict=True)
-        ]
+        rows = []
+        for item, row in zip(batch.items, measured, strict=True):
+            routing = row["routing"]
+            cost = self.cost.row(routing, routing)
+            packed = {"routing": routing.pack(), "tokens": row["tokens"] and row["tokens"].pack()}
+            rows.append(self._score_row(name, config, item) | row | cost | packed)
+        return rows
 
     def _rows_or_failures(
         self, batch: ScoredBatch, name: str, config: Config, repeats: bool
@@ -5614,7 +7036,8 @@ class BHExperimentRunner:
                 logger.info(f"a batch of {len(batch.items)} failed ({type(error).__name__}): one by one")
         rows = []
         for item in batch.items:
-            rows += self._rows_or_failures(ScoredBatch(self.model, [item]), name, config, repeats)
+            single = ScoredBatch(self.model, [item], batch.keeps_tokens)
+            rows += self._rows_or_failures(single, name, config, repeats)
         return rows
 
     def _score_unit(self, plan: SuitePlan, texts: Sequence[TextItem], repeats: bool, saver: _Saver) -> None:
@@ -5639,7 +7062,7 @@ class BHExperimentRunner:
         """Score texts in one batch, under every configuration that is not done; whether the memory was
         enough."""
         try:
-            batch = ScoredBatch(self.model, texts)
+            batch = ScoredBatch(self.model, texts, plan.token_log)
             for name, config in plan.scoring.items():
                 if any(saver.lacks(("score", name, text.id)) for text in texts):
                     for row in self._rows_or_failures(batch, name, config, repeats):
@@ -5674,9 +7097,11 @@ class BHExperimentRunner:
         *,
         texts: Sequence[TextItem] | None = None,
         num_samples: int = 1,
+        generate_batch: int | None = None,
         retry_failed: bool = False,
         fail_fast: bool = False,
         baseline: str | None = None,
+        token_log: bool = False,
     ) -> pd.DataFrame:
         """Continue every prompt and score every text under every configuration.
 
@@ -5690,22 +7115,34 @@ class BHExperimentRunner:
         alike. The model's own routing is run as well where it is not among them. With `resume`, what the
         output folder holds is not run again; without, it is set aside. A failed experiment becomes a row with
         status "error"; retry_failed tries the earlier ones again, fail_fast stops at the first. num_samples:
-        texts to sample for each prompt. baseline: the configuration that the others will be compared with;
-        refused where it is not one of them. Ctrl-C keeps what is finished and is passed on. Under `accelerate
-        launch` each process runs its share.
+        texts to sample for each prompt. generate_batch: so many prompts are continued together as well, for
+        the throughput at that batch size, see THROUGHPUT. baseline: the configuration that the others will be
+        compared with; refused where it is not one of them. token_log: what every token got in every layer is
+        also written to a file, see `read_token_log`. Ctrl-C keeps what is finished and is passed on. Under
+        `accelerate launch` each process runs its share.
         """
-        plan = self._plan(routing_configs, test_prompts, max_new_tokens, texts, num_samples, baseline)
+        plan = self._plan(
+            routing_configs,
+            test_prompts,
+            max_new_tokens,
+            texts,
+            num_samples,
+            generate_batch,
+            baseline,
+            token_log,
+        )
         settings = {**self.settings, "max_new_tokens": plan.new_tokens}
         keys = plan.keys()
         run_id = fingerprint(strict_json([settings, plan.configs, plan.scoring, plan.inputs(), keys]))
-        with self._opened(settings, resume) as checkpoint:
+        # It is no part of the run's name: the other tables are the same with it and without.
+        with self._opened(settings | {"token_log": token_log}, resume) as checkpoint:
             self._check_rows(checkpoint, plan.scoring, plan.inputs())
             self._say_what_was_added(plan.configs, routing_configs)
             done = checkpoint.done(retry_failed)
             all_keys = [key for of_kind in keys.values() for key in of_kind]
             pending = sum(key not in done for key in all_keys)
             logger.info(
-                f"{self!r}: {len(keys['generation'])} experiments and {len(keys['score'])} scores, "
+                f"{len(keys['generation'])} experiments and {len(keys['score'])} scores, "
                 f"{len(all_keys) - pending} of them finished already"
             )
             self._calibrate_for(plan.configs)
@@ -5716,7 +7153,7 @@ class BHExperimentRunner:
             if pending:
                 self._warm_up(plan)
             self._run_units(plan, _Saver(checkpoint, done, fail_fast))
-            return self._finish(checkpoint, plan.scoring, keys, run_id).generation
+            return self._finish(checkpoint, plan.scoring, keys, run_id, token_log=token_log).generation
 
     def _plan(
         self,
@@ -5725,7 +7162,9 @@ class BHExperimentRunner:
         max_new_tokens: int,
         texts: Sequence[TextItem] | None,
         num_samples: int,
+        generate_batch: int | None,
         baseline: str | None,
+        token_log: bool,
     ) -> SuitePlan:
         """What a suite will measure, checked."""
         if texts is None:
@@ -5735,6 +7174,12 @@ class BHExperimentRunner:
         num_samples = check_least("num_samples", num_samples)
         if num_samples > 1 and self.sampling is None:
             raise UserError(f"num_samples {num_samples}: greedy texts are all alike; sample with --do-sample")
+        if generate_batch is not None:
+            check_least("generate_batch", generate_batch, 2)
+            if not prompts:
+                raise UserError(
+                    f"generate_batch {generate_batch}: there is no prompt to be continued; give some"
+                )
         scored = [*reference_items(prompts, self.tokenizer), *texts]
         if not prompts and not scored:
             raise UserError("a suite needs at least one prompt or text")
@@ -5742,7 +7187,9 @@ class BHExperimentRunner:
         check_ids([text.id for text in scored])
         configs = self._configs(routing_configs, baseline)
         scoring = self._with_static_ladder(configs) if scored else configs
-        return SuitePlan(configs, scoring, prompts, scored, new_tokens, num_samples)
+        return SuitePlan(
+            configs, scoring, prompts, scored, new_tokens, num_samples, generate_batch, token_log
+        )
 
     def _calibrate_for(self, configs: Configs) -> None:
         """Calibrate if a configuration needs it; a mistake in what was asked for ends the run here."""
@@ -5761,33 +7208,49 @@ class BHExperimentRunner:
                     run = self._prompt_run(plan.prompts[0], new_tokens, self.seed)
                     self._generated_row(run, name, config, plan.prompts[0], 0)
 
-    def _run_units(self, plan: SuitePlan, saver: _Saver) -> None:
-        """Run this process's share of what is not done, under a progress bar; each row is saved at once."""
-        units: list[tuple[str, int, Callable[[], None]]] = []  # what it is, how many rows, and how it is run
+    def _units(self, plan: SuitePlan, saver: _Saver) -> list[_Unit]:
+        """This process's share of a suite."""
+        units = []
         for prompt in plan.prompts:
             for sample in range(plan.num_samples):
                 work = functools.partial(self._generate_unit, plan, prompt, sample, saver)
-                units.append((f"prompt {prompt['id']}", len(plan.configs), work))
+                keys = [("generation", name, prompt["id"], sample) for name in plan.configs]
+                units.append(_Unit("generation", f"prompt {prompt['id']}", keys, work))
+        if plan.generate_batch:
+            work = functools.partial(self._throughput_unit, plan, saver)
+            keys = plan.keys()["throughput"]
+            units.append(_Unit("throughput", f"{plan.generate_batch} prompts together", keys, work))
         for number, texts in enumerate(self._batches(plan.texts)):
             repeats = number == 0  # one batch shows the noise floor, at little cost
             work = functools.partial(self._score_unit, plan, texts, repeats, saver)
+            keys = [("score", name, text.id) for text in texts for name in plan.scoring]
             named = f"text {texts[0].id}" + (f" and {len(texts) - 1} more" if len(texts) > 1 else "")
-            units.append((named, len(texts) * len(plan.scoring), work))
-        share = units[self.processes.rank :: self.processes.world]
-        quiet = None if self.processes.rank == 0 else True  # None: shown on a terminal only
-        total = sum(rows for _, rows, _ in share)
-        with tqdm.tqdm(total=total, unit="row", disable=quiet) as progress:
-            for number, (name, rows, work) in enumerate(share, 1):
-                progress.set_description(name[:40])
-                start = time.perf_counter()
-                try:
-                    work()
-                except _Stopped:
-                    logger.error("stopped at the first failed experiment, as --fail-fast asks")
-                    return
-                progress.update(rows)
-                seconds = time.perf_counter() - start
-                logger.debug(f"{number} of {len(share)}: {name}, {rows} rows in {seconds:.2f} s")
+            units.append(_Unit("score", named, keys, work))
+        return units[self.processes.rank :: self.processes.world]
+
+    def _run_units(self, plan: SuitePlan, saver: _Saver) -> None:
+        """Run this process's share of what is not done: first prompts, then texts; each row is saved at
+        once."""
+        share = self._units(plan, saver)
+        number = 0
+        for kind, of_kind in itertools.groupby(share, key=lambda unit: unit.kind):
+            units = list(of_kind)
+            keys = [key for unit in units for key in unit.keys]
+            done = sum(not saver.lacks(key) for key in keys)
+            with saver.phase(PHASES[kind], len(keys), done, self.processes.rank == 0) as phase:
+                for unit in units:
+                    number += 1
+                    phase.now(unit.name)
+                    start = time.perf_counter()
+                    try:
+                        unit.work()
+                    except _Stopped:
+                        logger.error("stopped at the first failed experiment, as --fail-fast asks")
+                        return
+                    seconds = time.perf_counter() - start
+                    logger.debug(
+                        f"{number} of {len(share)}: {unit.name}, {len(unit.keys)} rows in {seconds:.2f} s"
+                    )
 
     def run_tasks(
         self,
@@ -5818,7 +7281,7 @@ class BHExperimentRunner:
             raise UserError("a run needs at least one task")
         configs = self._configs(routing_configs, baseline)
         with _harness_seeds(self.device):
-            loaded = load_tasks(names, include_path, num_fewshot)
+            loaded = load_tasks(names, include_path, num_fewshot, self.trust_remote_code)
         own_files = [] if include_path is None else sorted(Path(include_path).rglob("*.y*ml"))
         task_files = hashlib.sha256(b"".join(path.read_bytes() for path in own_files)).hexdigest()[:16]
         how = {"lm_eval": lm_eval.__version__, "num_fewshot": num_fewshot, "limit": limit}
@@ -5832,7 +7295,7 @@ class BHExperimentRunner:
             done = checkpoint.done(retry_failed)
             pending = [key for key in keys["task"] if key not in done]
             finished = len(keys["task"]) - len(pending)
-            logger.info(f"{self!r}: {len(keys['task'])} tasks x configurations, {finished} finished already")
+            logger.info(f"{len(keys['task'])} tasks x configurations, {finished} of them finished already")
             self._calibrate_for(configs)
             saver = _Saver(checkpoint, done, fail_fast)
             if pending:
@@ -5878,9 +7341,12 @@ class BHExperimentRunner:
         self._restore_original_routing()
         folder = self.output_dir / "checkpoints"
         with contextlib.ExitStack() as stack:
+            stack.enter_context(holding(self.model))
+            self._refuse_changed_model()
             if self.processes.rank == 0:
                 stack.enter_context(log_to(self.output_dir / LOG_FILE))
                 stack.enter_context(locked(self.output_dir))
+                logger.info(f"model {self.model_name}, {self._loaded}{self.shape}")
                 if not resume or not any(folder.glob("*.json")):
                     set_aside(self.output_dir, RUN_FILES)
             self.processes.wait()
@@ -5917,6 +7383,7 @@ class BHExperimentRunner:
         keys: Mapping[str, Sequence[Key]],
         run_id: str,
         how: Mapping[str, Any] | None = None,
+        token_log: bool = False,
     ) -> Results:
         """When all processes are done the first one writes the tables; each returns them as they stand there.
 
@@ -5927,7 +7394,7 @@ class BHExperimentRunner:
         if self.processes.rank == 0:
             checkpoint.read_others()
             layer_tables = LayerTables(self.layers, run_id)
-            for kind, table in (("generation", GENERATION), ("score", SCORES), ("task", TASKS)):
+            for kind, table in TABLE_OF_KIND.items():
                 rows = checkpoint.rows(keys.get(kind, ()))
                 if keys.get(kind):
                     counted = self._counted(rows, configs, layer_tables, run_id)
@@ -5935,6 +7402,11 @@ class BHExperimentRunner:
                 else:
                     (self.output_dir / table.file).unlink(missing_ok=True)
             layer_tables.write(self.output_dir)
+            kinds = ("generation", "score") if token_log else ("generation",)
+            texts = functools.partial(self._routed_texts, checkpoint, keys, kinds)
+            TokenTables(texts, TokenTexts(self.tokenizer), self.layers, run_id).write(
+                self.output_dir, token_log
+            )
             if how is not None:
                 reports: dict[str, dict[str, Any]] = {name: {} for name in configs}
                 for row in checkpoint.rows(keys["task"]):
@@ -5961,6 +7433,24 @@ class BHExperimentRunner:
                     category, document = COUNTED_BY[part["kind"]]
                     layer_tables.add(name, part["kind"], part[category], part[document], routing)
                 yield part
+
+    def _routed_texts(
+        self, checkpoint: Checkpoint, keys: Mapping[str, Sequence[Key]], kinds: Sequence[str]
+    ) -> Iterator[RoutedText]:
+        """The finished texts of a run of which is kept what each token got, one after the other."""
+        for kind in kinds:
+            for row in checkpoint.rows(keys.get(kind, ())):
+                if row.get("tokens"):
+                    category, document = COUNTED_BY[kind]
+                    yield RoutedText(
+                        config_name=row["config_name"],
+                        kind=kind,
+                        item=row_key(row)[2],
+                        sample=row.get("sample", 0),
+                        category=row[category],
+                        document=row[document],
+                        routing=TokenRouting.unpack(row["tokens"], len(self.layers)),
+                    )
 
     def _save_checkpoint(self) -> None:
         """Force everything finished so far to the disk."""
@@ -6729,6 +8219,28 @@ def compare_field_on_tasks(
     return fields
 
 
+@dataclass(frozen=True)
+class Unbeaten:
+    """Of the rules with one stand-in: how many are compared, and which of them no other beats."""
+
+    n_compared: int
+    labels: list[str]
+
+
+def unbeaten_rules(field: Mapping[str, Any]) -> dict[str, Unbeaten]:
+    """Stand-in -> its rules that no other beats, from `compare_field`; empty where nothing was tested."""
+    if not field or field["n_units"] < 2:
+        return {}
+    found = {}
+    for stand_in in in_order(ladder["stand_in"] for ladder in field["ladders"]):
+        alike = [ladder for ladder in field["ladders"] if ladder["stand_in"] == stand_in]
+        compared = [ladder for ladder in alike if not ladder["is_bound"]]
+        if len(compared) > 1:
+            labels = [ladder["label"] for ladder in compared if not ladder["beaten_by"]]
+            found[stand_in] = Unbeaten(len(compared), labels)
+    return found
+
+
 # Tasks, layers, hypotheses
 
 
@@ -6805,6 +8317,105 @@ def summarize_layers(table: pd.DataFrame) -> dict[str, Any]:
     return summary
 
 
+# Compute: what configurations cost, what that allows, and what was measured
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    """above / below; None where one is not known."""
+    return None if pd.isna(above) or pd.isna(below) else float(above / below)
+
+
+def summarize_compute(
+    results: Results, baseline: str, tests: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Configuration -> means of COMPUTE_COLUMNS, experts and median times of prefill and decoding, and how
+    many times as fast as the baseline it decodes.
+
+    `allowed_speedup`: as if reading weights were all that takes time. `decode_speedup`: measured, 1 / the
+    median over prompts of the ratio to the baseline's time. From what was generated, else from the scores of
+    text; empty for rows of older scripts.
+    """
+    rows = results.generation if len(results.generation) else results.scores
+    rows = rows[rows["active_parameters"].notna()]
+    by_name = dict(list(rows.groupby("config_name", sort=False)))
+    means = {column.name: None for column in COMPUTE_COLUMNS}
+    summary = {}
+    for name, own in by_name.items():
+        entry = {column: own[column].mean() for column in means}
+        entry |= {"prefill_experts": None, "decode_experts": None, "prefill_sec": None, "decode_sec": None}
+        if len(results.generation):
+            entry |= {
+                "prefill_experts": own["prefill_experts"].mean(),
+                "decode_experts": own["decode_experts"].mean(),
+                "prefill_sec": own["time_to_first_token_sec"].median(),
+                "decode_sec": own["decode_sec_per_token"].median(),
+            }
+        summary[name] = entry
+    base = summary.get(baseline, {})
+    for name, entry in summary.items():
+        test = tests.get(name, {}).get("decode_sec_per_token", {})
+        slowdown = 1.0 if name == baseline and not pd.isna(entry["decode_sec"]) else test.get("median_ratio")
+        entry["allowed_speedup"] = _ratio(base.get("weight_bytes_per_token"), entry["weight_bytes_per_token"])
+        entry["decode_speedup"] = _ratio(1.0, slowdown)
+    return summary
+
+
+def summarize_throughput(results: Results, baseline: str) -> list[dict[str, Any]]:
+    """Tokens a second at batch 1, the median over prompts, and below it at the batch size that was measured;
+    each beside the baseline's at the same batch size. Empty without `--generate-batch`."""
+    done = results.throughput[results.throughput["status"] == "ok"]
+    if not len(done):
+        return []
+    alone = results.generation[results.generation["status"] == "ok"].groupby("config_name", sort=False)
+    entries = []
+    for name, own in alone:
+        entries.append({
+            "configuration": name,
+            "batch_size": 1,
+            "tokens_per_sec": own["tokens_per_sec"].median(),
+            "decode_experts": own["decode_experts"].mean(),
+            "distinct_experts": own["decode_experts"].mean(),
+            "weight_bytes": own["weight_bytes_per_token"].mean(),
+        })  # fmt: skip
+    for row in done.to_dict("records"):
+        named = {"configuration": row["config_name"], "weight_bytes": row["weight_bytes_per_step"]}
+        columns = ("batch_size", "tokens_per_sec", "decode_experts", "distinct_experts")
+        entries.append(named | {column: row[column] for column in columns})
+    base = {entry["batch_size"]: entry for entry in entries if entry["configuration"] == baseline}
+    for entry in entries:
+        beside = base.get(entry["batch_size"], {})
+        entry["speedup"] = _ratio(entry["tokens_per_sec"], beside.get("tokens_per_sec"))
+        entry["allowed_speedup"] = _ratio(beside.get("weight_bytes"), entry["weight_bytes"])
+    return entries
+
+
+def compare_token_kinds(table: pd.DataFrame, configs: Configs) -> list[dict[str, Any]]:
+    """Do tokens of a kind get more experts than all others? Of scored text, where a run logged its tokens,
+    else of what was generated.
+
+    table: TOKEN_KINDS. An entry for each configuration whose rule adapts and each kind of token: in each
+    document that has both, the mean of this kind minus that of all other tokens; a `paired_comparison` over
+    documents, BH-adjusted over all entries.
+    """
+    measured = "score" if (table["kind"] == "score").any() else "generation"
+    rows = table[table["kind"] == measured].set_index("document")
+    tests = []
+    for (name, token_kind), documents in rows.groupby(["config_name", "token_kind"], sort=False):
+        rule = RULES.get(configs.get(name, {}).get("method"))
+        if rule is None or rule.is_static:
+            continue
+        both = documents[(documents["tokens"] > 0) & (documents["other_tokens"] > 0)]
+        about = {
+            "configuration": name,
+            "kind": measured,
+            "token_kind": token_kind,
+            "token_share": documents["tokens"].sum() / documents[["tokens", "other_tokens"]].sum().sum(),
+        }
+        tests.append(about | paired_comparison(both["other_avg_experts"], both["avg_experts"]))
+    adjust_p_values(tests)
+    return tests
+
+
 def _hypothesis_value(analysis: Mapping[str, Any], name: str, quantity: str) -> float | None:
     """What was measured of a quantity that the earlier attempt expected something of."""
     tests = analysis["statistical_tests"].get(name, {})
@@ -6849,7 +8460,8 @@ def results_beside(df: pd.DataFrame, output_dir: Path) -> Results:
     generation = fit_table(df, GENERATION)
     runs = run_ids(generation)
     beside = [
-        frame if not runs or run_ids(frame) <= runs else frame[:0] for frame in (stored.scores, stored.tasks)
+        frame if not runs or run_ids(frame) <= runs else frame[:0]
+        for frame in (stored.scores, stored.tasks, stored.throughput)
     ]
     return Results(generation, *beside)
 
@@ -6863,11 +8475,12 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
     `choose_baseline`.
 
     Returns a dict with baseline, own_k, n_rows, n_failed, n_prompts, configurations, summary_by_config,
-    summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), verdict
-    (`quality_verdicts`), shuffle_effects, field (`compare_field`), task_fields (`compare_field_on_tasks`),
-    noise_floor, tasks (`compare_tasks`), null_diagnostics, layers (`summarize_layers`) and hypotheses. Raises
-    UserError for a table that is none of this script's, for a baseline that is not in it, and when no row is
-    left.
+    summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), compute
+    (`summarize_compute`), throughput (`summarize_throughput`), verdict (`quality_verdicts`), shuffle_effects,
+    field (`compare_field`), task_fields (`compare_field_on_tasks`), quality_margin, noise_floor, tasks
+    (`compare_tasks`), null_diagnostics, layers (`summarize_layers`), token_kinds (`compare_token_kinds`) and
+    hypotheses. Raises UserError for a table that is none of this script's, for a baseline that is not in it,
+    and when no row is left.
     """
     folder = Path(output_dir)
     results = results_beside(df, folder)
@@ -6880,6 +8493,7 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
     for name in configs:
         check_name(name)
     baseline = choose_baseline(done, baseline)
+    tests = compare_with_baseline(done, baseline)
     runs = set().union(*map(run_ids, results))
     task_report = read_side_file(folder / TASK_RESULTS, runs)
     own_k = own_k_of(results)
@@ -6893,7 +8507,9 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
         "configurations": configs,
         "summary_by_config": summarize(done),
         "summary_by_category": summarize_categories(done),
-        "statistical_tests": compare_with_baseline(done, baseline),
+        "statistical_tests": tests,
+        "compute": summarize_compute(done, baseline, tests),
+        "throughput": summarize_throughput(results, baseline),
         "verdict": quality_verdicts(scores, configs, baseline),
         "shuffle_effects": shuffle_effects(scores, configs),
         "field": compare_field(scores, configs, own_k),
@@ -6903,6 +8519,7 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
         "tasks": compare_tasks(done.tasks, baseline, task_report),
         "null_diagnostics": read_side_file(folder / NULL_DIAGNOSTICS, runs) or None,
         "layers": summarize_layers(read_side_table(LAYER_STATISTICS, folder, runs)),
+        "token_kinds": compare_token_kinds(read_side_table(TOKEN_KINDS, folder, runs), configs),
     }
     analysis = strict_json(analysis | {"hypotheses": check_hypotheses(analysis)})
     write_json(folder / "analysis_summary.json", analysis)
@@ -6918,6 +8535,7 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
 
 LEGEND_BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}
 ROW_OF_NAMES = 80  # characters; longer names do not fit side by side below a plot: a row each instead
+MOST_ROWS = 40  # of a plot with a row a configuration; more are drawn in a row a family
 MAX_INCHES = 60  # of a figure's height, however many rows it has
 MARKERS = "osD^v<>phdXP*"  # of the members of a family
 VERDICT_COLORS = {"better": "#0173b2", "worse": "#d55e00", "undecided": "0.5"}
@@ -7033,7 +8651,9 @@ def plot_experts_by_category(frame: pd.DataFrame, ax: Any = None) -> Any:
             groups = {"y": "prompt_category", "order": categories}
     in_rows = "y" in groups
     ax = _axes(ax, 1 + 0.12 * len(order) * len(categories) if in_rows else 4.2)
-    sns.boxplot(**common, **groups, **({"x": value} if in_rows else {"y": value}), **colors, ax=ax)
+    with warnings.catch_warnings():  # seaborn names the direction in a way that matplotlib will give up
+        warnings.filterwarnings("ignore", ".*vert: bool")
+        sns.boxplot(**common, **groups, **({"x": value} if in_rows else {"y": value}), **colors, ax=ax)
     ax.set(xlabel="", ylabel="", title="Experts by prompt category")
     if in_rows:
         ax.set_xlabel(EXPERTS_LABEL)
@@ -7075,6 +8695,40 @@ def _nats_scale(ax: Any, which: str, values: list[float]) -> None:
     ticks = [tick for tick in (*(-step for step in steps), 0.0, *steps) if low <= tick <= high]
     axis.set_ticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
     axis.set_ticks([], minor=True)
+    if which == "x":
+        ax.tick_params(axis="x", labelsize="small")  # beside each other they need the room
+
+
+MOST_COLORS = 12  # that can be told apart in one plot; more families are coloured by what stands in
+
+
+def _styles_of_families(rows: pd.DataFrame, groups: Mapping[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """Family -> label, colour, marker and width of its line: its own or, where there are too many, those of
+    what stands in, the bounds apart."""
+    configs = {row["config_name"]: json.loads(row["configuration"]) for row in rows.to_dict("records")}
+    first = {family: configs[members[0]] for family, members in groups.items()}
+    stand_ins = in_order(config.get("stand_in", "nothing") for config in first.values())
+    if len(groups) <= MOST_COLORS or len(stand_ins) < 2:
+        colors = _distinct_colors(len(groups))
+        markers = itertools.cycle(MARKERS[1:])
+        return {
+            family: {"label": family, "color": color, "marker": marker, "linewidth": 1.2}
+            for family, color, marker in zip(groups, colors, markers, strict=False)
+        }
+    colors = dict(zip(stand_ins, _distinct_colors(len(stand_ins)), strict=True))
+    styles = {}
+    for family, config in first.items():
+        stand_in = config.get("stand_in", "nothing")
+        style = {"label": f"rules, {stand_in} stands in", "color": colors[stand_in], "marker": MARKERS[1]}
+        style |= {"linewidth": 0.9, "alpha": 0.6}
+        rule = RULES.get(config.get("method"))
+        if rule is not None and rule.is_static:
+            kept = {"label": f"Top-K, {stand_in} stands in", "marker": MARKERS[0], "linewidth": 1.6}
+            style |= kept | {"alpha": 1.0}
+        elif rule is not None and rule.uses_outputs:
+            style |= {"label": f"{family}, a bound", "color": "0.2", "linestyle": ":", "linewidth": 1.6}
+        styles[family] = style
+    return styles
 
 
 def plot_quality_vs_experts(verdicts: pd.DataFrame, ax: Any = None) -> Any:
@@ -7102,25 +8756,27 @@ def plot_quality_vs_experts(verdicts: pd.DataFrame, ax: Any = None) -> Any:
         ax.plot(static["mean_experts"], static[difference], "o", color="0.2", markersize=5)
         ax.plot([], [], "o-", **gray, label="static Top-K")
     groups = _families(rows, list(rows.loc[~rows["is_static"], "config_name"]))
-    colors = _distinct_colors(len(groups))
-    for place, (label, members) in enumerate(groups.items()):
+    styles = _styles_of_families(rows, groups)
+    labels = set()
+    for name, members in groups.items():
         ladder = rows[rows["config_name"].isin(members)].sort_values("mean_experts")
         bars = np.maximum([ladder[difference] - ladder["low"], ladder["high"] - ladder[difference]], 0)
+        style = dict(styles[name])
+        if style["label"] in labels:
+            del style["label"]  # it stands in the legend once
+        labels.add(styles[name]["label"])
         ax.errorbar(
             ladder["mean_experts"],
             ladder[difference],
             yerr=bars,
-            label=label,
-            color=colors[place],
-            marker=MARKERS[1:][place % len(MARKERS[1:])],
+            **style,
             markersize=5,
             markeredgecolor="white",
             markeredgewidth=0.5,
-            linewidth=1.2,
             elinewidth=0.8,
         )
     if _owns_figure(ax):
-        ax.figure.set_size_inches(8.5, max(4.2, 0.5 + 0.2 * len(groups)))  # room for the legend
+        ax.figure.set_size_inches(8.5, max(4.2, 0.5 + 0.2 * len(labels)))  # room for the legend
     if len(rows):
         _nats_scale(ax, "y", [*low, *high])
         ax.legend(**LEGEND_BESIDE, fontsize="small")
@@ -7130,33 +8786,48 @@ def plot_quality_vs_experts(verdicts: pd.DataFrame, ax: Any = None) -> Any:
     return ax
 
 
+def _draw_verdict(ax: Any, height: float, mark: Mapping[str, Any], width: float) -> list[float]:
+    """Draw one difference with its interval; returns the ends of what was drawn."""
+    delta = mark["delta_nll"]
+    if pd.isna(delta):
+        return []
+    color = VERDICT_COLORS[mark["verdict"]]
+    is_tested = not pd.isna(mark["ci95_low"])
+    ends = [mark["ci95_low"], mark["ci95_high"]] if is_tested else [delta, delta]
+    ax.plot(ends, [height, height], color=color, linewidth=width, solid_capstyle="butt")
+    face = color if is_tested else "white"
+    ax.plot(delta, height, "o", color=color, markersize=2.8 * width, markerfacecolor=face)
+    return ends
+
+
 def plot_delta_at_equal_compute(verdicts: pd.DataFrame, ax: Any = None) -> Any:
-    """One row per adaptive configuration: NLL minus that of static Top-K with the same mean experts, 95 %."""
+    """One row per adaptive configuration: NLL minus that of static Top-K with the same mean experts, 95 %.
+    Where there are many, one row per rule, with a mark for each value of its knob."""
     ax = _axes(ax)
-    rows = verdicts[~verdicts["is_static"]].reset_index(drop=True)
+    rows = verdicts[~verdicts["is_static"]]
+    lines = {name: [name] for name in rows["config_name"]}
+    if len(rows) > MOST_ROWS:
+        lines = _families(rows, list(rows["config_name"]))
     if _owns_figure(ax):
-        ax.figure.set_figheight(1.7 + 0.26 * max(len(rows), 4))
+        ax.figure.set_figheight(1.7 + 0.26 * max(len(lines), 4))
     spans = [0.0]
     side = {"va": "center", "transform": ax.get_yaxis_transform()}
-    for y, row in rows.iterrows():
-        experts = row["mean_experts"]
-        ax.text(1.02, y, "–" if pd.isna(experts) else f"{experts:.2f}", **side)
-        delta = row["delta_nll"]
-        if pd.isna(delta):
+    for y, members in enumerate(lines.values()):
+        marks = rows[rows["config_name"].isin(members)].sort_values("mean_experts")
+        experts = distinct(f"{number:.2f}" for number in marks["mean_experts"].dropna())
+        ends_of_line = experts if len(experts) < 3 else [experts[0], experts[-1]]
+        ax.text(1.02, y, " to ".join(ends_of_line) or "–", **side)
+        if marks["delta_nll"].isna().all():
             ax.text(0.98, y, "not comparable", ha="right", color="0.5", **side)
-            continue
-        color = VERDICT_COLORS[row["verdict"]]
-        is_tested = not pd.isna(row["ci95_low"])
-        ends = [row["ci95_low"], row["ci95_high"]] if is_tested else [delta, delta]
-        ax.plot(ends, [y, y], color=color, linewidth=1.8, solid_capstyle="butt")
-        ax.plot(delta, y, "o", color=color, markersize=5, markerfacecolor=color if is_tested else "white")
-        spans += ends
+        apart = 0.16 * (np.arange(len(marks)) - (len(marks) - 1) / 2) * min(1, 4 / len(marks))
+        for height, mark in zip(y + apart, marks.to_dict("records"), strict=True):
+            spans += _draw_verdict(ax, height, mark, 1.8 if len(marks) == 1 else 1.2)
     _nats_scale(ax, "x", spans)
     ax.axvline(0, color="0.2", linewidth=1)
     for verdict, color in VERDICT_COLORS.items():
         ax.plot([], [], "o-", color=color, linewidth=1.8, markersize=5, label=verdict)
-    ax.set_yticks(range(len(rows)), list(rows["config_name"]))
-    ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel="NLL minus static Top-K at equal experts, nats per token")
+    ax.set_yticks(range(len(lines)), list(lines))
+    ax.set(ylim=(len(lines) - 0.4, -0.6), xlabel="NLL minus static Top-K at equal experts, nats per token")
     ax.set_title("Against static Top-K at equal compute (left is better)", pad=22)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, borderaxespad=0.1)
     place = {"xycoords": "axes fraction", "textcoords": "offset points"}
@@ -7170,12 +8841,36 @@ def _spread(places: Sequence[float], gap: float) -> np.ndarray:
     return optimize.isotonic_regression(np.asarray(places) - steps).x + steps
 
 
-FIELD_COLORS = {"lowest": "#029e73", "BH, empirical null": "#0173b2", "bound": "0.2", "others": "0.7"}
+FIELD_COLORS = {
+    "beaten by no other": "#029e73",
+    "BH, beaten by no other": "#0173b2",
+    "BH, beaten": "#d55e00",
+    "bound": "0.2",
+    "others": "0.7",
+}
+
+
+def _kind_in_field(config: Config, is_unbeaten: bool) -> str:
+    """Which of FIELD_COLORS a rule's ladder has; BH is the one on the empirical null."""
+    if RULES[config["method"]].uses_outputs:
+        return "bound"
+    if config["method"] == "bh" and config["p_values"] == "empirical":
+        return "BH, beaten by no other" if is_unbeaten else "BH, beaten"
+    return "beaten by no other" if is_unbeaten else "others"
+
+
+def _name_ends(ax: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Name right of `ax` what ends there, none over another; ends: height in the data, name and colour."""
+    transform = ax.transData + ax.transAxes.inverted()
+    ends = sorted(ends)
+    heights = _spread([transform.transform((0, end))[1] for end, _, _ in ends], 0.033)
+    for height, (_, label, color) in zip(heights, ends, strict=True):
+        ax.text(1.01, height, label, transform=ax.transAxes, fontsize=6.5, color=color, va="center")
 
 
 def plot_field(verdicts: pd.DataFrame, axes: Any = None) -> Any:
-    """Each rule's ladder against static Top-K at the same compute, a panel for each stand-in: the lowest rule
-    and BH in colour, the others in grey, each named at its end."""
+    """Each rule's ladder against static Top-K at the same compute, a panel for each stand-in: those that no
+    other with this stand-in beats and BH in colour, the others in grey, each named at its end."""
     rows = verdicts[verdicts["delta_nll"].notna()]
     configs = {row["config_name"]: json.loads(row["configuration"]) for row in rows.to_dict("records")}
     stand_ins = in_order(config["stand_in"] for config in configs.values())
@@ -7186,6 +8881,7 @@ def plot_field(verdicts: pd.DataFrame, axes: Any = None) -> Any:
         )[1][0]
     _nats_scale(axes[0], "y", [*rows["delta_nll"], 0.0])
     names_at: list[list[tuple[float, str, str]]] = []
+    drawn: set[str] = set()
     for ax, stand_in in zip(axes, stand_ins, strict=True):
         alike = {name: config for name, config in configs.items() if config["stand_in"] == stand_in}
         ladders = {
@@ -7193,18 +8889,11 @@ def plot_field(verdicts: pd.DataFrame, axes: Any = None) -> Any:
             for label, members in families(alike).items()
             if len(members) > 1
         }
-        rules = {label: alike[ladder["config_name"].iloc[0]] for label, ladder in ladders.items()}
-        compared = [label for label in ladders if not RULES[rules[label]["method"]].uses_outputs]
-        lowest = min(compared, key=lambda label: ladders[label]["delta_nll"].iloc[-1], default=None)
         ends: list[tuple[float, str, str]] = []  # where each ladder ends, its name and colour
         for label, ladder in ladders.items():
-            kind = "others"
-            if label not in compared:
-                kind = "bound"
-            elif label == lowest:
-                kind = "lowest"
-            elif rules[label]["method"] == "bh" and rules[label]["p_values"] == "empirical":
-                kind = "BH, empirical null"
+            first = ladder.iloc[0]
+            kind = _kind_in_field(alike[first["config_name"]], first["is_unbeaten"])
+            drawn.add(kind)
             color = FIELD_COLORS[kind]
             width = 1.0 if kind == "others" else 1.8
             dots = {"markersize": 3.5, "zorder": 1 if kind == "others" else 2}
@@ -7213,21 +8902,19 @@ def plot_field(verdicts: pd.DataFrame, axes: Any = None) -> Any:
                 ladder["mean_experts"], ladder["delta_nll"], f"o{style}", color=color, linewidth=width, **dots
             )
             ends.append((ladder["delta_nll"].iloc[-1], label, color if kind != "others" else "0.4"))
-        names_at.append(sorted(ends))
+        names_at.append(ends)
         ax.axhline(0, color="0.2", linewidth=1.2)
         words = "Nothing stands in" if stand_in == "nothing" else f"{stand_in} stands in"
         ax.set(xlabel="effective experts", title=words[0].upper() + words[1:])
     # Named when all is drawn: until then the axis, which all panels share, may change.
     for ax, ends in zip(axes, names_at, strict=True):
-        transform = ax.transData + ax.transAxes.inverted()
-        heights = _spread([transform.transform((0, end))[1] for end, _, _ in ends], 0.033)
-        for height, (_, label, color) in zip(heights, ends, strict=True):
-            ax.text(1.01, height, label, transform=ax.transAxes, fontsize=6.5, color=color, va="center")
+        _name_ends(ax, ends)
     for kind, color in FIELD_COLORS.items():
-        axes[0].plot([], [], "o-", color=color, markersize=3.5, label=kind)
-    axes[-1].legend(
-        *axes[0].get_legend_handles_labels(), frameon=False, fontsize="x-small", loc="upper right"
-    )
+        if kind in drawn:
+            axes[0].plot([], [], "o-", color=color, markersize=3.5, label=kind)
+    figure = axes[0].figure
+    below = {"loc": "outside lower center", "ncols": len(drawn), "frameon": False, "fontsize": "small"}
+    figure.legend(*axes[0].get_legend_handles_labels(), **below)
     axes[0].set_ylabel("NLL minus static Top-K at equal compute")
     return axes
 
@@ -7458,11 +9145,18 @@ PLOTS: dict[str, Plot] = {  # file name, in the order of the report
 
 
 def verdict_frame(analysis: Mapping[str, Any]) -> pd.DataFrame:
-    """The verdicts as a frame, with config_name, configuration, is_static; its `attrs` name the baseline."""
+    """The verdicts as a frame, with config_name, configuration, is_static, is_unbeaten (its rule, by those
+    with the same stand-in); its `attrs` name the baseline."""
+    unbeaten = {
+        label for found in unbeaten_rules(analysis.get("field", {})).values() for label in found.labels
+    }
+    members = families({name: analysis["configurations"][name] for name in analysis["verdict"]})
+    unbeaten_names = {name for label in unbeaten for name in members.get(label, ())}
     rows = []
     for name, verdict in analysis["verdict"].items():
         config = json.dumps(analysis["configurations"][name])
         about = {"config_name": name, "configuration": config, "is_static": verdict["verdict"] is None}
+        about["is_unbeaten"] = name in unbeaten_names
         rows.append(about | verdict)
     frame = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["is_static", "delta_to_baseline"])
     numbers = [name for name in frame if name.startswith(("mean_", "delta_", "ci95_"))]
@@ -7510,26 +9204,37 @@ class DrawnPlots:
     failed: dict[str, str]
 
 
+def _has_data(plot: Plot, data: PlotData) -> bool:
+    """Whether there is something to draw; where that cannot be told, drawing it will say why."""
+    try:
+        return len(plot.data(data)) > 0
+    except Exception:
+        return True
+
+
 def draw_plots(df: pd.DataFrame, output_dir: Path, analysis: Mapping[str, Any]) -> DrawnPlots:
     """Draw every plot in PLOTS that has data. One that fails is left out and named: it must not lose the
     report."""
     data = plot_data(df, analysis, output_dir)
     drawn = DrawnPlots([], {})
-    with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
-        for name, plot in PLOTS.items():
+    for name in PLOTS:  # no plot of an earlier run beside the report of this one
+        (output_dir / "plots" / f"{name}.png").unlink(missing_ok=True)
+    readable = {name: plot for name, plot in PLOTS.items() if len(analysis["configurations"]) <= plot.most}
+    wanted = {name: plot for name, plot in readable.items() if _has_data(plot, data)}
+    style = sns.axes_style("whitegrid")
+    with style, sns.plotting_context("paper", font_scale=1.1), Phase("plots drawn", len(wanted)) as phase:
+        for name, plot in wanted.items():
+            phase.now(name)
             path = output_dir / "plots" / f"{name}.png"
-            path.unlink(missing_ok=True)  # no plot of an earlier run beside the report of this one
             try:
-                content = plot.data(data)
-                if not len(content) or len(analysis["configurations"]) > plot.most:
-                    continue
-                plot.draw(content)
+                plot.draw(plot.data(data))
                 figure = plt.gcf()
                 sns.despine(figure, left=True)
                 with replacing(path) as part:
                     # No creation date or version in the file: the same results give the same bytes.
                     figure.savefig(part, format="png", dpi=300, metadata={"Software": None})
                 drawn.paths.append(path)
+                phase.advance(1)
             except OSError:  # a full disk, say: the report would not fit either
                 raise
             except Exception as error:
@@ -7606,12 +9311,13 @@ class ReportColumn:
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[ReportColumn]) -> str:
-    """A Markdown table: the first column left, the others right, and none that has nothing to show."""
+    """A Markdown table: numbers right, words and the first column left, and no column of nothing."""
     shown = []
     for place, column in enumerate(columns):
         cells = [show(row, column.key, column.form) for row in rows]
         if place == 0 or set(cells) != {NOTHING_TO_SHOW}:
-            shown.append([column.title, "---:" if place else "---", *cells])
+            is_numbers = all(cell == NOTHING_TO_SHOW or re.match(r"[-+<]? ?\d", cell) for cell in cells)
+            shown.append([column.title, "---:" if place and is_numbers else "---", *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*shown, strict=True))
 
 
@@ -7676,6 +9382,31 @@ REPORT_TABLES: dict[str, tuple[ReportColumn, ...]] = {
         ReportColumn("load CV", "expert_utilization_cv", ".2f"),
         ReportColumn("max/min use", "expert_utilization_max_min_ratio", ".1f"),
     ),
+    "compute": (
+        _CONFIGURATION,
+        ReportColumn("active parameters", "active", "s"),
+        ReportColumn("of experts", "of_experts", "s"),
+        ReportColumn("expert FLOPs", "flops", "s"),
+        ReportColumn("weights read to decode a token", "read", "s"),
+        ReportColumn("faster decoding allowed", "allowed_speedup", ".2f"),
+        ReportColumn("measured", "decode_speedup", ".2f"),
+    ),
+    "phases": (
+        _CONFIGURATION,
+        ReportColumn("experts in prefill", "prefill_experts", ".2f"),
+        ReportColumn("experts in decoding", "decode_experts", ".2f"),
+        ReportColumn("prefill, ms", "prefill_ms", ".1f"),
+        ReportColumn("decode, ms/token", "decode_ms", ".2f"),
+    ),
+    "throughput": (
+        _CONFIGURATION,
+        ReportColumn("batch size", "batch_size", "d"),
+        ReportColumn("tokens/s", "tokens_per_sec", ".1f"),
+        ReportColumn("of the baseline's", "speedup", ".2f"),
+        ReportColumn("allowed", "allowed_speedup", ".2f"),
+        ReportColumn("experts a token", "decode_experts", ".2f"),
+        ReportColumn("distinct experts a step", "distinct_experts", ".1f"),
+    ),
     "layers": (
         _CONFIGURATION,
         ReportColumn("fewest experts (layer)", "fewest", "s"),
@@ -7684,6 +9415,18 @@ REPORT_TABLES: dict[str, tuple[ReportColumn, ...]] = {
         ReportColumn("entropy of use, bits", "use_entropy_bits", ".2f"),
         ReportColumn("categories diverge, bits", "category_divergence_bits", ".3f"),
         ReportColumn("diverge in layers", "diverging", "s"),
+    ),
+    "token_kinds": (
+        _CONFIGURATION,
+        ReportColumn("kind of token", "words", "s"),
+        ReportColumn("share of tokens", "token_share", ".1%"),
+        ReportColumn("experts", "mean", ".2f"),
+        ReportColumn("all others", "mean_baseline", ".2f"),
+        ReportColumn("difference", "mean_difference", "+.2f"),
+        ReportColumn("95 % interval", "ci95", "+.2f to +.2f"),
+        ReportColumn("p adjusted", "p_value_adjusted", "p"),
+        ReportColumn("units", "n_units", "d"),
+        ReportColumn("significant", "is_significant", "s"),
     ),
     "tests": (
         _CONFIGURATION,
@@ -7769,21 +9512,16 @@ def task_sentence(analysis: Mapping[str, Any]) -> str:
 def field_sentences(analysis: Mapping[str, Any]) -> list[str]:
     """For each stand-in: which rules no other beats, and whether BH is among them."""
     sentences = []
-    ladders = analysis["field"].get("ladders", ())
-    if ladders and analysis["field"]["n_units"] < 2:
+    if analysis["field"] and analysis["field"]["n_units"] < 2:
         return ["Which rule beats which is not tested: all of the scored text is of one document."]
-    for stand_in in in_order(ladder["stand_in"] for ladder in ladders):
-        alike = [ladder for ladder in ladders if ladder["stand_in"] == stand_in and not ladder["is_bound"]]
-        if len(alike) < 2:
-            continue
-        unbeaten = [ladder["label"] for ladder in alike if not ladder["beaten_by"]]
-        named = ", ".join(f"`{label}`" for label in unbeaten) or "none"
-        has_bh = any(label.startswith("bh") for label in unbeaten)
+    for stand_in, unbeaten in unbeaten_rules(analysis["field"]).items():
+        named = ", ".join(f"`{label}`" for label in unbeaten.labels) or "none"
+        has_bh = any(label.startswith("bh") for label in unbeaten.labels)
         words = "With nothing standing in" if stand_in == "nothing" else f"With {stand_in} standing in"
         among = "BH is among them" if has_bh else "BH is not among them"
         sentences.append(
-            f"{words}, of {len(alike)} rules these are beaten by no other at any whole number of experts "
-            f"(adjusted p below {SIGNIFICANCE_LEVEL:g}): {named}; {among}."
+            f"{words}, of {unbeaten.n_compared} rules these are beaten by no other at any whole number of "
+            f"experts (adjusted p below {SIGNIFICANCE_LEVEL:g}): {named}; {among}."
         )
     return sentences
 
@@ -7877,6 +9615,56 @@ def shuffle_sentences(analysis: Mapping[str, Any]) -> list[str]:
             f"{show(effect, 'mean_difference', '+.4f')} nats per token (95 % interval "
             f"{show(effect, 'ci95', '+.4f to +.4f')}, adjusted p {show(effect, 'p_value_adjusted', 'p')})."
         )
+    return sentences
+
+
+MOST_TOKEN_KINDS = 3  # configurations whose kinds of tokens the report shows; all are in the analysis
+
+
+def _kind_title(entry: Mapping[str, Any]) -> str:
+    """The kind of token of an entry in words."""
+    return KINDS_OF_TOKENS[entry["token_kind"]].title
+
+
+def token_definitions() -> str:
+    """What the kinds of tokens are."""
+    text = "; ".join(f"{kind.title}: {kind.words}" for kind in KINDS_OF_TOKENS.values())
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def token_source(analysis: Mapping[str, Any]) -> str:
+    """Which texts the kinds of tokens were looked at in."""
+    kinds = {entry["kind"] for entry in analysis["token_kinds"]}
+    return "the scored text" if kinds == {"score"} else "the prompts and what was written after them"
+
+
+def shown_token_kinds(analysis: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Configuration -> its entries of `compare_token_kinds`, for the first configurations."""
+    by_config: dict[str, list[Mapping[str, Any]]] = collections.defaultdict(list)
+    for entry in analysis["token_kinds"]:
+        by_config[entry["configuration"]].append(entry)
+    return dict(itertools.islice(by_config.items(), MOST_TOKEN_KINDS))
+
+
+def token_kind_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """Which kinds of tokens get more experts than all others, and which fewer."""
+    sentences = []
+    for name, entries in shown_token_kinds(analysis).items():
+        tested = [entry for entry in entries if entry["significant"] is not None]
+        if not tested:
+            continue
+        entries = sorted(tested, key=lambda entry: -entry["mean_difference"])
+        more = [entry for entry in entries if entry["significant"] and entry["mean_difference"] > 0]
+        fewer = [entry for entry in entries[::-1] if entry["significant"] and entry["mean_difference"] < 0]
+        parts = []
+        for word, group in (("more experts than other tokens get", more), ("fewer get", fewer)):
+            if group:
+                kinds = [f"{_kind_title(entry)} ({entry['mean_difference']:+.2f})" for entry in group]
+                parts.append(f"{word} {', '.join(kinds)}")
+        undecided = [_kind_title(entry) for entry in entries if not entry["significant"]]
+        if undecided:
+            parts.append(f"not shown to differ: {', '.join(undecided)}")
+        sentences.append(f"Under `{name}`, {'; '.join(parts)}.")
     return sentences
 
 
@@ -8016,10 +9804,6 @@ def amount_sentences(analysis: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def duration(seconds: float) -> str:
-    return f"{seconds:.1f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
-
-
 def machine(row: Row) -> str:
     """Precision and device of a measured row."""
     return f"{show(row, 'dtype')} on {show(row, 'device')}"
@@ -8076,6 +9860,44 @@ def suite_time_sentence(results: Results) -> str:
         f"Suite time: {time} of inference here, {machine(done.iloc[0])}; expected for OLMoE-1B-7B: "
         f"{'; '.join(expected)}."
     )
+
+
+def scaled(number: float | None, units: Sequence[str], digits: int = 2) -> str:
+    """A number with the unit that keeps it short, each unit a thousand times the one before; empty for
+    None."""
+    if number is None:
+        return ""
+    place = 0
+    while number >= 999.5 and place < len(units) - 1:
+        number /= 1000
+        place += 1
+    return f"{number:.{digits}f} {units[place]}".strip()
+
+
+PARAMETERS = ("", "k", "M", "B")  # as models are named: 1.28 B of 6.92 B
+FLOPS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")
+BYTES = ("B", "kB", "MB", "GB", "TB")
+
+
+def compute_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """What a token costs the model under the baseline; and under each other configuration, with the speed-up
+    that this allows and the one that was measured. For the report and a terminal."""
+    baseline = analysis["baseline"]
+    sentences = []
+    for name, entry in sorted(analysis["compute"].items(), key=lambda item: item[0] != baseline):
+        active = scaled(entry["active_parameters"], PARAMETERS)
+        total = scaled(entry["total_parameters"], PARAMETERS)
+        read = scaled(entry["weight_bytes_per_token"], BYTES)
+        flops = scaled(entry["expert_flops_per_token"], FLOPS)
+        sentence = f"A token under `{name}` uses {active} of {total} parameters and {flops} in its experts"
+        if read:
+            sentence += f", and {read} of weights are read to decode one"
+        if name != baseline and entry["allowed_speedup"] is not None:
+            sentence += f": that allows {entry['allowed_speedup']:.2f} times the speed of `{baseline}`"
+            if entry["decode_speedup"] is not None:
+                sentence += f", {entry['decode_speedup']:.2f} times was measured"
+        sentences.append(f"{sentence}.")
+    return sentences
 
 
 CONCLUSIONS: tuple[Callable[[Mapping[str, Any]], list[str]], ...] = (
@@ -8169,6 +9991,34 @@ def null_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"null": name, **row} for name, null in nulls.items() for row in null["alphas"]]
 
 
+def compute_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for name, entry in analysis["compute"].items():
+        shown = {
+            "configuration": name,
+            "active": scaled(entry["active_parameters"], PARAMETERS),
+            "of_experts": scaled(entry["active_expert_parameters"], PARAMETERS),
+            "flops": scaled(entry["expert_flops_per_token"], FLOPS),
+            "read": scaled(entry["weight_bytes_per_token"], BYTES),
+        }
+        rows.append(entry | shown)
+    return rows
+
+
+def phase_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """None where nothing was generated."""
+    rows = []
+    for name, entry in analysis["compute"].items():
+        if entry["prefill_experts"] is not None:
+            row = {"configuration": name}
+            row |= {column: entry[column] for column in ("prefill_experts", "decode_experts")}
+            for phase in ("prefill", "decode"):
+                seconds = entry[f"{phase}_sec"]
+                row[f"{phase}_ms"] = None if seconds is None else 1000 * seconds
+            rows.append(row)
+    return rows
+
+
 def layer_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for name, layers in analysis["layers"].items():
@@ -8180,6 +10030,15 @@ def layer_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
             diverging = sum(p < SIGNIFICANCE_LEVEL for p in p_values)
             shown["diverging"] = f"{diverging} of {len(p_values)}"
         rows.append(layers | shown)
+    return rows
+
+
+def token_kind_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for entries in shown_token_kinds(analysis).values():
+        for entry in entries:
+            shown = {"words": _kind_title(entry), "is_significant": significance(entry)}
+            rows.append({**entry, **shown})
     return rows
 
 
@@ -8297,6 +10156,10 @@ def failure_rows(results: Results) -> list[dict[str, Any]]:
         for row in frame[frame["status"] != "ok"].to_dict("records"):
             item = row[ITEMS[kind].item] or row[ITEMS[kind].category]
             rows.append({"configuration": row["config_name"], "item": item, "error": row["error"]})
+    batches = results.throughput[results.throughput["status"] != "ok"]
+    for row in batches.to_dict("records"):
+        item = f"batch of {row['batch_size']}"
+        rows.append({"configuration": row["config_name"], "item": item, "error": row["error"]})
     return rows
 
 
@@ -8309,6 +10172,10 @@ REPORT_TEMPLATE = """\
 
 {{ subject }}
 
+{% if first_plot %}
+![{{ first_plot.title }}](plots/{{ first_plot.name }}.png)
+
+{% endif %}
 {{ bullets(findings) }}
 
 {% if tasks %}
@@ -8404,6 +10271,37 @@ Experts: mean and standard deviation over {{ item }}s of the mean over tokens an
 most experts that any token got in any layer. At floor, at cap, no rejection: shares of all (token, layer) \
 decisions of the rules that have them.{% if is_timed %} Times are medians over prompts.{% endif %}
 
+{% if compute %}
+## Compute
+
+{{ table("compute", compute) }}
+
+By the shapes of the model's own parameters, {{ total_parameters }} in all, a tied tensor once. Active: all \
+but the routed experts that did not run, embedding tables in full. Of experts: routed ones; shared ones \
+count with the rest. FLOPs of the routed experts: 2 for each multiply-add. Read to decode a token: active \
+parameters at their precision, of an embedding table one row. Allowed: times as fast as `{{ baseline }}` if \
+reading weights were all that takes time. Measured: from the median over prompts of the ratio of their \
+decode times. A model that fits into caches, or is small beside what each step costs anyway, gains less.
+
+{% if phases %}
+{{ table("phases", phases) }}
+
+Prefill: all tokens of the prompt at once, until the first new token; decoding: the others, one by one. \
+Times are medians over prompts.
+{% endif %}
+
+{% if throughput %}
+### Throughput of a batch
+
+{{ table("throughput", throughput) }}
+
+New tokens a second, prefill included: at batch size 1 the median over prompts, at a larger one that of {{ \
+repeats }} runs of one batch, configurations in turns; and as a multiple of `{{ baseline }}`'s at the same \
+batch size. Allowed: by the bytes of weights that a decoding step reads, of every expert which some text of \
+the batch uses. Prompts are padded on the left; padding is not counted.
+{% endif %}
+{% endif %}
+
 {% if layers %}
 ## Layers
 
@@ -8413,6 +10311,21 @@ Means over layers, from `layer_statistics.csv`; every expert is in `expert_usage
 Categories diverge: Jensen-Shannon divergence of their use of experts (0: the same experts), and in how many \
 layers it is more than chance (permutation test, adjusted p below {{ level }}).{% endif %}
 
+{% endif %}
+
+{% if token_kinds %}
+## Which tokens get many experts
+
+{{ bullets(token_findings) }}
+
+{{ table("token_kinds", token_kinds) }}
+
+Of {{ token_source }}. In each document, the mean over tokens and layers of how many experts ran for tokens \
+of this kind minus that for all other tokens; Student's interval over the documents that have both, a prompt \
+being its own; p BH-adjusted over all {{ n_token_tests }} such tests of this run (all are in \
+`analysis_summary.json`). {{ token_definitions }} Every token is in `token_counts.csv`.
+
+{{ few_units(token_kinds) }}
 {% endif %}
 
 ## Statistical tests
@@ -8448,7 +10361,7 @@ Mean experts per token and layer.
 ![{{ title }}](plots/{{ name }}.png)
 
 {% else %}
-No plot lies beside this report.
+{{ "No further plot lies" if first_plot else "No plot lies" }} beside this report.
 
 {% endfor %}
 
@@ -8483,6 +10396,9 @@ This run has no configuration of theirs.
 """
 
 
+FIRST_PLOT = "quality_vs_experts"  # stands with the answer; the others have a section
+
+
 def report_context(
     results: Results, analysis: Mapping[str, Any], folder: Path, failed_plots: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -8493,7 +10409,8 @@ def report_context(
     layers = layer_rows(analysis)
     shuffled = analysis["shuffle_effects"].values()
     diagnostics = analysis["null_diagnostics"] or {}
-    is_drawn = {name: (folder / "plots" / f"{name}.png").exists() for name in PLOTS}
+    drawn = [name for name in PLOTS if (folder / "plots" / f"{name}.png").exists()]
+    first = FIRST_PLOT if FIRST_PLOT in drawn else None
     return {
         "answer": answer_sentence(analysis),
         "subject": subject_sentence(results, analysis),
@@ -8518,14 +10435,27 @@ def report_context(
         "calibrated_on": calibration_sentence(diagnostics),
         "distances": null_distances(diagnostics),
         "summary": summary_rows(analysis, measured),
+        "compute": compute_rows(analysis),
+        "total_parameters": next(
+            (scaled(entry["total_parameters"], PARAMETERS) for entry in analysis["compute"].values()), ""
+        ),
+        "phases": phase_rows(analysis),
+        "throughput": analysis["throughput"],
+        "repeats": next((int(number) for number in results.throughput["repeats"].dropna()), 0),
         "layers": layers,
         "diverging": any("diverging" in row for row in layers),
+        "token_kinds": token_kind_rows(analysis),
+        "token_findings": token_kind_sentences(analysis),
+        "token_source": token_source(analysis),
+        "token_definitions": token_definitions(),
+        "n_token_tests": len(analysis["token_kinds"]),
         "tests": test_rows(analysis),
         "category_table": category_table(analysis, distinct(measured["config_name"])),
         "undrawn": [
             f"`{name}` could not be drawn: {markdown_text(why)}" for name, why in failed_plots.items()
         ],
-        "plots": [(name, plot.title) for name, plot in PLOTS.items() if is_drawn[name]],
+        "first_plot": {"name": first, "title": PLOTS[first].title} if first else None,
+        "plots": [(name, PLOTS[name].title) for name in drawn if name != first],
         "expected": expected_rows(analysis),
         "suite_time": suite_time_sentence(results),
         "conclusions": [sentence for conclude in CONCLUSIONS for sentence in conclude(analysis)],
@@ -8561,13 +10491,454 @@ def generate_markdown_report(
     return path
 
 
-def write_report(df: pd.DataFrame, output_dir: str | Path, baseline: str | None = None) -> DrawnPlots:
+# The report as a page
+
+
+PLOT_PIXELS = 1600  # width of a plot in the page: sharp on a screen of twice the usual density
+LONGEST_TEXT = 4000  # characters of a text of others that the page shows; the tables of the run have it whole
+SHORT_CELL = 36  # characters of a cell that stay on one line
+SHORT_CODE = 24  # and of a name in a sentence
+FRAGMENTS_BEFORE = "summary-by-configuration"  # heading of the page that further fragments stand before
+PAGE_POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+)
+PAGE_TEMPLATE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ title }}</title>
+<style>
+:root {
+  --text: #1d2430; --soft: #5b6472; --page: #fff; --card: #f5f6f8; --line: #d9dde3; --accent: #0b6aa8;
+  --better: #0173b2; --worse: #b34a00;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --text: #e3e6ea; --soft: #a2abb8; --page: #15181d; --card: #1f242b; --line: #363d47; --accent: #6cb6ea;
+    --better: #67b7ee; --worse: #f39a5b;
+  }
+}
+* { box-sizing: border-box; }
+html { scroll-padding-top: 4.5rem; text-size-adjust: 100%; }
+body {
+  margin: 0; background: var(--page); color: var(--text);
+  font: 1rem/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+}
+nav {
+  position: sticky; top: 0; z-index: 3; overflow-x: auto; padding: .55rem 1.2rem;
+  background: var(--page); border-bottom: 1px solid var(--line); font-size: .85rem;
+}
+nav a { display: inline-block; margin-right: 1.1rem; color: var(--soft); text-decoration: none; }
+nav a:hover { color: var(--accent); text-decoration: underline; }
+main { max-width: 76rem; margin: 0 auto; padding: .5rem 1.2rem 4rem; }
+main > p, main > ul { max-width: 52rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 1rem 0 .5rem; }
+h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: .5rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1.02rem; margin: 1.8rem 0 .5rem; }
+h1 + h2 { border: 0; margin-top: 0; padding-top: 0; font-size: 1rem; color: var(--soft); }
+h1 + h2 + p { padding: .9rem 1.1rem; background: var(--card); border-left: 4px solid var(--accent); }
+h1 + h2 + p strong { font-weight: 600; }
+strong code { font-weight: inherit; }
+ul { padding-left: 1.2rem; }
+code {
+  font: .88em ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace; overflow-wrap: anywhere;
+}
+.table {
+  overflow: auto; width: fit-content; max-width: 100%; max-height: 80vh; margin: .9rem 0;
+  border: 1px solid var(--line); border-radius: 6px;
+}
+table { border-collapse: separate; border-spacing: 0; font-size: .85rem; line-height: 1.35; }
+th, td {
+  padding: .35rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
+  unicode-bidi: isolate; font-variant-numeric: tabular-nums;
+}
+th {
+  position: sticky; top: 0; z-index: 1; background: var(--card); font-weight: 600; vertical-align: bottom;
+}
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--card); }
+th:first-child { z-index: 2; }
+td { max-width: 36rem; overflow-wrap: anywhere; }
+td:first-child { max-width: 15rem; overflow-wrap: break-word; }
+.table code { overflow-wrap: inherit; }
+.short { white-space: nowrap; }
+.number { text-align: right; }
+tbody tr:last-child td { border-bottom: 0; }
+.better { color: var(--better); font-weight: 600; }
+.worse { color: var(--worse); font-weight: 600; }
+.undecided, .static { color: var(--soft); }
+figure { margin: 1rem 0; max-width: 56rem; overflow-x: auto; }
+figure img {
+  display: block; max-width: 100%; height: auto; padding: .7rem; background: #fff; border-radius: 6px;
+  border: 1px solid var(--line);
+}
+@media (prefers-color-scheme: dark) { figure img { filter: brightness(.93); } }
+@media (max-width: 40rem) {
+  main { padding: .3rem .8rem 3rem; }
+  nav { padding: .5rem .8rem; white-space: nowrap; }
+  table { font-size: .78rem; }
+  th, td { padding: .3rem .5rem; }
+  td:first-child, th:first-child { max-width: 8.5rem; }
+  td:first-child, td:first-child .short { white-space: normal; }
+  figure img { padding: .25rem; max-width: none; width: max(100%, 36rem); }
+}
+@media print {
+  :root {
+    --text: #000; --soft: #444; --page: #fff; --card: #f3f3f3; --line: #bbb; --accent: #0b6aa8;
+    --better: #0173b2; --worse: #b34a00;
+  }
+  @page { size: A4 landscape; margin: 12mm; }
+  nav { display: none; }
+  body { font-size: 10pt; }
+  main, main > p, main > ul { max-width: none; }
+  main { padding: 0; }
+  .table { overflow: visible; max-height: none; border: 0; }
+  table { font-size: 7.2pt; }
+  th, td { padding: 2pt 4pt; position: static !important; }
+  .short { white-space: normal; overflow-wrap: normal; }
+  tr, figure { break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
+  figure { max-width: none; overflow: visible; }
+  figure img { max-height: 165mm; max-width: 100%; width: auto; border: 0; padding: 0; filter: none; }
+}
+</style>
+</head>
+<body>
+<nav aria-label="Contents">
+{% for id, heading in contents %}
+<a href="#{{ id }}">{{ heading|safe }}</a>
+{% endfor %}
+</nav>
+<main>
+{{ content|safe }}
+</main>
+</body>
+</html>
+"""
+
+
+def plot_data_url(path: Path) -> tuple[str, int, int]:
+    """A plot as a data URL of PNG, no wider than PLOT_PIXELS and in 256 colours; its width and height."""
+    with pil_image.open(path) as image:
+        plot = image.convert("RGB")
+    if plot.width > PLOT_PIXELS:
+        plot = plot.resize((PLOT_PIXELS, max(1, round(plot.height * PLOT_PIXELS / plot.width))))
+    stored = io.BytesIO()
+    plot.quantize(256, dither=0).save(stored, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(stored.getvalue()).decode()}", plot.width, plot.height
+
+
+class _PageParts:
+    """How the page shows what Markdown says: no HTML of a text, no link, no image but the run's own plots."""
+
+    def __init__(self, plots_folder: Path):
+        self._plots = {f"plots/{name}.png": plots_folder / f"{name}.png" for name in PLOTS}
+        self._parser = markdown_it.MarkdownIt("commonmark", {"html": False})
+        self._parser.enable("table").disable(["link", "autolink", "reference", "html_block", "html_inline"])
+        self._parser.renderer.rules |= {
+            "text": self._text,
+            "code_inline": self._code,
+            "image": self._image,
+            "heading_open": self._heading,
+            "th_open": self._cell,
+            "td_open": self._cell,
+            "table_open": self._table,
+            "table_close": self._table_end,
+        }
+        self._headings: collections.Counter[str] = collections.Counter()
+
+    def render(self, markdown: str) -> str:
+        shown = self._parser.render(markdown)
+        return re.sub(r"<p>(<figure>.*?</figure>)</p>", r"\1", shown)  # a paragraph holds no figure
+
+    def _text(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        text = tokens[place].content
+        if len(text) > LONGEST_TEXT:
+            text = f"{text[:LONGEST_TEXT]}… ({len(text) - LONGEST_TEXT:,} more characters)"
+        return html.escape(text)
+
+    def _code(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        words = self._text(tokens, place, options, env)
+        return f'<code class="short">{words}</code>' if len(words) < SHORT_CODE else f"<code>{words}</code>"
+
+    def _image(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        token = tokens[place]
+        source = token.attrs.get("src", "")
+        words = html.escape(token.content)
+        path = self._plots.get(source)
+        if path is None or not path.is_file():
+            return f"{words} ({html.escape(str(source))})"
+        try:
+            url, width, height = plot_data_url(path)
+        except (OSError, ValueError) as error:
+            return f"{words}: {html.escape(_visible(_first_line(error)))}"
+        size = f'width="{width}" height="{height}"'
+        return f'<figure><img src="{url}" alt="{words}" {size}></figure>'
+
+    def _heading(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        words = re.sub(r"[^a-z0-9]+", "-", tokens[place + 1].content.lower()).strip("-") or "section"
+        self._headings[words] += 1
+        number = self._headings[words]
+        return f'<{tokens[place].tag} id="{words}{"" if number == 1 else f"-{number}"}">'
+
+    def _cell(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        """Short ones stay on one line; numbers and verdicts are told by their class."""
+        token = tokens[place]
+        content = tokens[place + 1].content
+        classes = []
+        if "right" in str(token.attrs.get("style", "")):
+            classes.append("number")
+        if token.tag == "td" and len(content) < SHORT_CELL:
+            classes.append("short")
+        if content in (*VERDICT_COLORS, "static"):
+            classes.append(content)
+        return f'<{token.tag} class="{" ".join(classes)}">' if classes else f"<{token.tag}>"
+
+    def _table(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        return '<div class="table" tabindex="0">\n<table>\n'
+
+    def _table_end(self, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        return "</table>\n</div>\n"
+
+
+def page_html(report_markdown: str, plots_folder: Path, sections: Sequence[str] = ()) -> str:
+    """The report as one page that needs nothing beside it and runs nothing.
+
+    report_markdown: REPORT.md. plots_folder: where the plots lie that it shows. sections: further fragments
+    of HTML, each from its own `<h2 id=...>` on, made harmless by who made them; they stand before the
+    summary by configuration.
+    """
+    content = _PageParts(plots_folder).render(report_markdown)
+    before, heading, after = content.partition(f'<h2 id="{FRAGMENTS_BEFORE}">')
+    content = "\n".join([before, *sections, heading + after])
+    title = re.search(r"<h1[^>]*>(.*?)</h1>", content)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=True)
+    return environment.from_string(PAGE_TEMPLATE).render(
+        policy=PAGE_POLICY,
+        title=html.unescape(title[1]) if title else "BH routing against Top-K",
+        contents=re.findall(r'<h2 id="([\w-]+)"[^>]*>(.*?)</h2>', content),
+        content=content,
+    )
+
+
+def write_page(folder: Path, sections: Sequence[str] = ()) -> Path:
+    """Write report.html from the REPORT.md and the plots that lie in `folder`; sections: see `page_html`."""
+    markdown = (folder / "REPORT.md").read_text(encoding="utf-8")
+    path = folder / "report.html"
+    write_whole(path, page_html(markdown, folder / "plots", sections))
+    return path
+
+
+@dataclass(frozen=True)
+class WrittenReport(DrawnPlots):
+    """The plots of a report, and the analysis that it tells."""
+
+    analysis: dict[str, Any]
+
+
+def write_report(df: pd.DataFrame, output_dir: str | Path, baseline: str | None = None) -> WrittenReport:
     """Analysis, plots and report of a run, into `output_dir`; see `analyze_results` for the arguments."""
     folder = Path(output_dir)
+    start = time.perf_counter()
     analysis = analyze_results(df, folder, baseline)
+    logger.info(f"analysed in {duration(time.perf_counter() - start)}")
     drawn = draw_plots(df, folder, analysis)
     generate_markdown_report(df, analysis, folder / "REPORT.md", drawn.failed)
-    return drawn
+    tokens = token_view(results_beside(df, folder), folder)
+    sections = [f'<h2 id="tokens">Token by token</h2>\n{tokens}'] if tokens else []
+    write_page(folder, sections)
+    return WrittenReport(drawn.paths, drawn.failed, analysis)
+
+
+# The answer on a terminal
+
+
+TERMINAL_COLUMNS = 80
+TERMINAL_ROWS = 12  # of a table; the report has them all
+TERMINAL_TABLES: dict[str, tuple[ReportColumn, ...]] = {
+    "configurations": (
+        ReportColumn("configuration", "configuration", "s"),
+        ReportColumn("experts", "experts", ".2f"),
+        ReportColumn("saved", "saved", ".0%"),
+        ReportColumn("time", "time", ".2f"),
+        ReportColumn("NLL", "delta_nll", "+.4f"),
+        ReportColumn("95 % interval", "ci95", "+.4f to +.4f"),
+        ReportColumn("verdict", "verdict", "s"),
+    ),
+    "rules": (
+        ReportColumn("rule", "label", "s"),
+        ReportColumn("experts", "span", ".2f to .2f"),
+        ReportColumn("NLL", "at_middle", "+.4f"),
+        ReportColumn("within 1 %", "within_1", ".2f"),
+        ReportColumn("beaten by", "beaten_by", "s"),
+    ),
+    "tasks": (
+        ReportColumn("task", "task", "s"),
+        ReportColumn("configuration", "configuration", "s"),
+        ReportColumn("score", "metric", "s"),
+        ReportColumn("mean", "mean", ".3f"),
+        ReportColumn("diff.", "mean_difference", "+.3f"),
+        ReportColumn("95 % interval", "ci95", "+.3f to +.3f"),
+        ReportColumn("differs", "is_significant", "s"),
+    ),
+}
+
+
+def _columns_of(text: str) -> int:
+    """How many columns of a terminal a text takes: wide characters two, marks on others none."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
+def _shortened(text: str, columns: int) -> str:
+    """`text` in so many columns; where something had to go, an ellipsis stands in its middle."""
+    text = _visible(text[: 20 * columns])
+    if _columns_of(text) <= columns:
+        return text
+    while _columns_of(text) > columns - 1:
+        middle = len(text) // 2
+        text = text[:middle] + text[middle + 1 :]
+    middle = len(text) // 2
+    return f"{text[:middle]}…{text[middle:]}"
+
+
+def _padded(text: str, columns: int, is_number: bool) -> str:
+    space = " " * (columns - _columns_of(text))
+    return space + text if is_number else text + space
+
+
+def terminal_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[ReportColumn]) -> list[str]:
+    """The lines of a table in TERMINAL_COLUMNS: numbers right, words left, no column that has nothing to
+    show. The widest words are shortened as far as it needs."""
+    shown: list[list[str]] = []
+    numbers: list[bool] = []
+    for place, column in enumerate(columns):
+        texts = [show(row, column.key, column.form or "s") for row in rows]
+        if place == 0 or set(texts) != {NOTHING_TO_SHOW}:
+            shown.append([column.title, *texts])
+            numbers.append(column.form not in ("", "s"))
+    widths = [max(map(_columns_of, texts)) for texts in shown]
+    room = TERMINAL_COLUMNS - 2 * (len(shown) - 1)
+    while sum(widths) > room:
+        widest = max((place for place in range(len(shown)) if not numbers[place]), key=widths.__getitem__)
+        widths[widest] -= 1
+    lines = []
+    for cells in zip(*shown, strict=True):
+        fitted = zip(cells, widths, numbers, strict=True)
+        padded = [_padded(_shortened(cell, width), width, is_number) for cell, width, is_number in fitted]
+        lines.append("  ".join(padded).rstrip())
+    lines.insert(1, "-" * max(map(_columns_of, lines)))
+    return lines
+
+
+def plain_text(sentence: str) -> str:
+    """A sentence of the report without its Markdown."""
+    text = re.sub(r"\*\*|(?<!\\)`", "", sentence)
+    return html.unescape(re.sub(r"\\([\\`*_{}\[\]|#!])", r"\1", text))
+
+
+def configuration_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the terminal shows of configurations: the baseline, then those compared with it; the best first
+    where they are too many."""
+    base = analysis["baseline"]
+    rows = []
+    for name in analysis["configurations"]:
+        verdict = analysis["verdict"].get(name, {})
+        summary = analysis["summary_by_config"].get(name, {})
+        if name != base and verdict and is_static(verdict):
+            continue
+        generated = summary.get("avg_experts_per_token", {}).get("mean")
+        tests = analysis["statistical_tests"].get(name, {})
+        clock = tests.get("inference_time_sec", {})
+        row = verdict | {"configuration": name, "experts": verdict.get("mean_experts", generated)}
+        row["time"] = clock.get("median_ratio")
+        row["verdict"] = "baseline" if name == base else verdict.get("verdict")
+        rows.append(row)
+    rows.sort(key=lambda row: row["configuration"] != base)
+    of_base = rows[0]["experts"]
+    for row in rows[1:]:
+        if of_base and row["experts"] is not None:
+            row["saved"] = 1 - row["experts"] / of_base
+    if len(rows) > TERMINAL_ROWS:
+        order = {verdict: place for place, verdict in enumerate(("baseline", "better", "undecided", "worse"))}
+
+        def rank(row: Mapping[str, Any]) -> tuple[int, float]:
+            delta = row.get("delta_nll")
+            return order.get(row["verdict"], len(order)), math.inf if delta is None else delta
+
+        rows.sort(key=rank)
+    return rows
+
+
+TERMINAL_NOTES = {  # key of a column -> what it means
+    "saved": "experts, against {baseline}",
+    "time": "of inference, median over prompts of the ratio to {baseline}'s",
+    "delta_nll": "nats per token, minus static Top-K's at the same number of experts",
+    "at_middle": "nats per token, minus static Top-K's, at {middle} effective experts",
+    "within_1": "fewest effective experts within 1 % of the model's own perplexity",
+    "beaten_by": "of the rules with the same stand-in",
+    "mean_difference": "to {baseline}, paired by document",
+    "is_significant": "adjusted p below {level}",
+}
+FIELD_FROM = 6  # rules: so many are shown as rules; where fewer are compared, their configurations say more
+
+
+def rule_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the terminal shows of rules: those that no other beats, then the nearest to the best."""
+
+    middle = middle_of(analysis["field"]["experts"])
+    rows = [row | {"at_middle": row.get(f"at_{middle}")} for row in league_rows(analysis["field"])]
+    return sorted(rows, key=lambda row: (row["beaten_by"] != "none", row.get("to_best", math.inf)))
+
+
+def compared_task_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the terminal shows of tasks: what is compared with the baseline, significant differences first."""
+    rows = [row for row in task_rows(analysis) if row["configuration"] != analysis["baseline"]]
+    return sorted(rows, key=lambda row: row.get("significant") is not True)
+
+
+def terminal_answer(analysis: Mapping[str, Any]) -> str:
+    """What a run says, for a terminal of TERMINAL_COLUMNS: the answer, and the table it rests on."""
+    if analysis["tasks"]:
+        kind = "tasks"
+        answer = task_sentence(analysis)
+        rows = compared_task_rows(analysis)
+    elif len(analysis["field"].get("ladders", ())) >= FIELD_FROM:
+        kind = "rules"
+        answer = answer_sentence(analysis)
+        rows = rule_rows(analysis)
+    else:
+        kind = "configurations"
+        answer = verdict_sentence(analysis)
+        rows = configuration_rows(analysis)
+    shown = rows[:TERMINAL_ROWS]
+    lines = [*textwrap.wrap(_visible(plain_text(answer)), TERMINAL_COLUMNS), ""]
+    if shown:
+        lines += terminal_table(shown, TERMINAL_TABLES[kind])
+    if len(rows) > len(shown):
+        lines.append(f"{len(rows) - len(shown)} more {kind} stand in the report; these are the best.")
+    words = {"baseline": analysis["baseline"], "level": f"{SIGNIFICANCE_LEVEL:g}"}
+    words["middle"] = str(middle_of(analysis["field"]["experts"])) if kind == "rules" else ""
+    notes = [
+        f"{column.title}: {TERMINAL_NOTES[column.key].format(**words)}"
+        for column in TERMINAL_TABLES[kind]
+        if column.key in TERMINAL_NOTES and any(row.get(column.key) is not None for row in shown)
+    ]
+    return "\n".join([*lines, "", *textwrap.wrap("; ".join(notes), TERMINAL_COLUMNS)]).rstrip()
+
+
+def terminal_paths(folder: Path) -> str:
+    """Where to read on: the report as a page and as Markdown, the plots, and the tables of the run."""
+    lines = []
+    reports = [folder / "report.html", folder / "REPORT.md"]
+    tables = [folder / table.file for table in TABLES]
+    for title, paths in (("report", reports), ("plots", [folder / "plots"]), ("tables", tables)):
+        there = [path for path in paths if path.exists()]
+        lines += [f"{title if not place else '':8}{_visible(str(path))}" for place, path in enumerate(there)]
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -8653,10 +11024,12 @@ OPTIONS = (
            "else float16 on a GPU and float32 on a CPU", choices=DTYPES, default="auto"),
     Option("no-fp16", "the same as --dtype float32", None),
     Option("revision", "branch, tag or commit of a hub model"),
-    Option("trust-remote-code", "execute Python code that comes with the model", None),
+    Option("trust-remote-code", "execute Python code that a model brings or that task files name", None),
     Option("batch-size", f"texts scored in one forward pass; auto begins with {AUTO_BATCH_TOKENS:,} tokens "
            "and halves when memory is short. Results do not depend on it, but for rounding", _batch_size,
            "auto", "N"),
+    Option("generate-batch", "continue N prompts together as well: throughput at that batch size, beside "
+           "that of one prompt at a time", int, metavar="N", least=2),
     Option("suite", "family of configurations: default, frontier, controls, field or all", default="default"),
     Option("configs", "comma-separated names: only these configurations", _names, metavar="NAMES"),
     Option("routing-configs", "JSON file of your own configurations, by name", Path, metavar="FILE"),
@@ -8685,6 +11058,7 @@ OPTIONS = (
            f"--text, {DEFAULT_TEXT_LIMIT:,} if not given", int, metavar="N", needs="dataset or text",
            least=1),
     Option("random-rows", "draw the rows of --dataset by --seed, not the first ones", None, needs="dataset"),
+    Option("token-log", f"write a row for {TOKEN_LOG.row} to {' or '.join(TOKEN_LOG_FILES)}", None),
     Option("tasks", "comma-separated tasks or groups of lm-evaluation-harness, instead of prompts", _names,
            metavar="NAMES"),
     Option("num-fewshot", "examples in the context of --tasks; a task's own if not given", int, metavar="N",
@@ -8776,8 +11150,16 @@ def _check_exclusions(args: argparse.Namespace, given: Mapping[str, Any]) -> Non
         both = [f"--{name.replace('_', '-')}" for name in sources if name in given]
         if len(both) > 1:
             raise UserError(f"{both[0]} and {both[1]} exclude each other: a run takes its items from one")
+    only_scores = args.text and args.text != [NO_TEXT] and not (args.prompts or args.dataset)
+    if args.generate_batch and (args.tasks or only_scores):
+        other = "--tasks" if args.tasks else "--text without --prompts or --dataset"
+        raise UserError(
+            f"--generate-batch and {other} exclude each other: there is no prompt to be continued"
+        )
     if args.tasks and args.do_sample:
         raise UserError("--tasks and --do-sample exclude each other: a task says itself how to generate")
+    if args.tasks and args.token_log:
+        raise UserError("--tasks and --token-log exclude each other: tokens of tasks are not told apart")
     if args.device_map and args.device != "auto":
         raise UserError(f"--device {args.device} and --device-map exclude each other")
 
@@ -8965,9 +11347,22 @@ def measure(args: argparse.Namespace) -> Results | None:
     else:
         samples = args.num_samples or 1
         runner.run_full_experiment_suite(
-            configs, prompts, args.max_tokens, texts=text.scored, num_samples=samples, **options
+            configs,
+            prompts,
+            args.max_tokens,
+            texts=text.scored,
+            num_samples=samples,
+            generate_batch=args.generate_batch,
+            token_log=args.token_log,
+            **options,
         )
     return runner.results if runner.processes.rank == 0 else None
+
+
+def say(text: str) -> None:
+    """Print to stdout, what it cannot show as escapes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -8981,30 +11376,47 @@ def run(args: argparse.Namespace) -> int:
     if results is None:
         return 0
     with log_to(args.output / LOG_FILE):
-        drawn = write_report(results.generation, args.output, args.baseline)
-        logger.info(f"report: {args.output / 'REPORT.md'}")
-    return 1 if drawn.failed or results.num_failed else 0
+        written = write_report(results.generation, args.output, args.baseline)
+        logger.debug(f"report: {args.output / 'REPORT.md'}")
+    say(f"\n{terminal_answer(written.analysis)}\n\n{terminal_paths(args.output)}")
+    return 1 if written.failed or results.num_failed else 0
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM: what a scheduler sends before it kills."""
+    """SIGTERM, what a scheduler sends before it kills, or SIGHUP, what a closed terminal sends."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
 
 
 def _terminate(number: int, frame: Any) -> None:
-    raise _Terminated
+    raise _Terminated(number)
+
+
+def _end_on_signals(stack: contextlib.ExitStack) -> None:
+    """SIGTERM and SIGHUP end a run as Ctrl-C does, until `stack` puts back what they did before."""
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handler
+        return
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        # What is ignored stays ignored: `nohup` starts a program that way.
+        before = signal.SIG_IGN if number is None else signal.getsignal(number)
+        if before is not signal.SIG_IGN:
+            signal.signal(number, _terminate)
+            stack.callback(signal.signal, number, before or signal.SIG_DFL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done, 1 something failed, 2 a wrong call, 130 Ctrl-C, 143 SIGTERM."""
+    """Entry point. Exit codes: 0 done, 1 failures, 2 a wrong call, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     args = parse_options(argv)
     args.command = shlex.join(["run_bh_experiments.py", *(sys.argv[1:] if argv is None else argv)])
     is_first = os.environ.get("RANK", "0") == "0"  # one of several processes speaks, but all may complain
     console = _ConsoleHandler(logging.INFO if is_first else logging.WARNING)
     console.setFormatter(_LineFormatter())
     level = logger.level
-    previous_handler = None
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
-        previous_handler = signal.signal(signal.SIGTERM, _terminate)
+    signals = contextlib.ExitStack()
+    _end_on_signals(signals)
     logger.addHandler(console)
     logger.setLevel(logging.INFO)
     try:
@@ -9017,10 +11429,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as stop:
         logger.error("interrupted; all finished experiments are saved: the same command goes on from there")
-        return 143 if isinstance(stop, _Terminated) else 130
+        return 128 + (stop.number if isinstance(stop, _Terminated) else signal.SIGINT)
     finally:
-        if previous_handler is not None:
-            signal.signal(signal.SIGTERM, previous_handler)
+        signals.close()
         logger.removeHandler(console)
         logger.setLevel(level)
 

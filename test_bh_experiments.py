@@ -21,7 +21,12 @@ import dataclasses
 import doctest
 import errno
 import functools
+import gzip
 import hashlib
+import html
+import html.parser
+import http.server
+import importlib.util
 import inspect
 import io
 import itertools
@@ -40,6 +45,7 @@ import threading
 import time
 import warnings
 import zlib
+from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -2839,10 +2845,11 @@ def folders_of_tables(mock_model, task_run, tmp_path_factory):
     prompts += [{"id": "other", "text": "another word", "category": "awkward"}]
     long = {"id": "long", "text": "word " * 300, "category": "plain", "reference": "and more"}
     configs = CONFIGS | {"bh": EMPIRICAL}
-    runner.run_full_experiment_suite(configs, [*prompts, long], 2, texts=WINDOWS, num_samples=2)
-    runner.run_full_experiment_suite(configs, prompts, 2, texts=WINDOWS, num_samples=2)
+    options = {"texts": WINDOWS, "num_samples": 2}
+    runner.run_full_experiment_suite(configs, [*prompts, long], 2, **options)
+    runner.run_full_experiment_suite(configs, prompts, 2, generate_batch=2, **options)
     shutil.copytree(folder, folder / "without failure")
-    runner.run_full_experiment_suite(configs, [*prompts, long], 2, texts=WINDOWS, num_samples=2)
+    runner.run_full_experiment_suite(configs, [*prompts, long], 2, generate_batch=6, **options)
     return folder, folder / "without failure", task_run[1]
 
 
@@ -3550,8 +3557,11 @@ def small_mock():
     return MockMoE(top_k=2, layers=2, experts=8, hidden=16).eval()
 
 
+LEFT_ALONE = 75  # exit code of a process that waits for one that is gone; a launcher would end it
+
+
 class KillSeries:
-    """A small suite that is killed again and again, and resumed by any number of processes."""
+    """A small run that is killed again and again, and resumed by any number of processes."""
 
     def __init__(self, folder, kills, most_processes):
         torch.set_num_threads(1)
@@ -3562,26 +3572,41 @@ class KillSeries:
         self.most_processes = most_processes
         counted = (
             "killed",
+            "terminated",
             "in a write",
             "rows lost",
             "rows twice",
+            "torn tables",
             "others' files changed",
             "other results",
         )
         self.report = dict.fromkeys(("suites", *counted), 0)
 
+    def new_runner(self, output):
+        return mock_runner(self.model, output)
+
+    def measure(self, runner):
+        runner.run_full_experiment_suite(SMALL, SCORED_PROMPTS, 8)
+
     def suite(self, output, rank=0, world=1, wait=lambda: None, torn=False):
-        runner = mock_runner(self.model, output)
+        runner = self.new_runner(output)
         runner.processes = SimpleNamespace(rank=rank, world=world, wait=wait)
         if torn:
             tear_a_write(self.random)
-        runner.run_full_experiment_suite(SMALL, SCORED_PROMPTS, 8)
+        with contextlib.ExitStack() as stack:
+            bh._end_on_signals(stack)
+            try:
+                self.measure(runner)
+            except bh._Terminated:
+                return 128 + signal.SIGTERM
+            except threading.BrokenBarrierError:
+                return LEFT_ALONE
         return 0
 
     def attempt(self, output, usual):
         """Some processes run the suite, and are killed if enough have not been; whether they finished."""
         world = int(self.random.integers(1, self.most_processes + 1))
-        barrier = multiprocessing.get_context("fork").Barrier(world, timeout=60)
+        barrier = multiprocessing.get_context("fork").Barrier(world, timeout=600)
         kill = self.report["killed"] < self.kills
         torn_rank = int(self.random.integers(world)) if kill and self.random.integers(2) else None
         pids = []
@@ -3596,9 +3621,13 @@ class KillSeries:
             time.sleep(self.random.uniform(0, usual) if kill else 0)
         for pid in pids:  # as a launcher does when one is gone
             if kill and (torn_rank is None or how[0] != 0):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, self.random.choice([signal.SIGKILL, signal.SIGTERM]))
+                time.sleep(self.random.uniform(0, usual / 10))
         how += [ended(pid) for pid in pids]
-        assert set(how) <= {0, -signal.SIGKILL}, how
+        # SIGTERM by itself where it comes before it is waited for.
+        ends = {0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, LEFT_ALONE}
+        assert set(how) <= ends, how
+        self.report["terminated"] += 128 + signal.SIGTERM in how
         finished = not any(how)
         self.report["killed"] += not finished
         self.report["in a write"] += torn_rank is not None and not finished
@@ -3621,13 +3650,23 @@ class KillSeries:
                 if name.removesuffix(".part") not in own:  # its own may lie there, half written
                     self.report["others' files changed"] += now.get(name) != before[name]
             seen = found
+            # The tables are of a finished run, or not there.
+            for name, content in self.tables_of(output).items():
+                self.report["torn tables"] += content.count(b"\n") != self.whole[name].count(b"\n")
         return seen
+
+    @staticmethod
+    def tables_of(output):
+        tables = (*TABLES.values(), bh.LAYER_STATISTICS, bh.EXPERT_USAGE, bh.EXPERT_COUNTS)
+        paths = [output / table.file for table in tables]
+        return {path.name: path.read_bytes() for path in paths if path.exists()}
 
     def run(self):
         start = time.perf_counter()
-        self.suite(self.folder / "whole")
+        assert self.suite(self.folder / "whole") == 0
         usual = time.perf_counter() - start
         whole = bh.Results.read(self.folder / "whole")
+        self.whole = self.tables_of(self.folder / "whole")
         files = set()
         while self.report["killed"] < self.kills:
             output = self.folder / f"suite{self.report['suites']}"
@@ -3643,8 +3682,42 @@ class KillSeries:
         return self.report | {"files": sorted(files)}
 
 
-def kill_series(folder, kills, most_processes):
-    return KillSeries(Path(folder), kills, most_processes).run()
+class BatchSeries(KillSeries):
+    """The same with texts only, scored in batches that are saved row by row."""
+
+    def new_runner(self, output):
+        return mock_runner(self.model, output, batch_size=4)
+
+    def measure(self, runner):
+        texts = [text_item(f"w{n}", range(6 + n, 18 + n), f"d{n // 3}") for n in range(18)]
+        runner.run_full_experiment_suite(SMALL, [], 1, texts=texts)
+
+
+class TaskSeries(KillSeries):
+    """The same with tasks, each saved as a whole under each configuration."""
+
+    def __init__(self, folder, kills, most_processes):
+        super().__init__(folder, kills, most_processes)
+        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+        self.tasks = folder / "tasks"
+        self.tasks.mkdir()
+        write_tasks(self.tasks)
+        self.model = build("olmoe-eager")
+        self.tokenizer = byte_tokenizer()
+
+    def new_runner(self, output):
+        return bh.BHExperimentRunner("tiny", output, model=self.model, tokenizer=self.tokenizer)
+
+    def measure(self, runner):
+        names = ["mini_choice", "mini_text"]
+        runner.run_tasks(names, SMALL, limit=1, include_path=self.tasks)
+
+
+SERIES = {"suite": KillSeries, "batches": BatchSeries, "tasks": TaskSeries}
+
+
+def kill_series(kind, folder, kills, most_processes):
+    return SERIES[kind](Path(folder), kills, most_processes).run()
 
 
 def in_fresh_process(call, *arguments):
@@ -3665,16 +3738,21 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")
 
 
 @needs_fork
-@pytest.mark.parametrize("most_processes", [1, 3])
-def test_killed_at_random_moments(tmp_path, most_processes):
+@pytest.mark.parametrize(
+    ("kind", "most_processes"), [("suite", 1), ("suite", 3), ("batches", 3), ("tasks", 2)]
+)
+def test_killed_at_random_moments(kind, most_processes, tmp_path):
     """Killed at random moments and in the middle of writes, resumed by another number of processes each time:
     no row is lost or run twice, nobody's file is touched by another, and the tables are the same."""
-    report = in_fresh_process("kill_series", tmp_path, KILLS, most_processes)
-    print(report)
-    assert report["killed"] >= KILLS
-    assert report["in a write"] > 0
-    lost = ("rows lost", "rows twice", "others' files changed", "other results")
-    assert [report[name] for name in lost] == [0, 0, 0, 0]
+    if kind == "tasks":
+        pytest.importorskip("lm_eval")
+    kills = KILLS if kind == "suite" or "BH_KILLS" in os.environ else KILLS // 3
+    report = in_fresh_process("kill_series", kind, tmp_path, kills, most_processes)
+    print(kind, report)
+    assert report["killed"] >= kills
+    assert report["in a write"] + report["terminated"] > 0
+    lost = ("rows lost", "rows twice", "torn tables", "others' files changed", "other results")
+    assert [report[name] for name in lost] == [0, 0, 0, 0, 0]
     assert len(report["files"]) == most_processes
 
 
@@ -3723,7 +3801,7 @@ class SignalSeries:
         assert cli(self.model_folder, self.folder / "whole", "--max-tokens", 12, "--text", "none") == 0
         self.whole = bh.Results.read(self.folder / "whole")
         size = self.checkpoint("whole").stat().st_size
-        for name, signals in (("SIGINT", 1), ("SIGTERM", 1), ("SIGINT twice", 2)):
+        for name, signals in (("SIGINT", 1), ("SIGTERM", 1), ("SIGHUP", 1), ("SIGINT twice", 2)):
             pid = self.start(name)
             wait_for_rows(self.checkpoint(name), 2, pid)
             for _ in range(signals):
@@ -3735,7 +3813,20 @@ class SignalSeries:
         wait_for_rows(self.checkpoint("removed folder"), 2, pid)
         shutil.rmtree(self.folder / "removed folder")
         self.resume("removed folder", ended(pid))
+        self.report["tables"] = self.full_disk_at_the_tables()
         return self.report
+
+    def full_disk_at_the_tables(self):
+        """All is measured, and the tables are written anew on a disk too small for the smallest of them: how
+        that ends, and which files of the run are not as they were."""
+        name = "tables"
+        shutil.copytree(self.folder / "whole", self.folder / name)
+        tables = [self.folder / name / table.file for table in (bh.GENERATION, bh.SCORES, bh.EXPERT_COUNTS)]
+        before = {path: path.read_bytes() for path in tables}
+        code = ended(self.start(name, limit=min(map(len, before.values())) // 2))
+        changed = [path.name for path, content in before.items() if path.read_bytes() != content]
+        leftovers = [path.name for path in (self.folder / name).iterdir() if ".part" in path.name]
+        return {"exit": code, "changed": changed, "leftovers": leftovers}
 
 
 def signal_series(model_folder, folder):
@@ -3746,8 +3837,10 @@ def signal_series(model_folder, folder):
 def test_signals_full_disk_and_removed_folder(tiny_folder, tmp_path):
     """Each ends as documented or survives, keeps every finished row, and the same command completes it."""
     report = in_fresh_process("signal_series", tiny_folder, tmp_path)
+    assert report.pop("tables") == {"exit": 2, "changed": [], "leftovers": []}
     generated, scored = 4 * 3, 6 * 3  # also the model's own Top-4; in the scores Top-1 and Top-3 besides
-    for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("full disk", 2), ("removed folder", 0)):
+    ends = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "full disk": 2, "removed folder": 0}
+    for name, code in ends.items():
         assert report[name]["exit"] == code, report[name]
     # The second signal can come when the first was dealt with already, or while Python itself winds up.
     assert report["SIGINT twice"]["exit"] in (130, 1, -signal.SIGINT)
@@ -5283,7 +5376,7 @@ def test_no_resume_sets_everything_aside(mock_model, tmp_path, monkeypatch):
     files are together in one folder, the log and the calibration stay, and nobody else's file is touched."""
     only_plots(monkeypatch, "avg_experts_comparison")
     configs = CONFIGS | {"bh": EMPIRICAL}
-    bh.write_report(run_suite(mock_model, tmp_path, configs).generation, tmp_path)
+    bh.write_report(run_suite(mock_model, tmp_path, configs, generate_batch=2).generation, tmp_path)
     checkpoint = tmp_path / "checkpoints" / bh.CHECKPOINT_FILE
     lines = checkpoint.read_text().splitlines(keepends=True)  # the others' rows are in their own files
     for rank in (1, 2):
@@ -5295,7 +5388,8 @@ def test_no_resume_sets_everything_aside(mock_model, tmp_path, monkeypatch):
     stay = {bh.LOG_FILE, bh.CALIBRATION_FILE, "notes.txt", ".lock", ".calibration.lock"}
     assert {bh.LOG_FILE, bh.CALIBRATION_FILE} <= set(bh.KEPT_FILES)
     of_run = {name.split("/")[0] for name in before} - stay
-    assert of_run == set(bh.RUN_FILES) - {bh.TASKS.file, bh.TASK_RESULTS} - without_html()
+    unwritten = {bh.TASKS.file, bh.TASK_RESULTS, *bh.TOKEN_LOG_FILES}
+    assert of_run == set(bh.RUN_FILES) - unwritten - without_html()
     for number, tokens in ((1, 3), (2, 2)):  # with other settings, then with the first ones again
         results = run_suite(mock_model, tmp_path, configs, SCORED_PROMPTS[:1], tokens, resume=False)
         assert (len(results.generation), set(results.generation["prompt_id"])) == (3, {"one"})
@@ -5625,7 +5719,9 @@ def test_the_same_command_gives_the_same_bytes(tiny_folder, tmp_path, monkeypatc
     only_plots(monkeypatch)
     monkeypatch.setattr(bh, "TEST_PROMPTS", bh.TEST_PROMPTS[:2])
     for name in ("one", "two"):
-        assert cli(tiny_folder, tmp_path / name, "--max-tokens", 4, "--text", "none") == 0
+        assert (
+            cli(tiny_folder, tmp_path / name, "--max-tokens", 4, "--text", "none", "--generate-batch", 2) == 0
+        )
     for table in bh.TABLES:
         if table is bh.TASKS:
             continue
@@ -6924,8 +7020,9 @@ def an_analysis(**entries):
     nothing = {"n_pairs": 0, "median_ratio": None, "mean_difference": None}
     usual = {"baseline": "topk_8", "own_k": 8, "configurations": configs, "verdict": {}, "tasks": [],
              "statistical_tests": {}, "noise_floor": {"inference_time_sec": nothing, "nll": nothing},
-             "shuffle_effects": {}, "field": {}, "summary_by_config": {}, "hypotheses": [], "n_prompts": 0,
-             "quality_margin": bh.QUALITY_MARGIN, "n_failed": 0, "n_rows": 60}  # fmt: skip
+             "shuffle_effects": {}, "token_kinds": [], "field": {}, "summary_by_config": {},
+             "hypotheses": [], "n_prompts": 0, "quality_margin": bh.QUALITY_MARGIN, "n_failed": 0,
+             "n_rows": 60}  # fmt: skip
     return usual | entries
 
 
@@ -6960,12 +7057,35 @@ def some_scores(sources, categories):
     return pd.DataFrame({"source": sources, "category": categories, "item_id": items}, dtype=object)
 
 
+def a_kind(token_kind, difference, significant=True, configuration="bh_strict"):
+    """An entry of `compare_token_kinds`, as far as its sentence reads it."""
+    return {"configuration": configuration, "token_kind": token_kind, "mean_difference": difference,
+            "significant": significant}  # fmt: skip
+
+
 def with_tests(**tests):
     """An analysis with tests of bh_strict."""
     return an_analysis(statistical_tests={"bh_strict": tests})
 
 
 SENTENCES = {
+    "token_kind_sentences": {
+        "claim": (
+            an_analysis(token_kinds=[a_kind("rare", 0.5), a_kind("digits", -0.25), a_kind("word_start", 1.0),
+                                     a_kind("punctuation", -0.5), a_kind("first_position", 2.0, False)]),
+            ["Under `bh_strict`, more experts than other tokens get beginnings of words (+1.00), rare tokens "
+             "(+0.50); fewer get punctuation (-0.50), digits (-0.25); not shown to differ: first positions."],
+        ),
+        "no claim": (
+            an_analysis(token_kinds=[a_kind("rare", 0.5, False), a_kind("digits", None, None)]),
+            ["Under `bh_strict`, not shown to differ: rare tokens."],
+        ),
+        "nothing to say": (an_analysis(token_kinds=[a_kind("digits", None, None)]), []),
+        "the first three configurations": (
+            an_analysis(token_kinds=[a_kind("rare", 1.0, configuration=name) for name in "abcd"]),
+            [f"Under `{name}`, more experts than other tokens get rare tokens (+1.00)." for name in "abc"],
+        ),
+    },
     "verdict_sentence": {
         "claim": (
             an_analysis(verdict={"topk_8": STATIC, "bh_strict": a_verdict(), "bh_loose": a_verdict("worse")}),
@@ -7537,6 +7657,7 @@ def test_a_key_that_is_missing_raises(tmp_path, monkeypatch):
     assert shown == set(context)
     # With something in every conditional part, so that each is looked at.
     rows = {name: [{"configuration": "x"}] for name in ("tasks", "layers", "failures")}
+    rows["token_kinds"] = [{"words": "x"}]
     leagues = {"league": "x", "task_leagues": {"x": ("x", "x")}}
     full = context | rows | leagues | {"shuffles": ["x"], "diverging": True, "plots": [("x", "X")]}
     before = (tmp_path / "REPORT.md").read_bytes()
@@ -7882,9 +8003,9 @@ def test_baseline_is_passed_on(tmp_path, monkeypatch, capsys):
     def write_report(frame, folder, baseline):
         assert frame is results.generation or len(frame) == len(results.generation)
         seen.append(baseline)
-        return bh.DrawnPlots([], {})
+        return bh.WrittenReport([], {}, analysis)
 
-    write_results(results, tmp_path)
+    analysis = analysis_of(results, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(bh, "write_report", write_report)
         for options, expected in (
@@ -8650,6 +8771,11 @@ def columns_table(columns):
     return manual_table(["column", "kind", "meaning"], rows)
 
 
+def quantized_table():
+    rows = [[f"`{name}`", manual_words(words)] for name, words in bh.QUANTIZED_WEIGHTS.items()]
+    return manual_table(["`quant_method`", "what was run, and what came of it"], rows)
+
+
 def manual_tables():
     """Marker in the manual -> the table that stands there."""
     in_all = [
@@ -8668,10 +8794,16 @@ def manual_tables():
         "metrics": metrics_table(),
         "routing columns": columns_table(bh.ROUTING_COLUMNS),
         "columns of every row": columns_table(in_all),
+        "compute columns": columns_table(bh.COMPUTE_COLUMNS),
+        "quantized weights": quantized_table(),
     }
-    for table in bh.TABLES:
-        elsewhere = [*bh.ROUTING_COLUMNS]
-        if table in (bh.GENERATION, bh.SCORES, bh.TASKS):
+    tables["kinds of tokens"] = manual_table(
+        ["kind", "in the report", "tokens"],
+        [[f"`{name}`", kind.title, kind.words] for name, kind in bh.KINDS_OF_TOKENS.items()],
+    )
+    for table in (*bh.TABLES, bh.TOKEN_LOG):
+        elsewhere = [*bh.ROUTING_COLUMNS, *bh.COMPUTE_COLUMNS]
+        if table in (bh.GENERATION, bh.SCORES, bh.TASKS, bh.THROUGHPUT):
             elsewhere += in_all
         own = [column for column in table.columns if column not in elsewhere]
         tables[f"columns of {table.file}"] = columns_table(own)
@@ -8729,13 +8861,14 @@ def test_a_run_leaves_what_is_declared(mock_model, tmp_path):
     """The files of a run, an earlier one set aside, are those that the manual lists; so are the results."""
     for resume in (True, False):
         runner = mock_runner(mock_model, tmp_path)
-        frame = runner.run_full_experiment_suite(CONFIGS, PROMPTS[:2], 2, resume=resume)
+        options = {"resume": resume, "generate_batch": 2}
+        frame = runner.run_full_experiment_suite(CONFIGS, PROMPTS[:2], 2, **options)
         bh.write_report(frame, tmp_path)
     left = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
     declared = {*bh.RUN_FILES, *bh.KEPT_FILES, "earlier_1"} - {bh.EARLIER.format(number="N")}
     assert left <= declared
     assert declared - left == {bh.SCORES.file, bh.TASKS.file, bh.TASK_RESULTS, bh.NULL_DIAGNOSTICS,
-                               bh.CALIBRATION_FILE}  # fmt: skip
+                               bh.CALIBRATION_FILE, *bh.TOKEN_LOG_FILES}  # fmt: skip
     analysis = json.loads((tmp_path / "analysis_summary.json").read_text(encoding="utf-8"))
     documented = inspect.getdoc(bh.analyze_results)
     assert [key for key in analysis if key not in documented and key != "quality_margin"] == []
@@ -8770,9 +8903,11 @@ def test_requirements_equal_script_header():
 
 
 def test_everything_imported_by_name_is_required():
-    """Also what torch or transformers bring; but for the two libraries that are optional."""
+    """Also what torch or transformers bring; but for the libraries that are optional."""
     required = {re.match(r"[\w-]+", line)[0] for line in requirements()}
-    assert imported_libraries() - {"datasets", "lm_eval"} == required
+    imported_as = {"markdown-it-py": "markdown_it", "pillow": "PIL"}
+    required = {imported_as.get(name, name) for name in required}
+    assert imported_libraries() - {"datasets", "lm_eval", "pyarrow"} == required
 
 
 def test_oldest_versions_are_pinned_in_ci():
@@ -9269,6 +9404,2037 @@ def test_embedded_nulls_of_text_and_of_sampled_text_agree(embedded):
             ]
             means.append(torch.stack(counts).double().mean().item())
         assert abs(means[0] - means[1]) < 0.1, name
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 19. Compute, phases, throughput of a batch, quantised weights
+# ---------------------------------------------------------------------------------------------------------
+
+# What a token costs
+
+
+def cost_of(model):
+    layers = bh.find_moe_layers(model)
+    return bh.ModelCost.of(model, [layer.experts for layer in layers], layers[0].num_experts)
+
+
+def meta_olmoe(**changes):
+    """OLMoE-1B-7B as published, in bfloat16, without memory; and its cost."""
+    import transformers
+
+    config = transformers.OlmoeConfig(**{"intermediate_size": 1024, **changes})
+    with torch.device("meta"):
+        model = transformers.OlmoeForCausalLM(config).bfloat16()
+    return bh.ModelCost.of(model, [layer.mlp.experts for layer in model.model.layers], config.num_experts)
+
+
+def test_published_shape_of_olmoe():
+    """1.3 B active of 6.9 B parameters, counted by hand; and the bounds of speed that follow."""
+    hidden, wide, layers, experts, words = 2048, 1024, 16, 64, 50304
+    expert = 3 * hidden * wide
+    attention = 4 * hidden**2 + 2 * hidden  # and the norms of queries and keys
+    norms = 2 * hidden
+    rest = layers * (attention + norms + experts * hidden) + hidden + 2 * words * hidden
+    cost = meta_olmoe()
+    assert cost.total_parameters == rest + layers * experts * expert == 6_919_161_856
+    assert cost.shared_parameters == rest
+    assert cost.expert_parameters.tolist() == [expert] * layers
+    assert cost.expert_flops.tolist() == [2 * expert] * layers
+    active = rest + 8 * layers * expert
+    assert active == 1_282_017_280
+    assert cost.shared_bytes == 2 * (rest - (words - 1) * hidden)  # one row of the embedding
+    read = {k: cost.bytes_read(np.full(layers, float(k))) for k in (8, 6, 5, 4, 2)}
+    assert read[8] == 2 * (active - (words - 1) * hidden)
+    assert [round(read[8] / read[k], 2) for k in (6, 5, 4, 2)] == [1.21, 1.34, 1.52, 2.05]
+
+
+def test_a_tied_embedding_counts_once():
+    """And is read in full: it is the head."""
+    plain = meta_olmoe()
+    tied = meta_olmoe(tie_word_embeddings=True)
+    table = 50304 * 2048
+    assert plain.total_parameters - tied.total_parameters == table
+    assert plain.shared_parameters - tied.shared_parameters == table
+    assert plain.shared_bytes - tied.shared_bytes == 2 * 2048  # the row of the table that is no head
+
+
+COSTED = {
+    "olmoe": {},
+    "qwen3_moe": {},
+    "mixtral": {},
+    "deepseek_v3": {"first_k_dense_replace": 1, "mlp_layer_types": ["dense", "sparse"]},
+    "gpt_oss": {},
+    "cohere2_moe": {},  # tied
+}
+
+
+@pytest.fixture(scope="module", params=COSTED)
+def costed(request):
+    """A tiny model of an architecture."""
+    with pytest.MonkeyPatch.context() as patch:
+        fields = {name: value for name, value in COSTED[request.param].items() if value is not None}
+        patch.setattr(sys.modules[__name__], "TINY", TINY | fields)
+        classes = dict(declared_architectures())
+        model = tiny_of(request.param, classes[request.param])
+    model.set_experts_implementation("eager")
+    return model
+
+
+def test_cost_is_what_takes_part(costed):
+    """Parameters and bytes, against gradients: what one token's logits depend on was read, whole tensors, of
+    experts those that ran, of an embedding table that is no head the rows that were looked up."""
+    cost = cost_of(costed)
+    layers = bh.find_moe_layers(costed)
+    costed.zero_grad()
+    costed(input_ids=torch.tensor([[7]]), use_cache=False).logits.sum().backward()
+    of_experts = {id(p) for layer in layers for p in layer.experts.parameters()}
+    head = costed.get_output_embeddings().weight
+    tables = {id(m.weight) for m in costed.modules() if isinstance(m, nn.Embedding) and m.weight is not head}
+    read = 0
+    experts_read = 0
+    for name, parameter in costed.named_parameters():
+        assert parameter.grad is not None, f"{name} takes no part"
+        rows = parameter.grad.flatten(1).any(1).sum().item() if parameter.ndim > 1 else None
+        if id(parameter) in of_experts:
+            experts_read += rows * parameter[0].numel()
+        elif id(parameter) in tables:
+            read += rows * parameter.shape[1]
+        else:
+            read += parameter.numel()
+    own_k = np.full(len(layers), float(layers[0].own_k))
+    assert own_k @ cost.expert_parameters == experts_read
+    assert cost.shared_bytes == 4 * read
+    assert cost.bytes_read(own_k) == 4 * (read + experts_read)
+    total = cost.shared_parameters + layers[0].num_experts * cost.expert_parameters.sum()
+    assert cost.total_parameters == total == sum(p.numel() for p in costed.parameters())
+    costed.zero_grad()
+
+
+def test_flops_of_experts_are_those_that_torch_counts(costed):
+    """Without biases, which torch does not count."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layers = bh.find_moe_layers(costed)
+    counted = []
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for layer in layers:
+            counter = FlopCounterMode(display=False)
+            enter = layer.experts.register_forward_pre_hook(
+                lambda *_, counter=counter: counter.__enter__() and None
+            )
+            leave = layer.experts.register_forward_hook(
+                lambda *_, counter=counter: counter.__exit__(None, None, None)
+            )
+            stack.callback(enter.remove)
+            stack.callback(leave.remove)
+            counted.append(counter)
+        costed(input_ids=torch.tensor([[7]]), use_cache=False)
+    cost = cost_of(costed)
+    for place, layer in enumerate(layers):
+        named = layer.experts.named_parameters()
+        biases = sum(p.numel() for name, p in named if "bias" in name) / layer.num_experts
+        flops = layer.own_k * (cost.expert_flops[place] - biases)
+        assert counted[place].get_total_flops() == flops > 0
+
+
+def test_what_stands_in_is_counted(tiny):
+    """Effective experts, by layer; with one of the two layers left alone."""
+    model, tokenizer = tiny.model, tiny.tokenizer
+    calibration = bh.calibrate(model, tokenizer, seed=0, outputs=True)
+    config = {"method": "topk", "k": 2, "stand_in": "mean", "layers": [1]}
+    layers = bh.find_moe_layers(model)
+    with bh.patched_routing(model, config, calibration) as recorder:
+        logits_of(model, sample_ids())
+    routing = recorder.total()
+    share = layers[1].hidden_size / layers[1].expert_size
+    assert routing.effective_experts == pytest.approx([4, 2 + 2 * share])
+    cost = cost_of(model)
+    row = cost.row(routing, routing)
+    of_experts = (6 + 2 * share) * layers[0].expert_size
+    assert row["active_expert_parameters"] == pytest.approx(of_experts)
+    assert row["active_parameters"] == pytest.approx(cost.shared_parameters + of_experts)
+    assert row["expert_flops_per_token"] == pytest.approx(2 * of_experts)
+    assert row["weight_bytes_per_token"] == pytest.approx(cost.shared_bytes + 4 * of_experts)
+    assert list(row) == [column.name for column in bh.COMPUTE_COLUMNS]
+
+
+def test_a_vision_tower_is_not_active():
+    """Only the decoder and the head of a model that also sees."""
+
+    class Seeing(MockMoE):
+        def __init__(self):
+            super().__init__(8)
+            self.vision_tower = nn.Linear(10, 10)
+
+        def get_decoder(self):
+            return self.text
+
+        def get_output_embeddings(self):
+            return None
+
+    model = Seeing()
+    model.text = nn.ModuleList([part for name, part in model.named_children() if name != "vision_tower"])
+    plain = cost_of(MockMoE(8))
+    cost = cost_of(model)
+    assert cost.total_parameters == plain.total_parameters + 110
+    assert cost.shared_parameters == plain.shared_parameters
+    assert cost.shared_bytes == plain.shared_bytes
+
+
+# Prefill and decoding apart
+
+
+@pytest.mark.parametrize("kept_calls", [1, 256])
+def test_prefill_and_decoding_are_told_apart(tiny, monkeypatch, kept_calls):
+    """Against a hook that counts for itself; also where sums are taken in between."""
+    monkeypatch.setattr(bh.RoutingRecorder, "MAX_CALLS", kept_calls)
+    seen = []
+
+    def count(module, args, output):
+        seen.append((output[1] != 0).sum(1))
+
+    run = bh.PromptRun(tiny.model, tiny.tokenizer, "a small boat", 5, None, 0)
+    with bh.patched_routing(tiny.model, FLAT) as recorder:
+        hook = tiny.layers[0].router.register_forward_hook(count)
+        run.generate()
+        hook.remove()
+        prefill, decoding = recorder.phases()
+    assert [len(counts) for counts in seen] == [run.num_input_tokens, 1, 1, 1, 1]
+    for phase, counts in ((prefill, seen[0]), (decoding, torch.cat(seen[1:]))):
+        assert phase.counts[0].tolist() == counts.bincount(minlength=17).tolist()
+    total = recorder.total()
+    assert_same_sums(prefill + decoding, total)
+    recorder.start()
+    assert not any(phase.counts.any() for phase in recorder.phases())
+
+
+def test_sums_are_brought_over_at_once(tiny):
+    """One transfer, whatever the number of layers and rows."""
+
+    class Transfers(torch.overrides.TorchFunctionMode):
+        number = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.number += func is torch.Tensor.cpu
+            return func(*args, **(kwargs or {}))
+
+    with bh.patched_routing(tiny.model, FLAT) as recorder:
+        recorder.start(rows=2)
+        logits_of(tiny.model, sample_ids())
+    with Transfers() as transfers:
+        recorder.statistics()
+    assert transfers.number == 1
+
+
+def test_rows_have_both_phases_and_the_cost(tiny, tmp_path):
+    model = tiny.model
+    runner = bh.BHExperimentRunner("x", tmp_path, model=model, tokenizer=tiny.tokenizer)
+    row = runner.run_single_experiment("bh", FLAT, PROMPTS[0], 6)
+    prompt = row["num_input_tokens"]
+    both = (prompt * row["prefill_experts"] + 5 * row["decode_experts"]) / (prompt + 5)
+    assert row["avg_experts_per_token"] == pytest.approx(both)
+    size = tiny.layers[0].expert_size
+    of_experts = 2 * row["avg_experts_per_token"] * size
+    assert row["active_expert_parameters"] == pytest.approx(of_experts)
+    decoded = runner.cost.shared_bytes + 4 * 2 * row["decode_experts"] * size
+    assert row["weight_bytes_per_token"] == pytest.approx(decoded)
+    row = runner.run_single_experiment("bh", FLAT, PROMPTS[0], 1)
+    assert row["prefill_experts"] == row["avg_experts_per_token"]
+    assert row["decode_experts"] is row["weight_bytes_per_token"] is None
+
+
+# Throughput of a batch
+
+
+def test_a_batch_is_its_prompts_together(tiny):
+    """Padding counts nowhere; the routing of a batch is that of its prompts one by one, and so are its texts,
+    in float32 on a model this small."""
+    texts = ["a small boat on the river", "he", "said, and left"]
+    runs = [bh.PromptRun(tiny.model, tiny.tokenizer, text, 5, None, 0) for text in texts]
+    with bh.patched_routing(tiny.model, FLAT) as recorder:
+        alone = [run.generate() for run in runs]
+        together = recorder.total()
+        recorder.start(rows=3)
+        batch = bh.PromptRun.together(runs)
+        generation = batch.generate()
+        rows = recorder.statistics()
+        prefill, decoding = recorder.phases()
+    in_batch = functools.reduce(bh.RoutingStatistics.__add__, rows)
+    for name in ("counts", "use", "unchosen"):
+        assert np.array_equal(getattr(in_batch, name), getattr(together, name)), name
+    assert in_batch.mass == pytest.approx(together.mass, rel=1e-6)  # rounding
+    lengths = [run.num_input_tokens for run in runs]
+    assert prefill.counts.sum(1).tolist() == [sum(lengths)] * 2
+    assert decoding.counts.sum(1).tolist() == [3 * 4] * 2
+    assert [row.counts[0].sum() for row in rows] == [length + 4 for length in lengths]
+    assert torch.equal(generation.tokens, alone[0].tokens)
+    clock = generation.clock
+    assert clock["tokens_per_sec"] == pytest.approx(3 * 5 / clock["inference_time_sec"])
+    assert batch.num_input_tokens == max(lengths)
+    assert batch.inputs["attention_mask"].sum(1).tolist() == lengths
+    assert all(batch.inputs["attention_mask"][:, -1] == 1)
+
+
+def test_distinct_experts(tiny):
+    """Of a batch, against sets; dropped ones do not count."""
+    picked = []
+
+    def look(module, args, output):
+        _, weights, indices = output
+        picked.append(len({int(expert) for expert in indices[weights != 0]}))
+
+    with bh.patched_routing(tiny.model, {**FLAT, "max_k": 2}):
+        hook = tiny.layers[1].router.register_forward_hook(look)
+        with bh.counting_distinct_experts(tiny.layers) as counts:
+            for rows in (1, 3):
+                logits_of(tiny.model, sample_ids(rows, 5))
+        hook.remove()
+    assert [int(number) for number in counts[1]] == picked
+    assert len(counts[0]) == 2
+    logits_of(tiny.model, sample_ids())
+    assert len(counts[0]) == 2  # the hook is gone
+
+
+def read_throughput(folder):
+    return bh.read_table(bh.THROUGHPUT, folder)
+
+
+def test_throughput_of_a_suite(tiny_folder, tmp_path, monkeypatch):
+    """A table of its own: in turns, resumed, measured anew for another batch, and gone when not asked for."""
+    only_plots(monkeypatch)
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(prompt) for prompt in PROMPTS))
+    configs = {"two": {"method": "topk", "k": 2}, "bh": FLAT}
+    (tmp_path / "configs.json").write_text(json.dumps(configs))
+    options = ["--prompts", tmp_path / "prompts.jsonl", "--routing-configs", tmp_path / "configs.json"]
+    options += ["--configs", "two,bh", "--max-tokens", 4]
+    turns = []
+    routed = bh.BHExperimentRunner._routed
+
+    def watched(self, config):
+        turns.append(config)
+        return routed(self, config)
+
+    monkeypatch.setattr(bh.BHExperimentRunner, "_routed", watched)
+    folder = tmp_path / "out"
+    assert cli(tiny_folder, folder, *options, "--generate-batch", 5) == 0
+    frame = read_throughput(folder)
+    names = ["topk_4", "two", "bh"]  # and the model's own
+    assert frame["config_name"].tolist() == names
+    assert frame["status"].tolist() == ["ok"] * 3
+    assert frame[
+        ["batch_size", "num_prompts", "repeats", "max_new_tokens"]
+    ].drop_duplicates().values.tolist() == [[5, 3, bh.THROUGHPUT_REPEATS, 4]]
+    assert turns[-3 * (1 + bh.THROUGHPUT_REPEATS) :] == turns[-3:] * (1 + bh.THROUGHPUT_REPEATS)
+    assert (frame[["tokens_per_sec", "decode_sec_per_step"]] > 0).all(axis=None)
+    by_name = frame.set_index("config_name")
+    assert by_name.loc["topk_4", "decode_experts"] == 4
+    assert (frame["distinct_experts"] >= frame["decode_experts"]).all()
+    assert by_name.loc["two", "distinct_experts"] < by_name.loc["topk_4", "distinct_experts"] <= 16
+    report = (folder / "REPORT.md").read_text()
+    assert "### Throughput of a batch" in report
+    entries = bh.analyze_results(bh.Results.read(folder).generation, folder)["throughput"]
+    assert [(entry["configuration"], entry["batch_size"]) for entry in entries] == [
+        (name, size) for size in (1, 5) for name in names
+    ]
+    assert [entry["speedup"] for entry in entries if entry["configuration"] == "topk_4"] == [1, 1]
+    assert all(entry["allowed_speedup"] >= 1 for entry in entries)
+
+    runner = bh.BHExperimentRunner(str(tiny_folder), folder, device="cpu", use_fp16=False)
+    suite = functools.partial(runner.run_full_experiment_suite, configs, PROMPTS, 4)
+    suite(generate_batch=5)
+    pd.testing.assert_frame_equal(runner.results.throughput, frame)  # nothing was measured again
+    suite(generate_batch=2)
+    assert runner.results.throughput["batch_size"].tolist() == [2] * 3
+    suite()
+    assert len(runner.results.throughput) == 0
+    assert not (folder / bh.THROUGHPUT.file).exists()
+
+
+def test_a_failed_batch_is_a_row(mock_model, tmp_path, monkeypatch):
+    """The others go on, the run fails, and the report says why."""
+    together = bh.PromptRun.generate
+    layers = bh.find_moe_layers(mock_model)
+
+    def fail(self):
+        if len(self.inputs["input_ids"]) > 1 and layers[0].router.top_k == 2:
+            raise RuntimeError("no room")
+        return together(self)
+
+    monkeypatch.setattr(bh.PromptRun, "generate", fail)
+    configs = {**CONFIGS, "topk_2": {"method": "topk", "k": 2}}
+    results = run_suite(mock_model, tmp_path, configs, PROMPTS[:2], generate_batch=3)
+    frame = results.throughput.set_index("config_name")
+    assert frame["status"].to_dict() == {"topk_8": "ok", "bh_flat": "ok", "topk_2": "error"}
+    assert frame.loc["topk_2", "error"] == "RuntimeError: no room"
+    assert results.num_failed == 1
+    only_plots(monkeypatch)
+    bh.write_report(results.generation, tmp_path)
+    report = (tmp_path / "REPORT.md").read_text()
+    assert "| `topk_2` | batch of 3 | RuntimeError: no room |" in report
+
+
+def test_a_prompt_that_does_not_fit_fails_the_batch_only(mock_model, tmp_path):
+    prompts = [PROMPTS[0], {"id": "long", "text": "word " * 200}]
+    runner = mock_runner(mock_model, tmp_path)
+    runner.context = 100
+    frame = runner.run_full_experiment_suite(CONFIGS, prompts, 2, generate_batch=2)
+    assert frame["status"].tolist() == ["ok", "ok", "error", "error"]
+    assert runner.results.throughput["status"].tolist() == ["error"] * 2
+    assert runner.results.throughput["error"].str.contains("prompt 'long' has").all()
+
+
+def test_one_new_token_has_no_step(mock_model, tmp_path):
+    frame = run_suite(mock_model, tmp_path, CONFIGS, PROMPTS[:1], 1, generate_batch=2).throughput
+    assert frame["status"].tolist() == ["ok"] * 2
+    steps = ["decode_sec_per_step", "decode_experts", "distinct_experts", "weight_bytes_per_step"]
+    assert frame[steps].isna().all(axis=None)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--generate-batch", "1"], "--generate-batch 1: it must be a whole number of at least 2"),
+    (["--generate-batch", "4", "--tasks", "x"], "--generate-batch and --tasks exclude each other"),
+    (["--generate-batch", "4", "--text", "x"], "--generate-batch and --text without --prompts or --dataset"),
+])  # fmt: skip
+def test_batches_that_cannot_be(options, message, tmp_path, capsys):
+    assert bh.main(["--model", "nowhere", "--output", str(tmp_path), *options]) == 2
+    assert message in error_lines(capsys)[0]
+
+
+def test_a_batch_needs_prompts(mock_model, tmp_path):
+    texts = [text_item("t", range(10))]
+    with pytest.raises(bh.UserError, match="generate_batch 2: there is no prompt to be continued"):
+        mock_runner(mock_model, tmp_path).run_full_experiment_suite(
+            CONFIGS, [], texts=texts, generate_batch=2
+        )
+
+
+# Analysis and report
+
+
+def results_with_cost(bytes_per_token, seconds):
+    """Two configurations on three prompts: bytes read and seconds a decoded token, by configuration."""
+    results = invented_results(tuple(bytes_per_token), prompts=3)
+    frame = results.generation
+    frame["weight_bytes_per_token"] = frame["config_name"].map(bytes_per_token).astype(float)
+    frame["decode_sec_per_token"] = frame["config_name"].map(seconds)
+    frame["total_parameters"] = 6.9e9
+    frame["active_parameters"] = frame["weight_bytes_per_token"] / 2
+    frame["active_expert_parameters"] = 0.8e9
+    frame["expert_flops_per_token"] = 1.6e9
+    frame["prefill_experts"] = 5.0
+    frame["decode_experts"] = 4.5
+    return results
+
+
+def test_allowed_and_measured_speed(tmp_path):
+    results = results_with_cost({"topk_8": 2.4e9, "bh_strict": 1.6e9}, {"topk_8": 0.03, "bh_strict": 0.024})
+    compute = analysis_of(results, tmp_path)["compute"]
+    assert list(compute) == ["topk_8", "bh_strict"]
+    assert compute["bh_strict"]["allowed_speedup"] == pytest.approx(1.5)
+    assert compute["bh_strict"]["decode_speedup"] == pytest.approx(1.25)
+    assert compute["topk_8"]["allowed_speedup"] == compute["topk_8"]["decode_speedup"] == 1
+    analysis = bh.analyze_results(results.generation, tmp_path)
+    baseline, other = bh.compute_sentences(analysis)
+    uses = "uses 1.20 B of 6.90 B parameters and 1.60 GFLOP in its experts"
+    assert baseline == f"A token under `topk_8` {uses}, and 2.40 GB of weights are read to decode one."
+    assert other.endswith(
+        "and 1.60 GB of weights are read to decode one: that allows 1.50 times the speed of `topk_8`, 1.25 "
+        "times was measured."
+    )
+    report = report_of(results, tmp_path)
+    assert "| `bh_strict` | 800.00 M | 800.00 M | 1.60 GFLOP | 1.60 GB | 1.50 | 1.25 |" in report
+    assert "| `bh_strict` | 5.00 | 4.50 | 100.0 | 24.00 |" in report
+
+
+def test_cost_of_scored_text(mock_model, tmp_path):
+    """Without generation the table is of the scored text; nothing is timed."""
+    texts = [text_item(name, range(3, 20)) for name in "ab"]
+    runner = mock_runner(mock_model, tmp_path)
+    frame = runner.run_full_experiment_suite(CONFIGS, [], texts=texts)
+    compute = bh.analyze_results(frame, tmp_path)["compute"]
+    assert {"topk_8", "bh_flat", "topk_1"} < set(compute)
+    assert compute["topk_1"]["allowed_speedup"] > compute["bh_flat"]["allowed_speedup"] > 1
+    assert compute["bh_flat"]["decode_speedup"] is compute["bh_flat"]["prefill_experts"] is None
+    path = bh.generate_markdown_report(frame, bh.analyze_results(frame, tmp_path), tmp_path / "REPORT.md")
+    assert "experts in prefill" not in path.read_text()
+
+
+def test_results_without_the_cost_have_no_table_of_it(tmp_path):
+    """As those of older scripts."""
+    results = invented_results()
+    analysis = analysis_of(results, tmp_path)
+    assert (analysis["compute"], analysis["throughput"]) == ({}, [])
+    assert bh.compute_sentences(analysis) == []
+    assert "## Compute" not in report_of(results, tmp_path)
+
+
+@pytest.mark.parametrize(("number", "units", "text"), [
+    (0.0, bh.BYTES, "0.00 B"), (999.0, bh.BYTES, "999.00 B"), (999.7, bh.BYTES, "1.00 kB"),
+    (6_919_161_856, bh.PARAMETERS, "6.92 B"), (5e15, bh.FLOPS, "5000.00 TFLOP"), (None, bh.BYTES, ""),
+    (12.0, bh.PARAMETERS, "12.00"),
+])  # fmt: skip
+def test_numbers_with_units(number, units, text):
+    assert bh.scaled(number, units) == text
+
+
+# Quantised weights
+
+
+def plain_folder(kind, folder):
+    """A tiny model with random weights whose sizes are multiples of 32, and a tokenizer."""
+    import transformers
+
+    shape = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "intermediate_size": 32, "num_experts_per_tok": 4,
+             "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": None,
+             "eos_token_id": 0}  # fmt: skip
+    torch.manual_seed(0)
+    if kind == "olmoe":
+        model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**shape, num_experts=8))
+    else:
+        model = transformers.GptOssForCausalLM(
+            transformers.GptOssConfig(**shape, head_dim=32, num_local_experts=8)
+        )
+    for layer in bh.find_moe_layers(model):
+        nn.init.normal_(layer.router.weight, std=0.5)
+        for parameter in layer.experts.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    model.bfloat16().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def rewrite_weights(folder, change, settings):
+    """Put what `change` makes of each tensor in its place, and the quantisation into config.json."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    changed = {}
+    for name, tensor in load_file(path).items():
+        changed |= change(name, tensor)
+    save_file(changed, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+
+
+UNQUANTIZED = ["lm_head", "model.embed_tokens", *(f"model.layers.{layer}.mlp.gate" for layer in range(2))]
+
+
+def fp8_tensors(name, tensor):
+    """Blocks of 32 x 32, each with its scale, of the linear layers and the experts."""
+    if tensor.ndim != 2 or name.removesuffix(".weight") in UNQUANTIZED:
+        return {name: tensor}
+    rows, columns = tensor.shape
+    blocks = tensor.float().view(rows // 32, 32, columns // 32, 32)
+    scale = blocks.abs().amax((1, 3)) / 448
+    small = (blocks / scale[:, None, :, None]).view(rows, columns).to(torch.float8_e4m3fn)
+    return {name: small, f"{name}_scale_inv": scale}
+
+
+def mxfp4_tensors(name, tensor):
+    """Random 4-bit numbers, 32 to a scale, for the experts; [E, in, out] is stored by its columns."""
+    if not name.endswith(("gate_up_proj", "experts.down_proj")):
+        return {name: tensor}
+    experts, rows, columns = tensor.shape
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(256, (experts, columns, rows // 32, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(123, 126, (experts, columns, rows // 32), generator=generator, dtype=torch.uint8)
+    return {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+
+def quantized_folder(name, folder):
+    """A folder with a tiny model in a format, as a user would download it."""
+    import transformers
+
+    if name == "fp8":
+        plain_folder("olmoe", folder)
+        settings = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic",
+                    "modules_to_not_convert": UNQUANTIZED}  # fmt: skip
+        rewrite_weights(folder, fp8_tensors, settings)
+    elif name == "mxfp4":
+        plain_folder("gpt_oss", folder)
+        spared = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+        rewrite_weights(folder, mxfp4_tensors, {"quant_method": "mxfp4", "modules_to_not_convert": spared})
+    else:
+        if name.startswith("torchao"):
+            quantization = pytest.importorskip("torchao.quantization")
+            weights = {
+                "torchao-int8": quantization.Int8WeightOnlyConfig,
+                "torchao-int8-activations": quantization.Int8DynamicActivationInt8WeightConfig,
+                "torchao-float8": quantization.Float8WeightOnlyConfig,
+            }
+            how = transformers.TorchAoConfig(weights[name]())
+        else:
+            pytest.importorskip("bitsandbytes")
+            options = {
+                "bitsandbytes-8": {"load_in_8bit": True},
+                "bitsandbytes-fp4": {"load_in_4bit": True},
+                "bitsandbytes-nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+                                     "bnb_4bit_use_double_quant": True},
+            }  # fmt: skip
+            how = transformers.BitsAndBytesConfig(**options[name])
+        plain_folder("olmoe", folder / "plain")
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        model = load(folder / "plain", quantization_config=how, device_map="cpu", dtype=torch.bfloat16)
+        model.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+QUANTIZED = {
+    **dict.fromkeys(("fp8", "mxfp4"), ("float32", "bfloat16")),
+    **dict.fromkeys(("bitsandbytes-8", "bitsandbytes-fp4", "bitsandbytes-nf4"), ("float32",)),
+    **dict.fromkeys(("torchao-int8", "torchao-int8-activations", "torchao-float8"), ("float32",)),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_weights_are_taken(name, tmp_path):
+    """What the manual lists: keeping all is bit-identical, dropped is the native smaller K (in 16 bits but
+    for rounding), the model is restored, and a runner generates."""
+    folder = quantized_folder(name, tmp_path / "model")
+    assert name.split("-")[0] in bh.QUANTIZED_WEIGHTS
+    for dtype in QUANTIZED[name]:
+        model, tokenizer = bh.load_model(str(folder), torch.device("cpu"), getattr(torch, dtype))
+        architecture = Architecture(model)
+        architecture.check_keeping_all()
+        exact = next(model.parameters()).dtype == torch.float32
+        for k in range(1, architecture.own_k):
+            routed, _ = architecture.routed(fixed(k, architecture.own_k), k)
+            native, _ = architecture.native(k)
+            error = ((routed - native).abs().max() / native.abs().max()).item()
+            assert error < (1e-5 if exact else 0.02), k
+            assert (routed - architecture.before).abs().max() > 0.05 * native.abs().max(), k
+        architecture.check_restored()
+        runner = bh.BHExperimentRunner("x", tmp_path / dtype, model=model, tokenizer=tokenizer)
+        row = runner.run_single_experiment("bh", FLAT, PROMPTS[0], 3)
+        assert (row["status"], row["num_output_tokens"]) == ("ok", 3)
+        assert row["total_parameters"] == bh.ModelCost.of(model, [], 1).total_parameters
+    if name in ("fp8", "mxfp4"):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("packed", ["bitsandbytes-8", "bitsandbytes-nf4", "torchao-int8"])
+def test_quantized_weights_are_counted_as_what_they_stand_for(packed, tmp_path):
+    """As many parameters as unpacked, in fewer bytes."""
+    folder = quantized_folder(packed, tmp_path / "model")
+    model, _ = bh.load_model(str(folder), torch.device("cpu"), torch.bfloat16)
+    plain, _ = bh.load_model(str(folder / "plain"), torch.device("cpu"), torch.bfloat16)
+    cost = cost_of(model)
+    plain_cost = cost_of(plain)
+    assert cost.total_parameters == plain_cost.total_parameters
+    assert cost.shared_bytes < plain_cost.shared_bytes
+
+
+@pytest.mark.parametrize(("method", "settings"), [
+    ("bitsandbytes", {"load_in_8bit": True}), ("torchao", {"quant_type": "int8"}), ("gptq", {"bits": 4}),
+    ("no_such_format", {}),
+])  # fmt: skip
+def test_quantized_weights_without_their_library(method, settings, tmp_path, capsys):
+    """Refused in one line, before anything runs."""
+    if importlib.util.find_spec({"gptq": "gptqmodel"}.get(method, method)):
+        pytest.skip(f"{method} is installed")
+    plain_folder("olmoe", tmp_path / "model")
+    settings = {"quant_method": method, **settings}
+    rewrite_weights(tmp_path / "model", lambda name, tensor: {name: tensor}, settings)
+    assert cli(tmp_path / "model", tmp_path / "out") == 2
+    lines = error_lines(capsys)
+    assert len(lines) == 1
+    assert "cannot be loaded: " in lines[0]
+
+
+def test_packed_experts_of_torchao(tmp_path):
+    """Where torchao lacks an operation for the experts, the model is refused in one line."""
+    quantization = pytest.importorskip("torchao.quantization")
+    refused = {}
+    for kind in (quantization.Int8Tensor, quantization.Float8Tensor):
+        for implementation in ("eager", "grouped_mm", "batched_mm"):
+            model = build("olmoe-eager").bfloat16()
+            for layer in model.model.layers:
+                for name in ("gate_up_proj", "down_proj"):
+                    weight = getattr(layer.mlp.experts, name).data
+                    packed = kind.from_hp(weight, granularity=quantization.PerRow())
+                    setattr(layer.mlp.experts, name, nn.Parameter(packed, requires_grad=False))
+            model.set_experts_implementation(implementation)
+            try:
+                bh.find_moe_layers(model)
+            except bh.UserError as error:
+                refused[kind.__name__, implementation] = str(error)
+    assert not any("\n" in message for message in refused.values())
+    assert set(refused) == {
+        ("Int8Tensor", "grouped_mm"),
+        ("Int8Tensor", "batched_mm"),
+        ("Float8Tensor", "batched_mm"),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 20. Which token got many experts
+# ---------------------------------------------------------------------------------------------------------
+
+LOGGED_CONFIGS = {"topk_8": {"method": "topk", "k": 4}, "bh": {**FLAT, "max_k": 6}}
+LOGGED_WINDOWS = [
+    text_item(f"w{n}", [3 + (5 * n + 7 * i) % 250 for i in range(length)], f"d{n // 2}")
+    for n, length in enumerate((9, 20, 14, 20, 12))
+]
+
+
+def logged_run(folder, model=None, **options):
+    """A run of a real model with a cache, with what every token got; its runner."""
+    size = options.pop("batch_size", "auto")
+    model = build("olmoe-eager") if model is None else model
+    runner = bh.BHExperimentRunner("m", folder, model=model, tokenizer=byte_tokenizer(), batch_size=size)
+    settings = {"texts": LOGGED_WINDOWS, "token_log": True} | options
+    runner.run_full_experiment_suite(LOGGED_CONFIGS, SCORED_PROMPTS, 4, **settings)
+    return runner
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("logged")
+    runner = logged_run(folder)
+    return SimpleNamespace(folder=folder, runner=runner, log=bh.read_token_log(folder))
+
+
+def token_files(folder):
+    """What a run says of its tokens, byte for byte."""
+    names = (bh.TOKEN_COUNTS.file, bh.TOKEN_KINDS.file, *bh.TOKEN_LOG_FILES)
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+
+
+def test_token_log_agrees_with_counts_and_rows(logged):
+    """Its rows are the decisions that all other tables sum up: as many, each once, with the same numbers."""
+    log = logged.log
+    assert list(log) == bh.TOKEN_LOG.names
+    key = ["config_name", "kind", "item_id", "sample", "position", "layer"]
+    assert not log.duplicated(key).any()
+    counts = bh.read_table(bh.EXPERT_COUNTS, logged.folder)
+    of_log = log.groupby(["config_name", "kind", "layer", "num_experts"]).size()
+    of_table = counts.set_index(["config_name", "kind", "layer", "num_experts"])["tokens"]
+    assert of_log.sort_index().to_dict() == of_table.sort_index().to_dict()
+    assert of_table.index.get_level_values("num_experts").nunique() > 3
+    results = logged.runner.results
+    for kind, item, frame in (
+        ("generation", "prompt_id", results.generation), ("score", "item_id", results.scores)
+    ):  # fmt: skip
+        for row in frame.to_dict("records"):
+            own = log[(log["config_name"] == row["config_name"]) & (log["kind"] == kind)]
+            own = own[own["item_id"] == row[item]]
+            assert own["num_experts"].mean() == pytest.approx(row["avg_experts_per_token"], abs=1e-12)
+            assert own["gate_mass"].mean() == pytest.approx(row["gate_mass_frac"], abs=1e-5)
+            assert own.groupby("layer")["position"].apply(list).map(lambda p: p == list(range(len(p)))).all()
+            if kind == "generation":
+                assert len(own) == 2 * (row["num_input_tokens"] + row["num_output_tokens"] - 1)
+                assert (own["phase"] == "prompt").sum() == 2 * row["num_input_tokens"]
+    assert set(log["run_id"]) == set(results.generation["run_id"])
+
+
+def test_token_counts_are_the_log_by_token(logged):
+    """A row a token of every generated text: its id, text and counts; the last one without counts."""
+    counts = bh.read_table(bh.TOKEN_COUNTS, logged.folder)
+    log = logged.log[logged.log["kind"] == "generation"]
+    results = logged.runner.results.generation
+    for row in results.to_dict("records"):
+        own = counts[
+            (counts["config_name"] == row["config_name"]) & (counts["prompt_id"] == row["prompt_id"])
+        ]
+        assert "".join(own["token"]).startswith(row["prompt_text"])
+        prompt = own[own["phase"] == "prompt"]
+        assert prompt["token_id"].tolist() == byte_tokenizer()(row["prompt_text"])["input_ids"]
+        assert len(own) == len(prompt) + row["num_output_tokens"]
+        assert own["avg_experts"].isna().tolist() == [False] * (len(own) - 1) + [True]
+        decisions = log[(log["config_name"] == row["config_name"]) & (log["item_id"] == row["prompt_id"])]
+        by_layer = [[int(n) for n in cell.split()] for cell in own["experts_by_layer"][:-1]]
+        assert np.array(by_layer).reshape(-1).tolist() == decisions["num_experts"].tolist()
+        assert own["avg_experts"][:-1].tolist() == pytest.approx(np.mean(by_layer, axis=1))
+
+
+def test_kinds_of_tokens_are_summed_by_document(logged):
+    """`token_kinds.csv` from the log alone, with rare and frequent as they are defined."""
+    tokens = logged.log.groupby(
+        ["config_name", "kind", "item_id", "position", "token_id", "token_kinds"], as_index=False
+    )["num_experts"].mean()
+    documents = {item.id: item.document for item in LOGGED_WINDOWS}
+    tokens["document"] = tokens["item_id"].map(lambda item: documents.get(item, item))
+    table = bh.read_table(bh.TOKEN_KINDS, logged.folder)
+    assert set(table["token_kind"]) == set(bh.KINDS_OF_TOKENS)
+    for row in table.to_dict("records"):
+        of_config = tokens[(tokens["config_name"] == row["config_name"]) & (tokens["kind"] == row["kind"])]
+        own = of_config[of_config["document"] == row["document"]]
+        times = of_config["token_id"].value_counts()
+        is_kind = own["token_kinds"].map(lambda kinds, kind=row["token_kind"]: kind in kinds.split())
+        if row["token_kind"] == "rare":
+            assert is_kind.tolist() == (own["token_id"].map(times) == 1).tolist()
+        if row["token_kind"] == "first_position":
+            assert is_kind.tolist() == (own["position"] == 0).tolist()
+        assert (row["tokens"], row["other_tokens"]) == (is_kind.sum(), (~is_kind).sum())
+        for column, part in (("avg_experts", own[is_kind]), ("other_avg_experts", own[~is_kind])):
+            expected = part["num_experts"].mean()
+            assert row[column] == pytest.approx(expected) or math.isnan(row[column] + expected)
+
+
+@pytest.mark.parametrize(
+    ("counts", "rare", "frequent"),
+    [({5: 1, 6: 3, 7: 1, 8: 3}, [5, 7], [6, 8]), ({5: 4, 6: 1}, [6], [5]), ({9: 1, 2: 1}, [2, 9], [2])],
+)
+def test_rare_and_frequent(counts, rare, frequent):
+    """Rare occurs once; the most frequent make up half, and ties are broken by the number of the token."""
+    frequencies = bh.Frequencies.of(counts)
+    assert sorted(frequencies.rare.tolist()) == rare
+    assert sorted(frequencies.frequent.tolist()) == frequent
+
+
+def test_without_the_log_all_else_is_the_same(logged, tmp_path):
+    """Every other table, byte for byte but for clocks; scored tokens are not kept; and its folder is
+    another's."""
+    runner = logged_run(tmp_path, token_log=False)
+    assert_same_results(runner.results, logged.runner.results)
+    for table in (bh.LAYER_STATISTICS, bh.EXPERT_USAGE, bh.EXPERT_COUNTS, bh.TOKEN_COUNTS):
+        assert (tmp_path / table.file).read_bytes() == (logged.folder / table.file).read_bytes()
+    assert set(bh.read_table(bh.TOKEN_KINDS, tmp_path)["kind"]) == {"generation"}
+    assert sorted(token_files(tmp_path)) == [bh.TOKEN_COUNTS.file, bh.TOKEN_KINDS.file]
+    rows = rows_in(tmp_path / "checkpoints" / bh.CHECKPOINT_FILE)
+    assert {row["kind"]: row["tokens"] is None for row in rows} == {"generation": False, "score": True}
+    with pytest.raises(bh.UserError, match="token_log is False there, True here; choose another --output"):
+        logged_run(tmp_path)
+    with pytest.raises(bh.UserError, match="holds no token log: run the experiments with --token-log"):
+        bh.read_token_log(tmp_path)
+
+
+def test_a_batch_of_windows_is_logged_as_one_by_one(logged, tmp_path):
+    """Padding is in no row, and a row of a batch is the text it is of."""
+    logged_run(tmp_path, batch_size=1)
+    pd.testing.assert_frame_equal(bh.read_token_log(tmp_path), logged.log, atol=2e-5)
+    lengths = logged.log[logged.log["layer"] == 0].groupby(["config_name", "item_id"]).size()
+    assert [lengths["bh", item.id] for item in LOGGED_WINDOWS] == [8, 19, 13, 19, 11]
+
+
+def test_killed_runs_end_with_the_same_log(logged, tmp_path):
+    """Killed in the middle of a write, and again while the log is written: what is left is whole, and the
+    run that goes on ends with the same bytes."""
+
+    model = build("olmoe-eager")
+
+    def killed_while_writing():
+        tear_a_write(np.random.default_rng(1))
+        logged_run(tmp_path, model)
+        return 0
+
+    def killed_while_logging():
+        def write(frames, path):
+            path.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        bh._write_parquet = bh._write_csv_gz = write
+        logged_run(tmp_path, model)
+        return 0
+
+    assert ended(in_child(killed_while_writing)) == -signal.SIGKILL
+    finished = keys_by_file(tmp_path)[bh.CHECKPOINT_FILE]
+    assert not token_files(tmp_path)
+    assert ended(in_child(killed_while_logging)) == -signal.SIGKILL
+    assert not [name for name in token_files(tmp_path) if name in bh.TOKEN_LOG_FILES]
+    logged_run(tmp_path, model)
+    assert token_files(tmp_path) == token_files(logged.folder)
+    assert 0 < len(finished) < len(keys_by_file(tmp_path)[bh.CHECKPOINT_FILE])
+
+
+def test_log_without_pyarrow(logged, tmp_path, monkeypatch, caplog):
+    """csv.gz with the same content; a token that a spreadsheet would run is made harmless, and read back."""
+    real = importlib.util.find_spec
+    with monkeypatch.context() as patch:
+        patch.setattr(bh.importlib.util, "find_spec", lambda name: None if name == "pyarrow" else real(name))
+        patch.setattr(bh.TokenTables, "LOGGED_TOGETHER", 50)
+        with caplog.at_level("INFO", bh.logger.name):
+            logged_run(tmp_path)
+        assert "token_log.csv.gz; with pyarrow installed it is parquet" in caplog.text
+        read = bh.read_token_log(tmp_path)
+        (tmp_path / "token_log.parquet").write_bytes(b"")
+        with pytest.raises(bh.UserError, match=r"token_log\.parquet needs pyarrow: pip install pyarrow"):
+            bh.read_token_log(tmp_path)
+    expected = logged.log.assign(token=[text.replace("\0", "\u2400") for text in logged.log["token"]])
+    pd.testing.assert_frame_equal(read, expected, check_dtype=False, atol=2e-6)
+    lines = gzip.decompress((tmp_path / "token_log.csv.gz").read_bytes()).decode()
+    rows = list(csv.DictReader(io.StringIO(lines, newline="")))
+    assert {row["token"] for row in rows if row["token"].endswith(("=", "+"))} <= {"'=", "'+"}
+    assert len(rows) == len(logged.log)
+
+
+# What tokens stand for
+
+
+def sentencepiece_like():
+    """A tokenizer that marks the space before a word, drops it at the beginning, and falls back to bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "▁", "▁the", "▁cat", "s", "a", "▁a", ",", "12", "▁'"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    vocabulary |= {f"<0x{byte:02X}>": len(words) + byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>"), vocabulary
+
+
+def test_texts_of_tokens_of_sentencepiece():
+    """Spaces before words are seen, characters of several bytes stand with their first token."""
+    tokenizer, numbers = sentencepiece_like()
+    euro = [f"<0x{byte:02X}>" for byte in "€".encode()]
+    pieces = ["<s>", "▁the", "▁cat", "s", ",", "12", *euro, "<0xFF>", "▁a"]
+    ids = [numbers[piece] for piece in pieces]
+    token_texts = bh.TokenTexts(tokenizer)
+    texts = token_texts.texts(ids)
+    assert texts == ["<s>", " the", " cat", "s", ",", "12", "€", "", "", "\ufffd", " a"]
+    kinds = token_texts.word_kinds(ids, texts)
+    assert kinds == ["", "word_start", "word_start", "word_continuation", "punctuation", "digits",
+                     "punctuation", "", "", "punctuation", "word_start"]  # fmt: skip
+
+
+def test_texts_of_tokens_of_byte_level_bpe():
+    """The same of the embedded model's tokenizer: together they are the text."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED)
+    text = "The cat’s 27 encyclopaedias, 日本 é\n\n\tx = 3; naïveté"
+    ids = tokenizer(text)["input_ids"]
+    token_texts = bh.TokenTexts(tokenizer)
+    texts = token_texts.texts(ids)
+    assert "".join(texts) == text
+    assert "日" in "".join(texts)
+    kinds = dict(zip(texts, token_texts.word_kinds(ids, texts), strict=True))
+    assert kinds["The"] == kinds[" cat"] == "word_start"
+    assert kinds[","] == "punctuation"
+    assert "word_continuation" in kinds.values()
+    assert "digits" in kinds.values()
+    byte_texts = bh.TokenTexts(byte_tokenizer()).texts(byte_tokenizer()("ab é€")["input_ids"])
+    assert byte_texts == ["a", "b", " ", "é", "", "€", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("text", "before", "kind"),
+    [(" word", "x", "word_start"), ("word", "", "word_start"), ("Word", "(", "word_start"),
+     ("word", " ", "word_start"), ("ing", " walk", "word_continuation"), ("'s", " it", "word_continuation"),
+     ("b", "1", "word_continuation"), (" 12", "x", "digits"), ("½", "", "digits"), (".", "x", "punctuation"),
+     (" (", "x", "punctuation"), ("\n\n", ".", ""), (" ", "a", ""), ("", "a", "")],
+)  # fmt: skip
+def test_kind_of_a_word(text, before, kind):
+    assert bh.word_kind(text, before) == kind
+
+
+# Are they different?
+
+
+def test_kinds_are_compared_within_documents():
+    """The mean difference over documents that have both, of scored text where there is some; what is static
+    or unknown has no test; one adjustment over all."""
+
+    def rows(name, kind, means, token_kind="rare"):
+        return [
+            {"config_name": name, "kind": kind, "document": f"d{n}", "token_kind": token_kind, "tokens": 2,
+             "avg_experts": own, "other_tokens": 6, "other_avg_experts": others, "run_id": "r"}
+            for n, (own, others) in enumerate(means)
+        ]  # fmt: skip
+
+    means = [(5.0, 4.0), (5.5, 4.0), (6.0, 4.0)]
+    absent = {**rows("bh", "score", means)[0], "document": "none", "tokens": 0, "avg_experts": math.nan}
+    table = pd.DataFrame(
+        [*rows("bh", "generation", [(1, 9), (1, 8)]), *rows("bh", "score", means), absent,
+         *rows("bh", "score", means, "digits"), *rows("topk_8", "score", means), *rows("x", "score", means)]
+    )  # fmt: skip
+    configs = {"bh": FLAT, "topk_8": {"method": "topk", "k": 8}}
+    tests = bh.compare_token_kinds(table, configs)
+    assert [(test["configuration"], test["kind"], test["token_kind"]) for test in tests] == [
+        ("bh", "score", "rare"), ("bh", "score", "digits")
+    ]  # fmt: skip
+    expected = stats.ttest_1samp([1.0, 1.5, 2.0], 0)
+    for test, share in zip(tests, (6 / (3 * 8 + 6), 0.25), strict=True):
+        assert test["mean_difference"] == pytest.approx(1.5)
+        assert (test["n_units"], test["mean"], test["mean_baseline"]) == (3, 5.5, 4.0)
+        assert test["p_value"] == pytest.approx(expected.pvalue)
+        assert test["token_share"] == pytest.approx(share)
+        assert test["p_value_adjusted"] == pytest.approx(expected.pvalue)
+    assert bh.compare_token_kinds(table[:0], configs) == []
+
+
+def test_kinds_of_tokens_in_the_report(logged, tmp_path, monkeypatch):
+    """The finding, its table and its words; of what was generated where no log has the scored text."""
+    only_plots(monkeypatch)
+    shutil.copytree(logged.folder, tmp_path / "run")
+    bh.write_report(logged.runner.results.generation, tmp_path / "run")
+    section = sections_of((tmp_path / "run" / "REPORT.md").read_text())["Which tokens get many experts"]
+    assert "Under `bh`, " in section
+    assert "| `bh` | rare tokens | " in section
+    assert "Of the scored text. In each document" in section
+    assert all(kind.words in section for kind in bh.KINDS_OF_TOKENS.values())
+    kinds = bh.read_table(bh.TOKEN_KINDS, tmp_path / "run")
+    rows = kinds[kinds["kind"] == "generation"].to_dict("records")
+    bh.write_table(bh.TOKEN_KINDS, rows, tmp_path / "run")
+    bh.write_report(logged.runner.results.generation, tmp_path / "run")
+    report = (tmp_path / "run" / "REPORT.md").read_text()
+    assert "Of the prompts and what was written after them." in report
+    check_report(report)
+
+
+# The view
+
+
+class Markup(HTMLParser):
+    """The elements of a page, and its text; every element that is opened is closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.text = [], collections.Counter(), ""
+        self.attributes = set()
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements[tag] += 1
+        self.attributes |= {name for name, _ in attributes}
+        if tag != "input":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+
+HARMLESS = {"div", "style", "p", "span", "label", "input", "code", "details", "summary", "i", "u"}
+
+
+def viewed(tokens, name="p", category="c", config_name="bh", experts=None):
+    experts = np.arange(1.0, len(tokens) + 1) if experts is None else np.array(experts, float)
+    by_layer = ["1 2"] * len(tokens)
+    return bh.ViewedText(name, category, config_name, list(tokens), experts, by_layer, 1)
+
+
+def test_view_of_a_run(logged):
+    """Every prompt under every configuration, the first of each category open, tokens with their numbers."""
+    page = bh.token_view(logged.runner.results, logged.folder)
+    markup = Markup(page)
+    assert set(markup.elements) <= HARMLESS
+    assert markup.elements["details"] == 3
+    assert page.count("<details open>") == len({prompt["category"] for prompt in SCORED_PROMPTS})
+    assert markup.elements["input"] == 2
+    counts = bh.read_table(bh.TOKEN_COUNTS, logged.folder)
+    assert page.count(' title="') == counts["avg_experts"].notna().sum()
+    row = counts[counts["config_name"] == "bh"].iloc[3]
+    assert f'title="{row["avg_experts"]:.2f}: {row["experts_by_layer"]}">{row["token"]}</u>' in page
+    assert page.index("<code>bh</code> ") < page.index("<code>topk_8</code> ")  # what adapts comes first
+
+
+def test_hostile_tokens_get_nowhere_in_the_view():
+    """Nothing of a token, a name or a category is markup, and nothing hides."""
+    names = [text[:60] for text in HOSTILE]
+    texts = [viewed(["x", *HOSTILE[:-1], "y"], name, name) for name in names]
+    page = bh.token_view_html(texts)
+    markup = Markup(page)
+    assert set(markup.elements) <= HARMLESS
+    assert markup.attributes <= {"class", "title", "type", "checked", "open"}
+    assert "alert(1)" in markup.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2066-\u2069]", page)
+
+
+def test_view_has_a_limit(monkeypatch):
+    """Beyond it prompts are counted only, and every category has its share."""
+    texts = [viewed(["word"] * 50, f"{category}{n}", category) for category in "ab" for n in range(10)]
+    whole = bh.token_view_html(texts)
+    monkeypatch.setattr(bh, "VIEW_LIMIT", len(whole) // 2)
+    page = bh.token_view_html(texts)
+    assert len(page) < 0.7 * len(whole)
+    shown = re.findall(r"<summary>(.): (.\d)</summary>", page)
+    assert {category for category, _ in shown} == {"a", "b"}
+    assert f"<p>{20 - len(shown)} more prompts are in <code>token_counts.csv</code>.</p>" in page
+    assert bh.token_view_html([]) == ""
+    assert bh.token_view_html([viewed("x", experts=[math.nan])]) == ""
+
+
+def test_shades_go_from_few_to_many():
+    """A scale for all; line ends and rests of characters are shown; without a difference all is dark."""
+    page = bh.token_view_html([viewed(["a", "b\n", "\n", "", "c"], experts=[1, 2, 3, 4, math.nan])])
+    shades = [int(number) for number in re.findall(r'class="s(\d)" title', page)]
+    assert shades == sorted(shades)
+    assert (shades[0], shades[-1]) == (0, 9)
+    assert '">b↵</u>' in page
+    assert '">↵</u>\n' in page
+    assert '">·</u>' in page
+    assert "<u>c</u>" in page
+    assert re.findall(r'class="s(\d)" title', bh.token_view_html([viewed("ab", experts=[4, 4])])) == ["9"] * 2
+
+
+def test_a_notebook_shows_its_texts(logged):
+    """`stats` shows what was read and written, each text by itself, and a batch without its padding."""
+    runner = logged.runner
+    with runner.routing(LOGGED_CONFIGS["bh"]) as recorder:
+        written = [runner.generate(text, 3) for text in ("a cat", "<b>")]
+        page = recorder._repr_html_()
+        recorder.start()
+        ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
+        mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+        runner.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+        texts = recorder.texts()
+        total = recorder.total()
+    assert [(len(text.ids), text.num_given) for text in texts] == [(4, 2), (6, 4)]
+    assert sum(text.counts.sum(0) for text in texts).tolist() == (total.counts @ np.arange(17)).tolist()
+    assert len(written) == page.count("<details")
+    assert "&lt;" in page
+    assert "<b>" not in page
+    assert "<table" in page
+
+
+def test_a_notebook_keeps_so_many_tokens(logged, monkeypatch):
+    """Memory is bounded: a text begins only while there is room."""
+    monkeypatch.setattr(bh, "VIEWED_TOKENS", 10)
+    monkeypatch.setattr(bh.RoutingRecorder, "MAX_CALLS", 2)
+    with logged.runner.routing(LOGGED_CONFIGS["bh"]) as recorder:
+        for _ in range(5):
+            logged.runner.generate("a cat and", 3)
+        assert 10 <= sum(len(text.ids) for text in recorder.texts()) < 22
+        assert recorder.total().counts[0].sum() == 5 * 11
+
+
+def test_the_log_is_not_for_tasks(tmp_path, capsys):
+    assert bh.main(["--token-log", "--tasks", "x", "--output", str(tmp_path)]) == 2
+    assert "--tasks and --token-log exclude each other" in error_lines(capsys)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 21. Seen at once: the answer on the terminal, the bar, the report as a page
+# ---------------------------------------------------------------------------------------------------------
+
+
+def terminal_of(results, folder):
+    """What the terminal shows of results, by lines: none too wide, and none with anything hidden."""
+    shown = bh.terminal_answer(analysis_of(results, folder))
+    assert not re.search("[^\n -~–…]", shown)
+    assert max(map(len, shown.splitlines())) <= 80
+    return shown.splitlines()
+
+
+def table_rows(lines):
+    """The rows below the ruler of the only table among some lines."""
+    (ruler,) = [place for place, line in enumerate(lines) if re.fullmatch("-+", line)]
+    return list(itertools.takewhile(bool, lines[ruler + 1 :]))
+
+
+def test_terminal_shows_the_answer(tmp_path):
+    """The sentence of the report, and a row a configuration: the baseline, then those compared with it."""
+    results = invented_results(tuple(bh.ROUTING_CONFIGS), 60)
+    lines = terminal_of(results, tmp_path)
+    analysis = analysis_of(results, tmp_path)
+    sentence = bh.verdict_sentence(analysis).replace("*", "").replace("`", "")
+    assert " ".join(lines).startswith(sentence)
+    header = lines[lines.index("") + 1].split("  ")
+    columns = ["configuration", "experts", "saved", "time", "NLL", "95 % interval", "verdict"]
+    assert [title.strip() for title in header if title] == columns
+    rows = table_rows(lines)
+    assert [row.split()[0] for row in rows] == list(bh.ROUTING_CONFIGS)
+    assert rows[0].split() == ["topk_8", "8.00", "–", "–", "–", "–", "baseline"]
+    verdict = analysis["verdict"]["bh_strict"]
+    saved = f"{1 - verdict['mean_experts'] / 8:.0%}"
+    cells = [f"{verdict['mean_experts']:.2f}", saved]
+    assert rows[1].split()[1:3] == cells
+    assert (
+        f"{verdict['delta_nll']:+.4f}  {bh.show(verdict, 'ci95', '+.4f to +.4f')}  {verdict['verdict']}"
+        in rows[1]
+    )
+    assert "saved: experts, against topk_8; time: of inference" in " ".join(lines)
+
+
+def test_terminal_shows_the_best_of_many_configurations(tmp_path):
+    """And says how many more there are; names that are too long are cut where one sees it."""
+    long = {name: f"{name}_{'x' * (64 - len(name) - 2)}{place % 10}"
+            for place, name in enumerate(bh.suites()["frontier"]) if name.startswith("bh")}  # fmt: skip
+    results = renamed(invented_results(("topk_8", *long), 60), **long)
+    lines = terminal_of(results, tmp_path)
+    rows = table_rows(lines)
+    assert rows.pop() == f"{len(long) + 1 - 12} more configurations stand in the report; these are the best."
+    assert len(rows) == 12
+    assert rows[0].startswith("topk_8 ")
+    assert all("…" in row.split()[0] for row in rows[1:])
+    deltas = [float(re.search(r" ([+-]0\.\d{4}) ", row)[1]) for row in rows[1:] if row.endswith("better")]
+    assert deltas == sorted(deltas)
+
+
+def test_terminal_of_other_runs(tmp_path):
+    """Generation without scores, tasks, and text alone: no column that has nothing to show."""
+    configs = ("topk_8", "bh_strict")
+    generation = dataclasses.replace(bh.EMPTY_RESULTS, generation=invented_generation(configs, 6))
+    lines = terminal_of(generation, tmp_path)
+    assert lines[0] == "No text was scored in this run: it says nothing about quality."
+    assert lines[2].split() == ["configuration", "experts", "saved", "time", "verdict"]
+    lines = terminal_of(tasks_only(), tmp_path)
+    assert lines[0].startswith("Of 2 comparisons with topk_8 on a task, paired by document, ")
+    assert [row.split()[:2] for row in table_rows(lines)] == [["choice", "bh_strict"],
+                                                             ["words…_text", "bh_strict"]]  # fmt: skip
+    lines = terminal_of(text_only(), tmp_path)
+    assert "time" not in lines[lines.index("") + 1]
+    alone = dataclasses.replace(bh.EMPTY_RESULTS, generation=invented_generation(("bh_strict",), 1))
+    assert table_rows(terminal_of(alone, tmp_path))[0].split() == ["bh_strict", *ANYTHING, "baseline"]
+
+
+ANYTHING = [f"{invented_generation(('bh_strict',), 1)['avg_experts_per_token'][0]:.2f}"]
+
+
+def test_terminal_shows_rules_where_many_are_compared(tmp_path):
+    """Those that no other beats first; the bounds are called so."""
+    methods = {"bh": -0.02, "threshold": -0.02, "top_p": 0.01, "min_p": 0.02, "entropy": 0.0, "oracle": -0.05}
+    scores, _ = simulated_field(3, methods, documents=20, windows=1)
+    common = rows_of_run(bh.SCORES, [{}]).iloc[0]
+    filled = scores.assign(own_k=8, status="ok", run_id="run").fillna({"model_name": "x", "category": "c"})
+    filled["method"] = filled["configuration"].map(lambda cell: json.loads(cell)["method"])
+    filled = filled.assign(**{name: common[name] for name in ("model_name", "dtype", "device", "seed")})
+    lines = terminal_of(dataclasses.replace(bh.EMPTY_RESULTS, scores=filled), tmp_path)
+    rows = [row for row in table_rows(lines) if "more rules" not in row]
+    assert {row.split()[0].strip(",") for row in rows[:2]} == {"bh", "threshold"}
+    assert [row for row in rows if row.startswith("oracle")][0].endswith("a bound")
+
+
+def test_terminal_tables_keep_hostile_words_in_their_place():
+    """On their line, in their column, with nothing that a terminal obeys."""
+    rows = [{"task": text, "configuration": "a", "mean": 1.0} for text in HOSTILE]
+    rows.append({"task": "\u8a9e" * 200, "configuration": "b" * 64, "mean": -1.0})
+    lines = bh.terminal_table(rows, bh.TERMINAL_TABLES["tasks"])
+    assert len(lines) == len(rows) + 2
+    assert max(map(bh._columns_of, lines)) <= bh.TERMINAL_COLUMNS
+    assert not any(
+        re.search("[\x00-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2066-\u2069]", line) for line in lines
+    )
+    assert len({bh._columns_of(line) for line in lines[2:]}) == 1  # the last column ends at one place
+    assert bh.plain_text(f"`a` on {bh.markdown_text('x_y `z` <b> & *')}") == "a on x_y `z` <b> & *"
+
+
+def test_analyze_only_ends_with_answer_and_paths(tmp_path, monkeypatch, capsys):
+    """On stdout; what is there is named, the page too; a terminal that knows ASCII only gets escapes."""
+    only_plots(monkeypatch)
+    write_results(invented_results(("topk_8", "bh_strict"), 3), tmp_path)
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with contextlib.redirect_stdout(plain):
+        assert bh.main(["--analyze-only", "--output", str(tmp_path)]) == 0
+    plain.seek(0)
+    assert "\\u2013" in plain.read()
+    assert bh.main(["--analyze-only", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    answer, paths = printed.out.strip().split("\n\nreport  ")
+    assert answer.startswith("Against static Top-K that spends")
+    named = [Path(line.split()[-1]) for line in paths.splitlines()]
+    assert {"report.html", "REPORT.md", bh.GENERATION.file, bh.SCORES.file} == {path.name for path in named}
+    assert all(path.exists() for path in named)
+    assert "analysed in " in printed.err
+    assert "%|" not in printed.err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_one_bar_on_a_terminal(monkeypatch):
+    """It says what is done, and nothing hides in the name; it leaves no line behind."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with bh.Phase("experiments generated", 4, 1) as phase:
+        phase.now("a\x1b[2J\u202eb")
+        phase.advance(2)
+    shown = terminal.getvalue()
+    assert "experiments generated, a\\x1b[2J\\u202eb:  25% |" in shown
+    assert "1/4 [00:00" in shown
+    assert "\x1b[2J" not in shown
+    assert "\n" not in shown
+    assert shown.split("\r")[-1].strip() == ""
+
+
+def test_without_a_terminal_lines_tell_how_far(monkeypatch, caplog, capsys):
+    """Now and then, and at the end; no bar."""
+    monkeypatch.setattr(bh, "SAY_EVERY", -1.0)
+    with caplog.at_level("INFO"), bh.Phase("experiments generated", 3, 1) as phase:
+        phase.advance(1)
+        phase.advance(1)
+    with caplog.at_level("INFO"), bh.Phase("of another process", 3, is_shown=False) as phase:
+        phase.advance(3)
+    lines = [re.sub(r"\d+\.\d", "N", line) for line in caplog.messages]
+    assert lines == [
+        "2 of 3 experiments generated, for N seconds now",
+        "3 of 3 experiments generated in N seconds",
+    ]
+    assert capsys.readouterr().err == ""
+
+
+def test_the_log_names_the_phases(mock_model, tmp_path):
+    """Model with its shape, what was generated, what was scored; a resumed run counts what was there."""
+    for _ in range(2):
+        run_suite(mock_model, tmp_path, prompts=SCORED_PROMPTS[:2], texts=WINDOWS)
+    log = re.sub(r"\d+\.\d+ seconds", "N seconds", (tmp_path / bh.LOG_FILE).read_text())
+    parameters = sum(weights.numel() for weights in mock_model.parameters())
+    model = re.search(
+        r"INFO model \S+, (\w+), (\d+) MoE layers x (\d+) experts, top-(\d+), (\S+) million", log
+    )
+    assert float(model[5]) == pytest.approx(parameters / 1e6, abs=0.06)
+    assert log.count("4 of 4 experiments generated in N seconds") == 2
+    assert log.count("45 of 45 scores of text computed in N seconds") == 2
+
+
+def test_active_parameters_are_those_of_the_kept_experts(tiny):
+    weights = sum(parameter.numel() for parameter in tiny.layers[0].experts.parameters())
+    share = 1 - tiny.own_k / tiny.layers[0].num_experts
+    total = sum(parameter.numel() for parameter in tiny.model.parameters())
+    active = total - len(tiny.layers) * weights * share
+    assert f"{bh._millions(round(active))} active for a token" in tiny.shape
+    assert bh._millions(6_919_000_000) == "6.92 billion"
+
+
+# Plots
+
+
+def field_verdicts(methods):
+    scores, configs = simulated_field(3, methods, documents=20, windows=1)
+    verdicts = bh.quality_verdicts(scores, configs, "topk_8")
+    analysis = {"verdict": verdicts, "configurations": configs, "baseline": "topk_8"}
+    return analysis | {"field": bh.compare_field(scores, configs, 8)}
+
+
+def test_the_field_marks_what_the_report_calls_unbeaten(as_drawn):
+    analysis = field_verdicts({"bh": -0.01, "threshold": -0.03, "top_p": 0.02})
+    (sentence,) = bh.field_sentences(analysis)
+    assert "no other at any whole number of experts (adjusted p below 0.05): `threshold" in sentence
+    axes = bh.plot_field(bh.verdict_frame(analysis))
+    colors = {text.get_text().split(",")[0]: text.get_color() for text in axes[0].texts}
+    assert colors["threshold"] == bh.FIELD_COLORS["beaten by no other"]
+    assert colors["bh"] == bh.FIELD_COLORS["BH, beaten"]
+    assert colors["top_p"] == "0.4"
+    legend = {text.get_text() for text in axes[0].figure.legends[0].get_texts()}
+    assert legend == {"beaten by no other", "BH, beaten", "others"}
+
+
+def test_many_configurations_share_rows_and_colours(as_drawn):
+    """A row a rule, and a colour a stand-in, where a row and a colour each could not be read."""
+    configs = {}
+    for method in ("bh", "threshold", "top_p", "min_p", "entropy", "elbow", "gap"):
+        for stand_in in ("nothing", "mean"):
+            knob = bh.RULES[method].knob
+            for place in range(3):
+                config = {"method": method, "stand_in": stand_in, knob.name: knob.default * (1 + place / 100)}
+                configs[f"{method}_{stand_in}_{place}"] = bh.resolve_config("x", config)
+    rows = [
+        {"config_name": name, "configuration": json.dumps(config), "is_static": False, "is_unbeaten": False,
+         "mean_experts": 3.0 + place % 3, "delta_nll": -0.01, "ci95_low": -0.02, "ci95_high": 0.0,
+         "verdict": "better", "delta_to_baseline": 0.1, "delta_to_baseline_ci95_low": 0.0,
+         "delta_to_baseline_ci95_high": 0.2}
+        for place, (name, config) in enumerate(configs.items())
+    ]  # fmt: skip
+    verdicts = pd.DataFrame(rows)
+    verdicts.attrs["baseline"] = "topk_8"
+    ax = bh.plot_delta_at_equal_compute(verdicts)
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(bh.families(configs))
+    assert {text.get_text() for text in ax.texts} == {"3.00 to 5.00", "experts"}
+    assert ax.figure.get_figheight() < 10
+    ax = bh.plot_quality_vs_experts(verdicts)
+    named = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert named == ["rules, nothing stands in", "rules, mean stands in"]
+
+
+def test_boxes_are_drawn_without_a_warning(as_drawn):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bh.plot_experts_by_category(invented_generation(("topk_8", "bh_strict"), 6))
+
+
+# The page
+
+
+class Page(html.parser.HTMLParser):
+    """What a page holds: its tags with attributes, and its text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+PAGE_TAGS = {
+    "html", "head", "meta", "title", "style", "body", "nav", "a", "main", "h1", "h2", "h3", "p", "strong",
+    "em", "code", "pre", "ul", "ol", "li", "div", "table", "thead", "tbody", "tr", "th", "td", "figure",
+    "img", "hr", "br", "blockquote",
+}  # fmt: skip
+EVIL = """<script>top.ran.push(1)</script><img src="SITE/a.png" onerror="top.ran.push(2)">
+<svg onload="top.ran.push(3)"><style>@import "SITE/b.css"; body{background:url(SITE/c.png);width:9999px}
+</style>![a](SITE/d.png) ![b](data:image/svg+xml;base64,PHN2Zy8+) ![c](plots/../../../x.png)
+[go](javascript:top.ran.push(4))
+<http://SITE/e> [f]: SITE/f 'x' <iframe src="SITE/g"></iframe><base href="SITE/"><meta http-equiv="refresh"
+content="0;url=SITE/h"><details ontoggle="top.ran.push(5)" open>x</details> &lt;script&gt; \u202egpj.exe"""
+
+
+def png(path, size=(40, 30)):
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "red").save(path)
+
+
+def check_page(page):
+    """One page with what it may have: no script, no link out, no image but its own."""
+    parsed = Page(page)
+    assert {tag for tag, _ in parsed.tags} <= PAGE_TAGS
+    for tag, attributes in parsed.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+        assert "src" not in attributes or (tag, attributes["src"][:22]) == ("img", "data:image/png;base64,")
+        assert "href" not in attributes or (tag, attributes["href"][0]) == ("a", "#")
+    policies = [meta["content"] for meta in parsed.all("meta") if meta.get("http-equiv")]
+    assert policies == [bh.PAGE_POLICY]
+    assert "default-src 'none'" in bh.PAGE_POLICY
+    assert len(parsed.all("style")) == 1
+    assert parsed.all("html") == [{"lang": "en"}]
+    assert [meta for meta in parsed.all("meta") if meta.get("name") == "viewport"]
+    ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    assert {link["href"][1:] for link in parsed.all("a")} <= set(ids)
+    assert len(page) < 5_000_000
+    return parsed
+
+
+def test_page_of_hostile_texts(tmp_path):
+    """Markup of others is shown as it is written, and does nothing: no tag, link or image comes of it."""
+    png(tmp_path / "x.png")
+    hostile = [EVIL, *HOSTILE[:-1], NASTY]
+    blocks = ["# T", *(f"- {text}" for text in hostile), *(f"## {text}" for text in hostile)]
+    cells = [bh.markdown_text(text) for text in (*hostile, "x" * 1_000_000)]
+    table = "\n".join(["| a |", "| --- |", *(f"| {cell} |" for cell in cells)])
+    page = bh.page_html("\n\n".join([*blocks, table]), tmp_path / "deep" / "er" / "plots")
+    parsed = check_page(page)
+    assert parsed.all("img") == []
+    for shown in (
+        "<script>top.ran.push(1)</script>",
+        "onerror=",
+        "javascript:top",
+        "data:image/svg+xml",
+        "<base href",
+    ):
+        assert shown in parsed.text
+    assert "x… (996,000 more characters)" in parsed.text
+
+
+def test_page_shows_its_own_plots_only_and_further_fragments(tmp_path):
+    """Smaller than they are in the folder; a broken one is named; fragments stand before the summary."""
+    png(tmp_path / "quality_vs_experts.png", (4000, 2000))
+    (tmp_path / "layer_profile.png").write_bytes(b"no picture")
+    png(tmp_path / "own.png")
+    markdown = "# The <title>\n\n## Answer\n\n" + "".join(
+        f"![{name}](plots/{name}.png)\n\n" for name in ("quality_vs_experts", "layer_profile", "own", "field")
+    )
+    fragment = '<h2 id="tokens">Which token</h2><p>many</p>'
+    page = bh.page_html(f"{markdown}\n\n## Summary by configuration\n\nx", tmp_path, [fragment])
+    parsed = check_page(page)
+    (image,) = parsed.all("img")
+    assert (image["width"], image["height"], image["alt"]) == ("1600", "800", "quality_vs_experts")
+    assert "layer_profile: cannot identify image" in parsed.text
+    assert "own (plots/own.png)" in parsed.text
+    assert "field (plots/field.png)" in parsed.text
+    assert page.index('id="answer"') < page.index(fragment) < page.index('id="summary-by-configuration"')
+    links = [link["href"] for link in parsed.all("a")]
+    assert links == ["#answer", "#tokens", "#summary-by-configuration"]
+    assert "<title>The &lt;title&gt;</title>" in page
+    assert fragment in bh.page_html("# T", tmp_path, [fragment])
+
+
+@pytest.fixture(scope="module")
+def page_run(tmp_path_factory):
+    """A report with a few plots, of a run in which others' texts are everywhere."""
+    folder = tmp_path_factory.mktemp("page")
+    results = write_run(folder, tuple(bh.ROUTING_CONFIGS), 6)
+    frame = results.generation
+    frame["prompt_category"] = frame["prompt_category"].replace({"c0": EVIL, "c1": "x" * 100_000})
+    frame.loc[frame["prompt_id"] == "p2", ["status", "error"]] = ["error", EVIL + "y" * 1_000_000]
+    write_results(results, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        only_plots(patch, "quality_vs_experts", "layer_profile")
+        bh.write_report(frame, folder)
+    return folder
+
+
+def test_page_of_a_run(page_run):
+    """The report's own tables, plots and words, whole; the same results give the same bytes."""
+    page = (page_run / "report.html").read_text(encoding="utf-8")
+    parsed = check_page(page)
+    report = (page_run / "REPORT.md").read_text(encoding="utf-8")
+    assert len(parsed.all("table")) == len(table_widths(report))
+    assert [image["alt"] for image in parsed.all("img")] == ["Quality against compute", "Layer by layer"]
+    assert report.index("![Quality against compute]") < report.index(
+        "\n## ", report.index("Executive summary")
+    )
+    cells = {words for attributes in parsed.all("td") for words in attributes.get("class", "").split()}
+    assert {"number", "short", "static"} <= cells
+    assert bh.page_html(report, page_run / "plots") == page
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+WATCHER = """<!doctype html><script>var ran = [], loaded = 0, seen = [];
+function look() { if (++loaded < FRAMES) return; setTimeout(function () {
+  for (var frame of document.querySelectorAll("iframe")) { var page = frame.contentDocument;
+    var root = page.documentElement, images = [...page.images];
+    seen.push({width: root.clientWidth, wide: root.scrollWidth, high: root.scrollHeight,
+      images: images.map(image => image.naturalWidth), inner: page.body.scrollWidth,
+      boxes: [...page.querySelectorAll(".table")].map(box => box.getBoundingClientRect().right)}); }
+  document.querySelector("pre").textContent = JSON.stringify({ran: ran, pages: seen}); }, 300); }
+</script><pre></pre>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+def test_page_in_a_browser(page_run, tmp_path):
+    """At the width of a desktop and of a telephone: nothing wider than the page, every picture there, no
+    script ran, no request left. A page without any of this beside it shows that it would be seen."""
+    asked = []
+
+    class Site(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *args):
+            pass
+
+    site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    threading.Thread(target=site.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{site.server_port}"
+    page = (page_run / "report.html").read_text(encoding="utf-8").replace("SITE", address)
+    control = (
+        f'<img src="{address}/control"><script>top.ran.push("control")</script><p style="width:9999px">x'
+    )
+    frames = [
+        f'<iframe style="width:{width}px;height:800px;border:0" onload="look()" '
+        f'srcdoc="{html.escape(shown)}"></iframe>'
+        for width, shown in ((1280, page), (390, page), (390, control))
+    ]
+    watcher = tmp_path / "watcher.html"
+    watcher.write_text(WATCHER.replace("FRAMES", "3") + "".join(frames), encoding="utf-8")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+               "--disable-background-networking", "--disable-component-update", "--disable-sync",
+               f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=8000", "--dump-dom",
+               watcher.as_uri()]  # fmt: skip
+    try:
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    finally:
+        site.shutdown()
+        site.server_close()
+    found = json.loads(html.unescape(re.search("<pre>(.*?)</pre>", dom)[1]))
+    desktop, telephone, seen = found["pages"]
+    assert found["ran"] == ["control"]
+    assert set(asked) == {"/control"}
+    assert seen["wide"] > 9000
+    for measured, width in ((desktop, 1280), (telephone, 390)):
+        assert width - 20 <= measured["width"] <= width
+        assert measured["wide"] <= measured["width"]
+        assert max(measured["boxes"]) <= measured["width"]
+        assert len(measured["images"]) == 2
+        assert min(measured["images"]) > 600
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 22. Other threads, the hooks of others, and what a hostile folder may hold
+# ---------------------------------------------------------------------------------------------------------
+
+
+def in_another_thread(work):
+    """What `work` returns, or the UserError that it raises, in a thread of its own."""
+    outcome = []
+
+    def run():
+        try:
+            outcome.append(work())
+        except bh.UserError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return outcome[0]
+
+
+def test_a_model_at_work_is_refused_to_another_thread(mock_model, tmp_path, monkeypatch):
+    """While one runner measures, or calibrates, without a patch, a second one on the same model is refused
+    whatever it wants, and changes nothing; afterwards it may."""
+    second = mock_runner(mock_model, tmp_path / "second")
+    layers = second.layers
+    prompt = bh.resolve_prompt(SCORED_PROMPTS[0])
+
+    def patch():
+        with bh.patched_routing(mock_model, FLAT, layers=layers):
+            pass
+
+    attempts = {
+        "suite": lambda: run_suite(mock_model, tmp_path / "second"),
+        "one": lambda: second.run_single_experiment("flat", FLAT, prompt, 2),
+        "text": lambda: second.generate("The cat"),
+        "patch": patch,
+        "look": lambda: bh.find_moe_layers(mock_model),
+        "calibrate": lambda: bh.calibrate(mock_model, MockTokenizer(), 0),
+    }
+    refused = collections.defaultdict(list)
+
+    def meanwhile(moment):
+        for name, attempt in attempts.items():
+            outcome = in_another_thread(attempt)
+            refused[moment].append((name, "at work in another thread" in str(outcome)))
+
+    generate = mock_model.generate
+
+    def generating(*args, **kwargs):
+        if not refused["generating"]:
+            meanwhile("generating")
+        return generate(*args, **kwargs)
+
+    undisturbed = run_suite(mock_model, tmp_path / "undisturbed", SMALL)
+    monkeypatch.setattr(mock_model, "generate", generating, raising=False)
+    bh.sample_calibration_text(mock_model, MockTokenizer(), 0)
+    calibrating = refused.pop("generating")
+    assert_same_results(run_suite(mock_model, tmp_path / "first", SMALL), undisturbed)
+    assert calibrating == refused["generating"] == [(name, True) for name in attempts]
+    for name, attempt in attempts.items():
+        assert not isinstance(in_another_thread(attempt), bh.UserError), name
+
+
+def test_two_runs_at_once_give_what_they_give_alone(tmp_path):
+    """Two runners of two models, in two threads that share torch's random generators: each samples the text
+    that it samples alone."""
+
+    def sampled(folder):
+        runner = mock_runner(small_mock(), folder, sampling={"temperature": 1.0})
+        return list(runner.run_full_experiment_suite(SMALL, SCORED_PROMPTS, 8, num_samples=2).generated_text)
+
+    alone = sampled(tmp_path / "alone")
+    together = {}
+    threads = [
+        threading.Thread(target=lambda name=name: together.update({name: sampled(tmp_path / name)}))
+        for name in ("a", "b")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == {"a": alone, "b": alone}
+
+
+def test_activations_are_captured_as_they_are_computed(tiny):
+    """Forward hooks that somebody else has on router, experts and block see what is computed, dropped slots
+    with weight zero, and are there afterwards; what they saw is what the recorder counts."""
+    layer = tiny.layers[0]
+    block = tiny.model.get_submodule(layer.name.rpartition(".")[0])
+    seen = collections.defaultdict(list)
+    with contextlib.ExitStack() as stack:
+        for name, module in (("router", layer.router), ("experts", layer.experts), ("block", block)):
+            keep = lambda module, args, output, name=name: seen[name].append((args, output))  # noqa: E731
+            stack.callback(module.register_forward_hook(keep).remove)
+        plain = logits_of(tiny.model, sample_ids())
+        seen.clear()
+        with bh.patched_routing(tiny.model, FLAT, layers=tiny.layers) as recorder:
+            routed = logits_of(tiny.model, sample_ids())
+            counts = recorder.total().counts[0]
+        weights = seen["router"][0][1][1]  # [T, K]
+        assert torch.equal(seen["experts"][0][0][2], weights)
+        kept = torch.bincount((weights != 0).sum(1), minlength=len(counts))
+        assert kept.tolist() == counts.tolist()
+        output = seen["block"][0][1]
+        assert torch.equal(output.reshape(-1, output.shape[-1]), seen["experts"][0][1])
+        seen.clear()
+        assert torch.equal(logits_of(tiny.model, sample_ids()), plain)
+        assert not torch.equal(routed, plain)
+        assert [len(calls) for calls in seen.values()] == [1, 1, 1]
+
+
+def test_hooks_of_accelerate(mock_model):
+    """One that is there before is gone through as before, and stays; one that is put on a patched module is
+    refused at the end of the block, where the model is itself again."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Counting(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    ids = sample_ids()
+    plain = logits_of(mock_model, ids)
+    with bh.patched_routing(mock_model, FLAT):
+        routed = logits_of(mock_model, ids)
+    layers = bh.find_moe_layers(mock_model)
+    for module in (layers[0].router, layers[1].experts):
+        hook = Counting()
+        add_hook_to_module(module, hook)
+        with bh.patched_routing(mock_model, FLAT, layers=layers):
+            assert torch.equal(logits_of(mock_model, ids), routed)
+        assert hook.calls == 1
+        assert torch.equal(logits_of(mock_model, ids), plain)
+        assert hook.calls == 2
+        remove_hook_from_module(module)
+    before = state_of(mock_model)
+    for module in (layers[0].router, layers[1].experts):
+        patching = bh.patched_routing(mock_model, FLAT, layers=layers)
+        with pytest.raises(bh.UserError, match="was replaced while it was patched"), patching:
+            add_hook_to_module(module, Counting())
+        assert torch.equal(logits_of(mock_model, ids), plain)
+        for name in ("_hf_hook", "_old_forward"):
+            vars(module).pop(name)
+        assert state_of(mock_model) == before
+
+
+class Adapter(nn.Module):
+    """A low-rank adapter as PEFT puts it around a linear layer, with the names that PEFT's layers have."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.down = nn.Parameter(torch.randn(2, base.in_features) * 0.3)
+        self.up = nn.Parameter(torch.randn(base.out_features, 2) * 0.3)
+        self.scaling = {"default": 2.0}
+        self.merged_adapters = []
+        self._active_adapter = ["default"]
+        self._disable_adapters = False
+
+    def forward(self, hidden):
+        output = self.base_layer(hidden)
+        if self._disable_adapters:
+            return output
+        return output + hidden @ self.down.T @ self.up.T * self.scaling["default"]
+
+    def merged(self):
+        merged = copy.deepcopy(self.base_layer)
+        merged.weight.data += self.up.data @ self.down.data * self.scaling["default"]
+        return merged
+
+
+def test_an_adapter_on_attention(tmp_path):
+    """A model with one is scored like the model that it is merged into; the adapter in use is part of what a
+    run and a calibration belong to, and a runner whose model was switched is refused."""
+    model = tiny_olmoe()
+    merged = copy.deepcopy(model)
+    torch.manual_seed(0)
+    for own, other in zip(model.model.layers, merged.model.layers, strict=True):
+        own.self_attn.q_proj = Adapter(own.self_attn.q_proj)
+        other.self_attn.q_proj = own.self_attn.q_proj.merged()
+
+    def runner(model, folder):
+        return bh.BHExperimentRunner("tiny", tmp_path / folder, model=model, tokenizer=byte_tokenizer())
+
+    scores = []
+    for name, subject in (("adapted", model), ("merged", merged)):
+        runs = runner(subject, name)
+        runs.run_full_experiment_suite(SMALL, SCORED_PROMPTS, 2)
+        scores.append(runs.results.scores)
+    np.testing.assert_allclose(scores[0].nll, scores[1].nll, atol=1e-4)
+    used = runner(model, "adapted")
+    used.run_full_experiment_suite(SMALL, SCORED_PROMPTS, 2)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj._disable_adapters = True
+    prompt = SCORED_PROMPTS[0]
+    for work in (
+        lambda: used.run_full_experiment_suite(SMALL, SCORED_PROMPTS, 2),
+        lambda: used.run_single_experiment("flat", FLAT, prompt, 2),
+        lambda: used.routing(FLAT).__enter__(),
+    ):
+        with pytest.raises(bh.UserError, match="another than this runner was made for"):
+            work()
+    with pytest.raises(bh.UserError, match="results of another run"):
+        runner(model, "adapted").run_full_experiment_suite(SMALL, SCORED_PROMPTS, 2)
+
+
+def rewritten(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def with_index(folder, shard):
+    """A model folder whose weights are named by an index, in a file `shard`."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if shard.endswith(".bin"):
+        torch.save(weights, folder / shard)
+    else:
+        save_file(weights, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def make_hostile(kind, folder):
+    """Change a good model folder into one that would have code run, or files read, that are not its own."""
+    code = f"open({str(folder.parent / 'ran')!r}, 'w')\n"
+    (folder / "evil.py").write_text(code)
+    if kind == "code for a model that is known":
+        own = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+        rewritten(folder / "config.json", auto_map=own)
+    elif kind == "code of a tokenizer":
+        own = {"AutoTokenizer": ["evil.Tokenizer", None]}
+        rewritten(folder / "tokenizer_config.json", auto_map=own, tokenizer_class="Tokenizer")
+    elif kind in ("a template that loops", "a template that imports"):
+        loop = "{% for i in range(10**9) %}{% for j in range(10**9) %}x{% endfor %}{% endfor %}"
+        imports = "{{ cycler.__init__.__globals__.os.system('touch " + str(folder.parent / "ran") + "') }}"
+        template = loop if "loops" in kind else imports
+        rewritten(folder / "tokenizer_config.json", chat_template=template)
+        (folder / "chat_template.jinja").write_text(template)
+    elif kind == "weights above":
+        with_index(folder, "../outside.safetensors")
+    elif kind == "weights by an absolute path":
+        with_index(folder, str(folder.parent / "absolute.safetensors"))
+    elif kind == "pickled weights in an index":
+        with_index(folder, "weights.bin")
+    else:
+        assert kind == "a tensor is missing"
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(folder / "model.safetensors")
+        del weights["model.norm.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", [
+    "code for a model that is known", "code of a tokenizer", "a template that loops",
+    "a template that imports",
+])  # fmt: skip
+def test_what_a_model_folder_may_hold_and_does_nothing(kind, tiny_folder, tmp_path):
+    """The model is loaded and is the same; nothing of it is executed, and no template is filled in."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    make_hostile(kind, tmp_path / "model")
+    runner = bh.BHExperimentRunner(str(tmp_path / "model"), tmp_path / "out", device="cpu", use_fp16=False)
+    good = bh.BHExperimentRunner(str(tiny_folder), tmp_path / "good", device="cpu", use_fp16=False)
+    assert runner.generate("The cat", 2) == good.generate("The cat", 2)
+    assert runner.settings == good.settings
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", [
+    "weights above", "weights by an absolute path", "pickled weights in an index", "a tensor is missing",
+])  # fmt: skip
+def test_weights_that_are_not_the_folders_own_are_refused(kind, tiny_folder, tmp_path, capsys):
+    """In one line; transformers alone would load them all, and put random numbers where a tensor lacks."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    make_hostile(kind, tmp_path / "model")
+    assert cli(tmp_path / "model", tmp_path / "out") == 2
+    errors = error_lines(capsys)
+    assert len(errors) == 1
+    assert re.search("no safetensors file of its folder|its weights lack model.norm.weight", errors[0])
+
+
+def test_weights_in_several_files(tiny_folder, tmp_path):
+    """An index that names safetensors files of its own folder is what large models have."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    with_index(tmp_path / "model", "model-00001-of-00001.safetensors")
+    how = (torch.device("cpu"), torch.float32)
+    whole, _ = bh.load_model(str(tiny_folder), *how)
+    sharded, _ = bh.load_model(str(tmp_path / "model"), *how)
+    assert bh.model_fingerprint(whole) == bh.model_fingerprint(sharded)
+
+
+def test_code_beside_data_is_not_run(tmp_path):
+    """A folder of data with a Python program of its name, which datasets once executed."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "rows.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (folder / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(bh.UserError, match="cannot be read"):
+        bh.load_dataset_prompts(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_compressed_data_that_unfolds(kind, tmp_path):
+    """A text beyond any context is refused in one line; a compressed line of that length is not unfolded."""
+    pytest.importorskip("datasets")
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    long = "a" * (bh.MAX_CHARACTERS + 1)
+    if kind == "parquet":
+        table = pyarrow.table({"text": [long]})
+        pyarrow.parquet.write_table(table, folder / "train.parquet", compression="zstd")
+    else:
+        lines = {"jsonl": f'{{"text": "{long}"}}\n', "csv": f"text\n{long}\n"}
+        with gzip.open(folder / f"train.{kind}.gz", "wt", compresslevel=1) as file:
+            file.write(lines[kind])
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 100_000
+    message = "10,000,001 characters, more than" if kind == "parquet" else "a line has more than 10,000,000"
+    with pytest.raises(bh.UserError, match=message):
+        bh.load_dataset_prompts(str(folder))
+
+
+HOSTILE_TASKS = {
+    "function": "process_docs: !function evil.work\n",
+    "included": "include: ../outside.yaml\n",
+    "standard": "process_docs: !function os.system\n",
+    "metric": "metric_list: [{metric: %(evil)s, aggregation: mean, higher_is_better: true}]\n",
+    "template": "doc_to_text: \"{{ cycler.__init__.__globals__.os.system('touch %(ran)s') }}\"\n",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_TASKS)
+def test_task_files_are_data(kind, task_folder, tmp_path):
+    """What a task file would execute, also by a file that it includes, is refused before it is imported."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    ran = tmp_path / "ran"
+    shutil.copy(task_folder / "rows.json", folder)
+    plain = (task_folder / "mini_write.yaml").read_text().replace("mini_write", "bad")
+    names = {"evil": folder / "evil.py", "ran": ran}
+    replaced = HOSTILE_TASKS[kind].split(":")[0]
+    lines = [line for line in plain.splitlines() if not line.startswith(replaced)]
+    (folder / "bad.yaml").write_text("\n".join(lines) + "\n" + HOSTILE_TASKS[kind] % names)
+    (tmp_path / "outside.yaml").write_text("process_docs: !function evil.work\n")
+    for path in (folder, tmp_path):
+        (path / "evil.py").write_text(f"open({str(ran)!r}, 'w')\ndef work(docs): return docs\n")
+    message = ""
+    try:
+        bh.load_tasks(["bad"], folder)
+    except bh.UserError as error:
+        message = str(error)
+    assert not ran.exists()
+    assert "\n" not in message
+    assert "--tasks bad cannot be loaded" in message or kind == "metric"  # the harness goes on without it
+    if kind in ("function", "included"):
+        assert "--trust-remote-code" in message
+        bh.load_tasks(["bad"], folder, trust_remote_code=True)
+        assert ran.exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX only")
+@pytest.mark.parametrize("kind", ["usual", "ignored", "of Windows"])
+def test_sighup_ends_a_run_unless_it_is_ignored(kind, monkeypatch):
+    """`nohup` ignores it: such a run goes on. All is as it was afterwards."""
+    hangup = signal.SIGHUP
+    first = signal.SIG_IGN if kind == "ignored" else signal.SIG_DFL
+    before = signal.signal(hangup, first)
+    try:
+        terminate = signal.getsignal(signal.SIGTERM)
+        if kind == "of Windows":
+            monkeypatch.delattr(signal, "SIGHUP")
+        with contextlib.ExitStack() as stack:
+            bh._end_on_signals(stack)
+            assert signal.getsignal(signal.SIGTERM) is bh._terminate
+            assert signal.getsignal(hangup) is (bh._terminate if kind == "usual" else first)
+        assert (signal.getsignal(hangup), signal.getsignal(signal.SIGTERM)) == (first, terminate)
+    finally:
+        signal.signal(hangup, before)
+
+
+# What mutants survived: benchmarks/mutants.md
+
+
+def test_a_patched_forward_has_the_name_and_signature_of_the_models_own(tiny):
+    """Whoever looks at a module to see what it takes finds the same inside the block."""
+    modules = [module for layer in tiny.layers for module in (layer.router, layer.experts)]
+    own = [(module.forward.__name__, inspect.signature(module.forward)) for module in modules]
+    with bh.patched_routing(tiny.model, FLAT, layers=tiny.layers):
+        assert all("forward" in vars(module) for module in modules)
+        assert [(module.forward.__name__, inspect.signature(module.forward)) for module in modules] == own
+
+
+def test_levels_of_the_diagnosed_nulls(tiny):
+    """Ten to a decade from 0.0001 to 1, where every null pair is at or below."""
+    report = bh.diagnose_nulls(tiny.calibration, tiny.calibration)
+    assert report["levels"] == pytest.approx([10 ** (-4 + n / 10) for n in range(41)])
+    for null in report["nulls"].values():
+        assert {shares[-1] for shares in null["layers"]} == {1}
+
+
+def test_multiplications_of_what_stands_in():
+    assert bh.StandIn(torch.zeros(5, 16)).multiplications == 16
+    linear = bh.StandIn(torch.zeros(5, 16), torch.zeros(5, 3, 16), torch.zeros(5, 16, 3))
+    assert linear.multiplications == 16 + 16 * 3 + 3 * 16
+
+
+def test_a_rule_takes_a_null_only_if_it_says_so(new_rules):
+    knob = bh.rate_field("share", 0.5, 0, 1, "of nothing")
+    bh.register_rule("own", knob, words="w", search=(0.1, 1))(lambda gates, config: None)
+    rule = bh.RULES["own"]
+    assert not rule.uses_null
+    assert bh.NULL_FIELD.name not in [field.name for field in rule.fields]
+
+
+def test_fewest_experts_are_where_the_interval_crosses_the_margin():
+    """Against scipy's interval at every point of the grid, with few documents, where each counts."""
+    scores, configs = simulated_field(5, {"threshold": 0.0, "min_p": 0.0}, documents=4, windows=1)
+    by_config = bh.scored_items(scores)
+    items = by_config["topk_8"].index
+    own = by_config["topk_8"]["nll"]
+    documents = by_config["topk_8"]["document"]
+    ladder = next(x for x in bh.ladders_of(by_config, configs, items) if x.label == "topk")
+    margin = 0.05
+    found = bh.fewest_experts(ladder, own, documents, margin)
+    grid = np.linspace(1, 8, 81)[:-1]  # at the last nothing differs
+    low, high = np.transpose(
+        [stats.ttest_1samp(ladder.at(experts) - own, 0).confidence_interval(0.95) for experts in grid]
+    )
+    for end, name in ((low, "ci95_low"), (high, "ci95_high")):
+        assert found[name] == pytest.approx(grid[np.flatnonzero(end >= margin)[-1] + 1]), name
+
+
+def test_the_third_line_of_a_checkpoint_counts(tmp_path):
+    """Also where it comes later in the alphabet than what is expected."""
+    path = tmp_path / "latest.json"
+    for line in ('"results":  [', '"rows": [', "["):
+        path.write_text(f'{{"schema": {SCHEMA},\n"settings": {{"model": "m", "seed": 0}},\n{line}\n]}}\n')
+        with pytest.raises(bh.UserError, match="not a checkpoint"):
+            open_checkpoint(path)
+
+
+def test_one_token_without_any_allowed_expert_is_named():
+    logits = torch.zeros(3, 4)
+    logits[1] = -math.inf
+    with pytest.raises(bh.UserError, match="a token whose experts are all -inf"):
+        bh.benjamini_hochberg_routing(logits, 0.1)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_experts_that_are_called_with_something_else_are_refused(width):
+    """With more candidates, or fewer, than the router beside them returned."""
+    picked = bh.Candidates(torch.ones(5, 2), torch.zeros(5, 2, dtype=torch.int64), None)
+    call = ((torch.zeros(5, 8), torch.zeros(5, width, dtype=torch.int64), torch.ones(5, width)), {})
+    with pytest.raises(bh._NotPatchable, match="no `experts` beside it"):
+        bh._check_experts(lambda *arguments: None, call, picked)
+
+
+STATISTICS = int(os.environ.get("BH_STATISTICS", 8))  # simulated runs; BH_STATISTICS=400 for a long look
+
+
+def test_error_rates_of_whole_runs(monkeypatch):
+    """Runs of the default shape with a known truth, through the whole analysis: a claim in a run without any
+    difference in at most 5.5 %, differences of three standard errors found in at least 80 %, and every
+    interval right in 93 to 97 %; up to chance, which decides less with more runs."""
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    import error_rates
+
+    def at_most(share):
+        return stats.binom.ppf(0.999, STATISTICS, share) / STATISTICS
+
+    rates = error_rates.in_default_shape(STATISTICS)
+    print(rates)
+    assert len(rates) == 7
+    for name, found in rates.items():
+        if name.startswith("false"):
+            assert found["rate"] <= at_most(0.055), name
+        elif name.startswith("interval"):
+            assert 1 - at_most(1 - 0.93) <= found["rate"] <= at_most(0.97), name
+        elif name.endswith("all"):  # of one alone the adjustment finds fewer
+            assert found["rate"] >= 1 - at_most(1 - 0.80), name
 
 
 if __name__ == "__main__":
