@@ -4004,7 +4004,8 @@ def test_processes_share_the_work(tiny_folder, tmp_path, monkeypatch):
     only_plots(monkeypatch)
     monkeypatch.setattr(bh, "TEST_PROMPTS", bh.TEST_PROMPTS[:5])
     options = ["--model", tiny_folder, "--device", "cpu", "--no-fp16", "--max-tokens", 3, "--text", "none",
-               "--p-values", "flat", "--configs", "topk_8,bh_loose"]  # fmt: skip
+               "--calibration-text", "sampled", "--p-values", "flat",
+               "--configs", "topk_8,bh_loose"]  # fmt: skip
     said = launched(tmp_path, [*options, "--output", tmp_path / "two"], 2)
     assert said.count("10 experiments and 25 scores, 0 of them finished already") == 1
     assert bh.main([*map(str, options), "--output", str(tmp_path / "one")]) == 0
