@@ -8443,10 +8443,22 @@ def fewest_experts(ladder: Ladder, own: pd.Series, documents: pd.Series, margin:
         first = failing[-1] + 1 if len(failing) else 0
         return float(grid[first]) if first < len(grid) else None
 
+    def crossing(bound: np.ndarray) -> float | None:
+        """Where it comes below the margin for good, between two points of the grid: the next point of the
+        grid would be half a step too far on average."""
+        failing = np.flatnonzero(~(bound < margin))
+        if not len(failing):
+            return float(grid[0])
+        last = failing[-1]
+        if last + 1 == len(grid):
+            return None
+        share = (bound[last] - margin) / (bound[last] - bound[last + 1])
+        return float(grid[last] + share * (grid[last + 1] - grid[last]))
+
     return {
         "fewest": from_where(is_equivalent),
-        "ci95_low": from_where(mean - half < margin),
-        "ci95_high": from_where(mean + half < margin),
+        "ci95_low": crossing(mean - half),
+        "ci95_high": crossing(mean + half),
     }
 
 

@@ -11446,7 +11446,9 @@ def test_fewest_experts_are_where_the_interval_crosses_the_margin():
         [stats.ttest_1samp(ladder.at(experts) - own, 0).confidence_interval(0.95) for experts in grid]
     )
     for end, name in ((low, "ci95_low"), (high, "ci95_high")):
-        assert found[name] == pytest.approx(grid[np.flatnonzero(end >= margin)[-1] + 1]), name
+        last = np.flatnonzero(end >= margin)[-1]
+        share = (end[last] - margin) / (end[last] - end[last + 1])
+        assert found[name] == pytest.approx(grid[last] + share * (grid[last + 1] - grid[last])), name
 
 
 def test_the_third_line_of_a_checkpoint_counts(tmp_path):
