@@ -6759,19 +6759,7 @@ class BHExperimentRunner:
         place = choose_device(device) if model is None else input_device(model)
         self.processes = Processes(use_cpu=place.type == "cpu")
         if model is None:
-            if self.processes.world > 1 and device_map:
-                raise UserError("--device-map spreads one process over all GPUs: leave out accelerate launch")
-            if self.processes.world > 1 and place.type == "cuda":
-                place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            announce_remote_code(model_name, trust_remote_code)
-            outline = functools.partial(model_outline, model_name, revision, trust_remote_code)
-            precision = self._precision(dtype if use_fp16 else "float32", place, outline)
-            self.precision_reason = precision.reason
-            start = time.perf_counter()
-            model, tokenizer = load_model(
-                model_name, place, precision.dtype, device_map, revision, trust_remote_code
-            )
-            self._loaded = f"loaded in {duration(time.perf_counter() - start)}: "
+            model, tokenizer = self._load(place, dtype if use_fp16 else "float32", device_map, revision)
         self.model = model
         self.tokenizer = tokenizer
         self.apply_chat_template = apply_chat_template
@@ -6790,6 +6778,25 @@ class BHExperimentRunner:
         self._calibration: Calibration | None = None
         self._calibration_source: CalibrationText | None = None
         self._batch_limit = sys.maxsize  # how many texts the memory was enough for
+
+    def _load(
+        self, place: torch.device, dtype: str, device_map: str | None, revision: str | None
+    ) -> tuple[nn.Module, Any]:
+        """Model and tokenizer, in the precision that `dtype` names."""
+        if self.processes.world > 1 and device_map:
+            raise UserError("--device-map spreads one process over all GPUs: leave out accelerate launch")
+        if self.processes.world > 1 and place.type == "cuda":
+            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        announce_remote_code(self.model_name, self.trust_remote_code)
+        outline = functools.partial(model_outline, self.model_name, revision, self.trust_remote_code)
+        precision = self._precision(dtype, place, outline)
+        self.precision_reason = precision.reason
+        start = time.perf_counter()
+        model, tokenizer = load_model(
+            self.model_name, place, precision.dtype, device_map, revision, self.trust_remote_code
+        )
+        self._loaded = f"loaded in {duration(time.perf_counter() - start)}: "
+        return model, tokenizer
 
     @functools.cached_property
     def shape(self) -> str:
