@@ -10294,7 +10294,7 @@ BYTES = ("B", "kB", "MB", "GB", "TB")
 
 def compute_sentences(analysis: Mapping[str, Any]) -> list[str]:
     """What a token costs the model under the baseline; and under each other configuration, with the speed-up
-    that this allows and the one that was measured. For the report and a terminal."""
+    that this allows and the one that was measured."""
     baseline = analysis["baseline"]
     sentences = []
     for name, entry in sorted(analysis["compute"].items(), key=lambda item: item[0] != baseline):
@@ -11348,7 +11348,10 @@ def terminal_answer(analysis: Mapping[str, Any]) -> str:
         for column in TERMINAL_TABLES[kind]
         if column.key in TERMINAL_NOTES and any(row.get(column.key) is not None for row in shown)
     ]
-    return "\n".join([*lines, "", *textwrap.wrap("; ".join(notes), TERMINAL_COLUMNS)]).rstrip()
+    lines += ["", *textwrap.wrap("; ".join(notes), TERMINAL_COLUMNS)]
+    for cost in compute_sentences(analysis)[:1]:  # of the baseline; the report has the others
+        lines += ["", *textwrap.wrap(_visible(plain_text(cost)), TERMINAL_COLUMNS)]
+    return "\n".join(lines).rstrip()
 
 
 def terminal_paths(folder: Path) -> str:

@@ -7020,7 +7020,8 @@ def an_analysis(**entries):
     configs = {name: own_config(name)[0] for name in ("topk_8", "topk_4", "bh_strict", "bh_loose", "top_p")}
     nothing = {"n_pairs": 0, "median_ratio": None, "mean_difference": None}
     usual = {"baseline": "topk_8", "own_k": 8, "configurations": configs, "verdict": {}, "tasks": [],
-             "statistical_tests": {}, "noise_floor": {"inference_time_sec": nothing, "nll": nothing},
+             "statistical_tests": {}, "compute": {},
+             "noise_floor": {"inference_time_sec": nothing, "nll": nothing},
              "shuffle_effects": {}, "token_kinds": [], "field": {}, "summary_by_config": {},
              "hypotheses": [], "n_prompts": 0, "quality_margin": bh.QUALITY_MARGIN, "n_failed": 0,
              "n_rows": 60}  # fmt: skip
@@ -7069,6 +7070,8 @@ def with_tests(**tests):
     return an_analysis(statistical_tests={"bh_strict": tests})
 
 
+COST = {"active_parameters": 1.28e9, "total_parameters": 6.92e9, "weight_bytes_per_token": 2.4e9,
+        "expert_flops_per_token": 1.61e9, "allowed_speedup": 1.0, "decode_speedup": 1.0}  # fmt: skip
 SENTENCES = {
     "token_kind_sentences": {
         "claim": (
@@ -7297,6 +7300,23 @@ SENTENCES = {
         ),
         "no claim": ({"n_shared_tokens": 0}, "not used for calibration"),
         "nothing to say": ({}, "of which it is not known whether they were used for calibration"),
+    },
+    "compute_sentences": {
+        "claim": (
+            an_analysis(compute={"topk_8": COST, "bh_strict": COST | {
+                "active_parameters": 1.0e9, "weight_bytes_per_token": 1.6e9, "allowed_speedup": 1.5,
+                "decode_speedup": 1.25}}),
+            ["A token under `topk_8` uses 1.28 B of 6.92 B parameters and 1.61 GFLOP in its experts, and 2.40 "
+             "GB of weights are read to decode one.",
+             "A token under `bh_strict` uses 1.00 B of 6.92 B parameters and 1.61 GFLOP in its experts, and "
+             "1.60 GB of weights are read to decode one: that allows 1.50 times the speed of `topk_8`, 1.25 "
+             "times was measured."],
+        ),
+        "no claim": (
+            an_analysis(compute={"topk_8": COST | {"weight_bytes_per_token": None}}),
+            ["A token under `topk_8` uses 1.28 B of 6.92 B parameters and 1.61 GFLOP in its experts."],
+        ),
+        "nothing to say": (an_analysis(), []),
     },
     "clock_sentences": {
         "claim": (
