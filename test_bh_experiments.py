@@ -11437,7 +11437,7 @@ def test_error_rates_of_whole_runs(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Speed: precision and threads are chosen by the clock, and change no number that a row holds
+# 23. Speed: precision and threads are chosen by the clock, and change no number that a row holds
 # ---------------------------------------------------------------------------------------------------------
 
 
