@@ -10,7 +10,7 @@
 #     "matplotlib>=3.9",
 #     "seaborn>=0.13.2",
 #     "tqdm>=4.66",
-#     "jinja2>=3.1",
+#     "jinja2>=3.1.6",
 #     "markdown-it-py>=3.0",
 #     "pillow>=10.3",
 #     "numpy>=1.26",
@@ -33,6 +33,7 @@ with static Top-K at the same compute, and reported.
     python run_bh_experiments.py --tasks arc_easy,hellaswag        # tasks of lm-evaluation-harness
     python run_bh_experiments.py --dataset NAME --limit 50         # prompts from a data set
     python run_bh_experiments.py --analyze-only --output results   # tables, plots and report from the CSV
+    python run_bh_experiments.py compare DIR DIR --output DIR      # folders of results side by side
 
     from run_bh_experiments import BHExperimentRunner, analyze_results
     runner = BHExperimentRunner("models/olmoe-mini", output_dir="results")
@@ -54,7 +55,8 @@ Contents, in reading order
     13  Analysis                   rows -> paired tests, verdicts at equal compute
     14  Figures
     15  Report
-    16  Command line
+    16  Folders side by side       runs of several models, seeds or machines
+    17  Command line
 
 Words used throughout
     T tokens (batch and positions flattened) · E experts of a layer · L MoE layers · K candidates the router
@@ -113,7 +115,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import filelock
 import numpy as np
@@ -330,6 +332,8 @@ _CONTROLS = {
     "min_p": {"method": "min_p", "ratio": 0.25},
     "threshold": {"method": "threshold", "threshold": 0.03},
 }
+# On a model whose own K is not 8, as OLMoE's is, the 8 of these is the model's own K: see `with_own_k`.
+BUILT_IN = ROUTING_CONFIGS | {name: config for name, config in _CONTROLS.items() if "max_k" in config}
 
 
 # Every published rule, to be moved to the same mean numbers of experts by --match-experts; without it to
@@ -501,9 +505,11 @@ PROMPT_IDENTITY: dict[str, bool] = {
 }
 
 
-def input_hashes(prompt: Prompt) -> dict[str, str]:
-    """Field -> hash, for each field of a resolved prompt that its generated rows depend on."""
-    return {field: fingerprint(prompt[field]) for field, counts in PROMPT_IDENTITY.items() if counts}
+def input_hashes(prompt: Prompt, chat_template: str | None = None) -> dict[str, str]:
+    """Field -> hash, for each field of a resolved prompt that its generated rows depend on, and what
+    `chat_template_fingerprint` says of the template it is fed in by, if there is one."""
+    hashes = {field: fingerprint(prompt[field]) for field, counts in PROMPT_IDENTITY.items() if counts}
+    return hashes if chat_template is None else {**hashes, "chat_template": chat_template}
 
 
 MAX_CHARACTERS = 10_000_000  # of a prompt, beyond any context: a compressed file can unfold to anything
@@ -763,13 +769,77 @@ def start_token(tokenizer: Any) -> int:
     return next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 
-def reference_items(prompts: Sequence[Prompt], tokenizer: Any) -> list[TextItem]:
-    """The references of resolved prompts, each to be scored after its prompt; a document of its own."""
+CHAT_SECONDS = 10.0  # that a chat template may take for one prompt
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError inside the block after so many seconds; without a limit where Python has no such timer:
+    outside the main thread, and on Windows."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def chat_tokens(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of `text` as the one message of a user, by the tokenizer's chat template, up to where the
+    answer begins; special tokens are those that the template writes. Raises UserError.
+
+    A template is data that comes with a model: transformers renders it in a sandbox of jinja2, where it can
+    import nothing, open nothing and call nothing of Python's. Here it cannot take for ever either.
+    """
+    message = {"role": "user", "content": text}
+    try:
+        with _time_limit(CHAT_SECONDS):
+            encoded = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # whatever a template can raise
+        why = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"--apply-chat-template: the model's chat template cannot be used: {why}") from error
+    return list(encoded["input_ids"])
+
+
+def prompt_tokens(text: str, tokenizer: Any, as_chat: bool = False) -> list[int]:
+    """Token ids of a prompt as it is fed in."""
+    if as_chat:
+        return chat_tokens(text, tokenizer)
+    return list(tokenizer(text, verbose=False)["input_ids"])
+
+
+def chat_template_fingerprint(tokenizer: Any, model_name: str) -> str:
+    """16 hex digits that name what a chat template makes of a message. UserError where there is none, or one
+    that cannot be used."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"--apply-chat-template: the tokenizer of {model_name} has no chat template; leave the option "
+            "out, or give an instruct model"
+        )
+    return fingerprint([int(token) for token in chat_tokens("How are you?", tokenizer)])
+
+
+def reference_items(
+    prompts: Sequence[Prompt], tokenizer: Any, chat_template: str | None = None
+) -> list[TextItem]:
+    """The references of resolved prompts, each to be scored after its prompt; a document of its own.
+
+    chat_template: see `input_hashes`; the prompt is then fed in by it.
+    """
     items = []
     for prompt in prompts:
         reference = prompt["reference"]
         if reference:
-            given = tokenizer(prompt["text"], verbose=False)["input_ids"]
+            given = prompt_tokens(prompt["text"], tokenizer, chat_template is not None)
             predicted = tokenizer(reference, add_special_tokens=False, verbose=False)["input_ids"]
             if not given or not predicted:
                 logger.warning(f"prompt {prompt['id']!r} or its reference has no tokens: it is not scored")
@@ -782,7 +852,10 @@ def reference_items(prompts: Sequence[Prompt], tokenizer: Any) -> list[TextItem]
                     token_ids=np.array([*given, *predicted], dtype=np.int32),
                     context=len(given),
                     num_bytes=len(reference.encode()),
-                    inputs={field: fingerprint(prompt[field]) for field in ("text", "category", "reference")},
+                    inputs={
+                        **input_hashes(prompt, chat_template),
+                        "reference": fingerprint(prompt["reference"]),
+                    },
                     source="reference",
                 )
             )
@@ -1881,6 +1954,22 @@ def _num_layers_told_apart(about: str, config: Config) -> int:
     return len(next(iter(lists.values()), [None]))
 
 
+def _chosen_null(config: Config) -> dict[str, Any]:
+    """The null of a configuration, which --p-values may have chosen, if it takes one."""
+    return {"p_values": config["p_values"]} if "p_values" in config else {}
+
+
+def with_own_k(name: str, config: Config, own_k: int) -> dict[str, Any]:
+    """A configuration of BUILT_IN, resolved, on a model whose own K is `own_k`: the baseline runs as many,
+    the others at most as many, so that static Top-K up to the model's own can be their measure."""
+    if name == BASELINE:
+        return {**config, "k": own_k, "description": f"Fixed Top-{own_k}, the baseline: the model's own K"}
+    if config["max_k"] <= own_k:
+        return dict(config)
+    words = f"{config['description']}; " if config["description"] else ""
+    return {**config, "max_k": own_k, "description": f"{words}at most {own_k}, the model's own K"}
+
+
 def layer_config(config: Config, layer_index: int) -> dict[str, Any]:
     """A resolved configuration as it is in one MoE layer: every number is one number."""
     return {
@@ -2476,10 +2565,12 @@ REFUSED_ARCHITECTURES = {
 QUANTIZED_WEIGHTS = {
     "fp8": "taken: fine-grained FP8. transformers unpacks it on a CPU, and on a GPU that has no FP8. With "
     "its FP8 kernels on a newer GPU: not run",
-    "mxfp4": "taken: GPT-OSS, unpacked to `--dtype`, four times the memory or more: its kernels choose the "
-    "experts themselves, so the seam cannot",
+    "mxfp4": "taken: GPT-OSS, unpacked to `--dtype`, four times the memory or more: its kernels, which come "
+    "from the hub, choose the experts themselves, so the seam cannot",
     "bitsandbytes": "taken: 8 bits, and 4 bits as FP4 or NF4 with nested scales, with bitsandbytes 0.50. It "
     "packs linear layers, here attention; experts and router stay as they are",
+    "compressed-tensors": "taken: FP8 weights with a scale for each row, with compressed-tensors 0.20; "
+    "attention and experts are unpacked. Its other formats: not run",
     "torchao": "taken: int8 and float8 weights, int8 activations, of linear layers likewise, with torchao "
     "0.18. Packed experts: float8 with grouped_mm or eager, int8 with eager only; elsewhere torchao lacks an "
     "operation, and the model is refused. int4: not run",
@@ -3107,7 +3198,8 @@ class RoutingRecorder:
     """Router statistics by PyTorch forward hooks; memory O(L E), whatever the number of tokens.
 
     A hook only keeps what it sees; the sums are taken on the layer's device once for many calls, so that
-    recording costs decoding next to nothing and never waits for a GPU. Padding, by the attention mask that
+    recording costs decoding next to nothing and never waits for a GPU. The first call since the start, a
+    prefill where text is generated, is told apart from those after it. Padding, by the attention mask that
     the model was given, is not counted. In a notebook it shows itself as a table by layer; where `view` is
     set, also as the texts that were read and written, each token shaded by its experts.
 
@@ -3205,7 +3297,8 @@ class RoutingRecorder:
             is_tested = all(place in call.wanted for call in seen)
             wanted = torch.cat([call.wanted[place] for call in seen]) if is_tested else None
             row = torch.cat([self._row_of_tokens(call, place) for call in seen])
-            phase = torch.cat([torch.full((len(call.outputs[place][0]),), call.phase) for call in seen])
+            tokens = torch.tensor([len(call.outputs[place][0]) for call in seen])
+            phase = torch.tensor([call.phase for call in seen]).repeat_interleave(tokens)
             is_token = torch.cat([self._is_token(call, place) for call in seen])
             device = sums.counts.device
             number, mass = sums.add(output, wanted, (phase.to(device), row.to(device)), is_token.to(device))
@@ -4058,7 +4151,7 @@ GENERATION = Table(
         Column("prompt_text", str, "the prompt"),
         *_STATUS,
         Column("generated_text", str, "the continuation"),
-        Column("full_text", str, "prompt and continuation"),
+        Column("full_text", str, "prompt, with `--apply-chat-template` as it was fed in, and continuation"),
         Column("num_input_tokens", int, "tokens of the prompt"),
         Column("num_output_tokens", int, "new tokens"),
         *ROUTING_COLUMNS,
@@ -4379,10 +4472,17 @@ def read_table(table: Table, folder: Path) -> pd.DataFrame:
     return fit_table(frame, table)
 
 
+# What `Results.summary` shows the means of.
+RESULTS_MEANS = ("avg_experts_per_token", "effective_experts", "inference_time_sec", "nll", "score")
+
+
 @dataclass(frozen=True)
 class Results:
     """What a run measured, as frames with the columns of GENERATION, SCORES and TASKS. Beside these three,
-    over which it iterates, stands THROUGHPUT: it has no items to pair."""
+    over which it iterates, stands THROUGHPUT: it has no items to pair.
+
+    In a notebook it shows itself as `summary`.
+    """
 
     generation: pd.DataFrame
     scores: pd.DataFrame
@@ -4405,6 +4505,22 @@ class Results:
     def finished(self) -> Results:
         """The rows that did not fail."""
         return Results(*(frame[frame["status"] == "ok"] for frame in self))
+
+    def summary(self) -> pd.DataFrame:
+        """One row a table and configuration: rows, how many failed, and means over those that did not."""
+        parts = {}
+        names = ("generation", "scores", "tasks")
+        for name, frame, table in zip(names, self, (GENERATION, SCORES, TASKS), strict=True):
+            has_failed = (frame["status"] != "ok").groupby(frame["config_name"], sort=False)
+            rows = has_failed.agg(rows="size", failed="sum")
+            done = frame[frame["status"] == "ok"].groupby("config_name", sort=False)
+            shown = [column for column in RESULTS_MEANS if column in table.names]
+            if len(frame):
+                parts[name] = rows.join(done[shown].mean())
+        return pd.concat(parts, names=["table"]) if parts else pd.DataFrame()
+
+    def _repr_html_(self) -> str:
+        return self.summary().to_html(float_format="{:.3f}".format, na_rep="")
 
     @classmethod
     def read(cls, folder: Path) -> Results:
@@ -5737,9 +5853,11 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def script_origin() -> dict[str, str]:
     """Which version of this script runs: the hash of the file, and the git commit it lies in, if any."""
     path = Path(__file__).resolve()
-    command = ["git", "-C", str(path.parent), "rev-parse", "HEAD"]
+    git = ["git", "-C", str(path.parent)]
+    run_git = functools.partial(subprocess.run, capture_output=True, text=True, timeout=10, check=True)
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        run_git([*git, "ls-files", "--error-unmatch", path.name])  # installed: not of the repository around
+        commit = run_git([*git, "rev-parse", "HEAD"]).stdout
     except (OSError, subprocess.SubprocessError):
         commit = ""
     return {"script_hash": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "git_commit": commit.strip()}
@@ -5936,16 +6054,18 @@ class PromptRun:
         new_tokens: int,
         sampling: Mapping[str, float] | None,
         seed: int,
+        as_chat: bool = False,
     ):
-        """sampling: temperature and top_p, or None for greedy decoding."""
+        """sampling: temperature and top_p, or None for greedy decoding. as_chat: see `chat_tokens`."""
         self.model = model
         self.tokenizer = tokenizer
         self.text = text
         self.new_tokens = new_tokens
         self.seed = seed
+        self.as_chat = as_chat
         self.device = input_device(model)
-        encoded = tokenizer(text, return_tensors="pt", verbose=False).to(self.device)
-        self.inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}  # [1, S]
+        ids = torch.tensor([prompt_tokens(text, tokenizer, as_chat)], dtype=torch.int64, device=self.device)
+        self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}  # [1, S]
         how = {"do_sample": False} if sampling is None else {"do_sample": True, "top_k": 0, **sampling}
         self.settings = generation_settings(tokenizer, new_tokens, **how)
 
@@ -5973,6 +6093,11 @@ class PromptRun:
     @property
     def num_input_tokens(self) -> int:
         return self.inputs["input_ids"].shape[1]
+
+    @property
+    def shown_prompt(self) -> str:
+        """The prompt as a reader of the results sees it: with what a chat template wrote around it."""
+        return self.tokenizer.decode(self.inputs["input_ids"][0]) if self.as_chat else self.text
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -6354,7 +6479,13 @@ class TaskRun:
     report: dict[str, Any]
 
 
-def run_task(lm: Any, recorder: RoutingRecorder, tasks: Mapping[str, Any], limit: float | None) -> TaskRun:
+def run_task(
+    lm: Any,
+    recorder: RoutingRecorder,
+    tasks: Mapping[str, Any],
+    limit: float | None,
+    apply_chat_template: bool = False,
+) -> TaskRun:
     """Run one task, or a group, with the model as it is routed now; see `harness_model` for `lm`."""
     from lm_eval import evaluate
     from lm_eval.defaults import DEFAULT_OTHER_SEED
@@ -6365,7 +6496,7 @@ def run_task(lm: Any, recorder: RoutingRecorder, tasks: Mapping[str, Any], limit
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     # Never with the harness's cache: it finds answers by the model's name, whatever its routing.
     with _sandboxed_templates():
-        evaluated = evaluate(lm, task_dict=tasks, limit=limit)
+        evaluated = evaluate(lm, task_dict=tasks, limit=limit, apply_chat_template=apply_chat_template)
     documents = []
     for task, samples in evaluated["samples"].items():
         samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
@@ -6446,6 +6577,7 @@ RUN_IDENTITY: dict[str, str] = {  # argument -> BY_ROW, NOTHING, or the entry of
     **dict.fromkeys(("dtype", "use_fp16"), "dtype"),
     "seed": "seed",
     "sampling": "sampling",
+    "apply_chat_template": "chat_template",
     "calibration_text": "calibration_text",
     **dict.fromkeys(("output_dir", "checkpoint_interval", "command"), NOTHING),
     **dict.fromkeys(("device_map", "batch_size"), NOTHING),  # beyond rounding
@@ -6471,6 +6603,7 @@ class SuitePlan:
     texts: Sequence[TextItem]
     new_tokens: int
     num_samples: int
+    chat_template: str | None
     generate_batch: int | None  # how many prompts are continued together besides, to measure the throughput
     token_log: bool  # whether what every token of the texts got is kept
 
@@ -6501,7 +6634,9 @@ class SuitePlan:
 
     def inputs(self) -> dict[str, dict[str, str]]:
         """Kind and name of everything that is fed in -> its hashes by field."""
-        prompts = {f"generation {prompt['id']}": input_hashes(prompt) for prompt in self.prompts}
+        prompts = {
+            f"generation {prompt['id']}": input_hashes(prompt, self.chat_template) for prompt in self.prompts
+        }
         return prompts | {f"score {text.id}": text.inputs for text in self.texts}
 
 
@@ -6572,6 +6707,7 @@ class BHExperimentRunner:
     and `choose_cpu_precision` on a CPU. revision, device_map, trust_remote_code: see `load_model`.
     sampling: {"temperature": ..., "top_p": ...}, greedy when None.
     batch_size: scored texts in a forward pass, a number or "auto". command: what the rows say ran them.
+    apply_chat_template: feed each prompt in as the message of a user, see `chat_tokens`.
 
     `results` holds the three tables of the last run. Raises UserError for a model that cannot be loaded or
     has no routers to patch, or an unknown device.
@@ -6596,6 +6732,7 @@ class BHExperimentRunner:
         sampling: Mapping[str, float] | None = None,
         batch_size: int | str = "auto",
         command: str = "",
+        apply_chat_template: bool = False,
     ):
         if (model is None) != (tokenizer is None):
             raise UserError("a ready model needs its tokenizer: pass both model= and tokenizer=, or neither")
@@ -6622,21 +6759,11 @@ class BHExperimentRunner:
         place = choose_device(device) if model is None else input_device(model)
         self.processes = Processes(use_cpu=place.type == "cpu")
         if model is None:
-            if self.processes.world > 1 and device_map:
-                raise UserError("--device-map spreads one process over all GPUs: leave out accelerate launch")
-            if self.processes.world > 1 and place.type == "cuda":
-                place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            announce_remote_code(model_name, trust_remote_code)
-            outline = functools.partial(model_outline, model_name, revision, trust_remote_code)
-            precision = self._precision(dtype if use_fp16 else "float32", place, outline)
-            self.precision_reason = precision.reason
-            start = time.perf_counter()
-            model, tokenizer = load_model(
-                model_name, place, precision.dtype, device_map, revision, trust_remote_code
-            )
-            self._loaded = f"loaded in {duration(time.perf_counter() - start)}: "
+            model, tokenizer = self._load(place, dtype if use_fp16 else "float32", device_map, revision)
         self.model = model
         self.tokenizer = tokenizer
+        self.apply_chat_template = apply_chat_template
+        self.chat_template = chat_template_fingerprint(tokenizer, model_name) if apply_chat_template else None
         self.layers = find_moe_layers(model)
         self.device = input_device(model)
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -6651,6 +6778,25 @@ class BHExperimentRunner:
         self._calibration: Calibration | None = None
         self._calibration_source: CalibrationText | None = None
         self._batch_limit = sys.maxsize  # how many texts the memory was enough for
+
+    def _load(
+        self, place: torch.device, dtype: str, device_map: str | None, revision: str | None
+    ) -> tuple[nn.Module, Any]:
+        """Model and tokenizer, in the precision that `dtype` names."""
+        if self.processes.world > 1 and device_map:
+            raise UserError("--device-map spreads one process over all GPUs: leave out accelerate launch")
+        if self.processes.world > 1 and place.type == "cuda":
+            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        announce_remote_code(self.model_name, self.trust_remote_code)
+        outline = functools.partial(model_outline, self.model_name, revision, self.trust_remote_code)
+        precision = self._precision(dtype, place, outline)
+        self.precision_reason = precision.reason
+        start = time.perf_counter()
+        model, tokenizer = load_model(
+            self.model_name, place, precision.dtype, device_map, revision, self.trust_remote_code
+        )
+        self._loaded = f"loaded in {duration(time.perf_counter() - start)}: "
+        return model, tokenizer
 
     @functools.cached_property
     def shape(self) -> str:
@@ -6745,11 +6891,11 @@ class BHExperimentRunner:
     # Configurations, as they are on this model
 
     def _resolve(self, name: str, config: Config) -> dict[str, Any]:
-        """`resolve_config` for this model: the built-in baseline, whose 8 is OLMoE's, gets the model's own K,
-        and no cap is above what a layer can run."""
+        """`resolve_config` for this model: the 8 of the built-in configurations, which is OLMoE's own K,
+        becomes the model's own, and no cap is above what a layer can run."""
         resolved = resolve_config(name, config, len(self.layers))
-        if name == BASELINE and resolved == resolve_config(BASELINE, ROUTING_CONFIGS[BASELINE]):
-            resolved["k"] = self.own_k
+        if name in BUILT_IN and resolved == resolve_config(name, BUILT_IN[name] | _chosen_null(resolved)):
+            resolved = with_own_k(name, resolved, self.own_k)
         widest = min(layer.max_k for layer in self.layers)
         caps = resolved.get("max_k")
         if isinstance(caps, list):
@@ -6789,6 +6935,14 @@ class BHExperimentRunner:
             if name not in given:
                 why = "the others are compared with it"
                 logger.info(f"{name}, the model's own routing, is run as well: {why}")
+
+    def _say_what_names_mean(self, configs: Configs) -> None:
+        """What the default names, which are OLMoE's, stand for on a model with another K."""
+        if self.own_k == ROUTING_CONFIGS.get(BASELINE, {}).get("k"):
+            return
+        for name in ROUTING_CONFIGS:
+            if name in configs:
+                logger.info(f"{name} on this model: {configs[name]['description']}")
 
     def _with_static_ladder(self, configs: Configs) -> dict[str, dict[str, Any]]:
         """`configs` and every static Top-k up to the model's own that is not among them."""
@@ -6867,6 +7021,7 @@ class BHExperimentRunner:
             "seed": self.seed,
             "calibration_text": self.calibration_source.identity,
             "sampling": self.sampling,
+            "chat_template": self.chat_template,
         }
 
     @functools.cached_property
@@ -6900,6 +7055,7 @@ class BHExperimentRunner:
         """What a calibration depends on: it is used again only if all of it is the same."""
         about = {**self.settings, "sequences": CALIBRATION_SEQUENCES, "length": CALIBRATION_LENGTH}
         del about["sampling"]
+        del about["chat_template"]
         return about
 
     def _calibrated(self, outputs: bool) -> Calibration:
@@ -7024,7 +7180,8 @@ class BHExperimentRunner:
 
     def _prompt_run(self, prompt: Prompt, new_tokens: int, seed: int) -> PromptRun:
         """UserError where the prompt and the new tokens exceed the context."""
-        run = PromptRun(self.model, self.tokenizer, prompt["text"], new_tokens, self.sampling, seed)
+        settings = (new_tokens, self.sampling, seed, self.apply_chat_template)
+        run = PromptRun(self.model, self.tokenizer, prompt["text"], *settings)
         longest = self.context - new_tokens
         if not 0 < run.num_input_tokens <= longest:
             raise UserError(
@@ -7068,7 +7225,7 @@ class BHExperimentRunner:
             **self.cost.row(routing, decoding),
             **{column.name: measure(generated) for measure, column in TEXT_METRICS.items()},
             "generated_text": text,
-            "full_text": prompt["text"] + text,
+            "full_text": run.shown_prompt + text,
             "num_input_tokens": run.num_input_tokens,
             "num_output_tokens": len(generation.tokens),
             "routing": routing.pack(),
@@ -7079,7 +7236,7 @@ class BHExperimentRunner:
         self, name: str, config: Config, prompt: Prompt, sample: int, new_tokens: int
     ) -> dict[str, Any]:
         return {
-            **self._row("generation", name, config, input_hashes(prompt)),
+            **self._row("generation", name, config, input_hashes(prompt, self.chat_template)),
             "prompt_id": prompt["id"],
             "sample": sample,
             "prompt_category": prompt["category"],
@@ -7346,6 +7503,7 @@ class BHExperimentRunner:
         with self._opened(settings | {"token_log": token_log}, resume) as checkpoint, self._computing():
             self._check_rows(checkpoint, plan.scoring, plan.inputs())
             self._say_what_was_added(plan.configs, routing_configs)
+            self._say_what_names_mean(plan.configs)
             done = checkpoint.done(retry_failed)
             all_keys = [key for of_kind in keys.values() for key in of_kind]
             pending = sum(key not in done for key in all_keys)
@@ -7388,16 +7546,15 @@ class BHExperimentRunner:
                 raise UserError(
                     f"generate_batch {generate_batch}: there is no prompt to be continued; give some"
                 )
-        scored = [*reference_items(prompts, self.tokenizer), *texts]
+        scored = [*reference_items(prompts, self.tokenizer, self.chat_template), *texts]
         if not prompts and not scored:
             raise UserError("a suite needs at least one prompt or text")
         check_ids([prompt["id"] for prompt in prompts])
         check_ids([text.id for text in scored])
         configs = self._configs(routing_configs, baseline)
         scoring = self._with_static_ladder(configs) if scored else configs
-        return SuitePlan(
-            configs, scoring, prompts, scored, new_tokens, num_samples, generate_batch, token_log
-        )
+        shape = (new_tokens, num_samples, self.chat_template, generate_batch, token_log)
+        return SuitePlan(configs, scoring, prompts, scored, *shape)
 
     def _calibrate_for(self, configs: Configs) -> None:
         """Calibrate if a configuration needs it; a mistake in what was asked for ends the run here."""
@@ -7500,6 +7657,7 @@ class BHExperimentRunner:
         with self._opened(settings, resume) as checkpoint, self._computing():
             self._check_rows(checkpoint, configs, inputs)
             self._say_what_was_added(configs, routing_configs)
+            self._say_what_names_mean(configs)
             done = checkpoint.done(retry_failed)
             pending = [key for key in keys["task"] if key not in done]
             finished = len(keys["task"]) - len(pending)
@@ -7530,7 +7688,7 @@ class BHExperimentRunner:
         row |= {"task": task, "batch_size": lm.batch_size, "documents": [], "report": {}}
         try:
             with _harness_seeds(self.device), self._routed(config) as recorder:
-                run = run_task(lm, recorder, parts, limit)
+                run = run_task(lm, recorder, parts, limit, self.apply_chat_template)
         except Exception as error:  # one failed task must not end the run
             return self._failed(row, error)
         for document in run.documents:
@@ -7985,6 +8143,16 @@ def scored_items(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return tables
 
 
+def static_curve(by_config: Mapping[str, pd.DataFrame], configs: Configs) -> dict[int, pd.DataFrame]:
+    """k -> the scored items of static Top-k, of what `scored_items` returns."""
+    curve: dict[int, pd.DataFrame] = {}
+    for name, rows in by_config.items():
+        k = static_k(configs[name])
+        if k is not None:
+            curve.setdefault(k, rows)
+    return curve
+
+
 def deciding_scores(scores: pd.DataFrame) -> pd.DataFrame:
     """What a verdict is about: text where text was scored, else the prompts' references.
 
@@ -8079,11 +8247,7 @@ def quality_verdicts(
     by_config = scored_items(scores)
     documents = scores.drop_duplicates("item_id").set_index("item_id")["document"]
     documents = documents.where(documents != "", documents.index.to_series())
-    curve: dict[int, pd.DataFrame] = {}
-    for name, rows in by_config.items():
-        k = static_k(configs[name])
-        if k is not None:
-            curve.setdefault(k, rows)
+    curve = static_curve(by_config, configs)
     nothing = scores[:0].set_index("item_id")
     base = by_config.get(baseline, nothing)
 
@@ -8286,18 +8450,38 @@ def fewest_experts(ladder: Ladder, own: pd.Series, documents: pd.Series, margin:
         first = failing[-1] + 1 if len(failing) else 0
         return float(grid[first]) if first < len(grid) else None
 
+    def crossing(bound: np.ndarray) -> float | None:
+        """Where it comes below the margin for good, between two points of the grid: the next point of the
+        grid would be half a step too far on average."""
+        failing = np.flatnonzero(~(bound < margin))
+        if not len(failing):
+            return float(grid[0])
+        last = failing[-1]
+        if last + 1 == len(grid):
+            return None
+        share = (bound[last] - margin) / (bound[last] - bound[last + 1])
+        return float(grid[last] + share * (grid[last + 1] - grid[last]))
+
     return {
         "fewest": from_where(is_equivalent),
-        "ci95_low": from_where(mean - half < margin),
-        "ci95_high": from_where(mean + half < margin),
+        "ci95_low": crossing(mean - half),
+        "ci95_high": crossing(mean + half),
     }
 
 
-Curves = Mapping[tuple[str, int], pd.Series]  # (ladder, whole number of experts) -> NLL of each item
+Curves = Mapping[tuple[str, float], pd.Series]  # (ladder, number of experts) -> NLL of each item
+COMPARED_STEPS = 8  # rules are compared at every eighth of the model's own K: of 8, at whole numbers
+
+
+def compared_numbers(own_k: int, most: float) -> list[float]:
+    """The numbers of experts at which rules are compared, up to `most`; whole ones as int."""
+    steps = range(1, int(most * COMPARED_STEPS / own_k) + 1)
+    return [own_k * step / COMPARED_STEPS if own_k * step % COMPARED_STEPS else own_k * step // COMPARED_STEPS
+            for step in steps]  # fmt: skip
 
 
 def _pair_tests(ladders: Sequence[Ladder], curves: Curves, documents: pd.Series) -> list[dict[str, Any]]:
-    """Every two ladders at every whole number of experts that both reach: a `paired_test`, BH-adjusted."""
+    """Every two ladders at every compared number of experts that both reach: a `paired_test`, BH-adjusted."""
     pairs = []
     for first, second in itertools.combinations(ladders, 2):
         for experts in sorted({number for _, number in curves}):
@@ -8323,8 +8507,8 @@ def _beaten_by(label: str, pairs: Sequence[Row]) -> set[str]:
 
 def _differences(
     ladder: Ladder, alike: Sequence[Ladder], curves: Curves, static: str, own: pd.Series
-) -> dict[int, dict[str, float | None]]:
-    """Whole number of experts -> a ladder's NLL minus that of static Top-K, of the best of `alike`, and of
+) -> dict[float, dict[str, float | None]]:
+    """Compared number of experts -> a ladder's NLL minus that of static Top-K, of the best of `alike`, and of
     the model's own routing."""
     means = {key: nll.mean() for key, nll in curves.items()}
     differences = {}
@@ -8344,13 +8528,13 @@ def _differences(
 def compare_field(
     scores: pd.DataFrame, configs: Configs, own_k: int | None, margins: Mapping[str, float] = FIELD_MARGINS
 ) -> dict[str, Any]:
-    """Is it this rule, or would any do? Every ladder against every other, at each whole number of experts
+    """Is it this rule, or would any do? Every ladder against every other, at each compared number of experts
     that both reach: paired by item, tested over documents, BH-adjusted over all pairs.
 
     Returns ladders: label, stand_in, is_bound (no rule: it is compared with none), low and high (experts), at
     (see `_differences`), within (margin -> `fewest_experts`), beaten_by (ladders with the same stand-in);
-    pairs; experts (the whole numbers that more than half of the ladders reach); n_items, n_units. Empty where
-    fewer than two rules have a ladder.
+    pairs; experts (the compared numbers that more than half of the ladders reach); n_items, n_units. Empty
+    where fewer than two rules have a ladder.
     """
     by_config = scored_items(scores)
     own_names = [name for name in by_config if own_k is not None and static_k(configs[name]) == own_k]
@@ -8362,11 +8546,11 @@ def compare_field(
         return {}
     documents = scores.drop_duplicates("item_id").set_index("item_id")["document"]
     own = by_config[own_names[0]].loc[items, "nll"]
-    most = int(max(ladder.experts[-1] for ladder in ladders))
+    most = max(ladder.experts[-1] for ladder in ladders)
     curves = {
         (ladder.label, experts): ladder.at(experts)
         for ladder in ladders
-        for experts in range(1, most + 1)
+        for experts in compared_numbers(own_k, most)
         if ladder.spans(experts)
     }
     compared = [ladder for ladder in ladders if not ladder.rule.uses_outputs]
@@ -8626,8 +8810,11 @@ def compare_token_kinds(table: pd.DataFrame, configs: Configs) -> list[dict[str,
 
 
 def _hypothesis_value(analysis: Mapping[str, Any], name: str, quantity: str) -> float | None:
-    """What was measured of a quantity that the earlier attempt expected something of."""
-    tests = analysis["statistical_tests"].get(name, {})
+    """What was measured of a quantity that the earlier attempt expected something of. What it expected of
+    tests was about the model's own Top-K: those against another baseline say nothing of it."""
+    baseline = analysis["configurations"][analysis["baseline"]]
+    is_own = analysis["own_k"] is None or static_k(baseline) == analysis["own_k"]
+    tests = analysis["statistical_tests"].get(name, {}) if is_own else {}
     experts = tests.get("avg_experts_per_token", {})
     if quantity == "experts_p_value":
         return experts.get("p_value")
@@ -8687,9 +8874,9 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
     summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), compute
     (`summarize_compute`), throughput (`summarize_throughput`), verdict (`quality_verdicts`), shuffle_effects,
     field (`compare_field`), task_fields (`compare_field_on_tasks`), quality_margin, noise_floor, tasks
-    (`compare_tasks`), null_diagnostics, layers (`summarize_layers`), token_kinds (`compare_token_kinds`) and
-    hypotheses. Raises UserError for a table that is none of this script's, for a baseline that is not in it,
-    and when no row is left.
+    (`compare_tasks`), null_diagnostics, layers (`summarize_layers`),
+    token_kinds (`compare_token_kinds`) and hypotheses. Raises UserError for a table that is none of this
+    script's, for a baseline that is not in it, and when no row is left.
     """
     folder = Path(output_dir)
     results = results_beside(df, folder)
@@ -9421,6 +9608,15 @@ def _has_data(plot: Plot, data: PlotData) -> bool:
         return True
 
 
+def _save_figure(path: Path) -> None:
+    """Save the figure that was drawn last."""
+    figure = plt.gcf()
+    sns.despine(figure, left=True)
+    with replacing(path) as part:
+        # No creation date or version in the file: the same results give the same bytes.
+        figure.savefig(part, format="png", dpi=300, metadata={"Software": None})
+
+
 def draw_plots(df: pd.DataFrame, output_dir: Path, analysis: Mapping[str, Any]) -> DrawnPlots:
     """Draw every plot in PLOTS that has data. One that fails is left out and named: it must not lose the
     report."""
@@ -9437,11 +9633,7 @@ def draw_plots(df: pd.DataFrame, output_dir: Path, analysis: Mapping[str, Any]) 
             path = output_dir / "plots" / f"{name}.png"
             try:
                 plot.draw(plot.data(data))
-                figure = plt.gcf()
-                sns.despine(figure, left=True)
-                with replacing(path) as part:
-                    # No creation date or version in the file: the same results give the same bytes.
-                    figure.savefig(part, format="png", dpi=300, metadata={"Software": None})
+                _save_figure(path)
                 drawn.paths.append(path)
                 phase.advance(1)
             except OSError:  # a full disk, say: the report would not fit either
@@ -9729,7 +9921,7 @@ def field_sentences(analysis: Mapping[str, Any]) -> list[str]:
         words = "With nothing standing in" if stand_in == "nothing" else f"With {stand_in} standing in"
         among = "BH is among them" if has_bh else "BH is not among them"
         sentences.append(
-            f"{words}, of {unbeaten.n_compared} rules these are beaten by no other at any whole number of "
+            f"{words}, of {unbeaten.n_compared} rules these are beaten by no other at any compared number of "
             f"experts (adjusted p below {SIGNIFICANCE_LEVEL:g}): {named}; {among}."
         )
     return sentences
@@ -9753,6 +9945,18 @@ def baseline_sentences(analysis: Mapping[str, Any]) -> list[str]:
     if static_k(analysis["configurations"][base]) == own_k:
         return []
     return [f"Differences are to `{base}`; the model's own routing is Top-{own_k}."]
+
+
+def name_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """Which static configurations are another Top-K than their names say."""
+    sentences = []
+    for name, config in analysis["configurations"].items():
+        k = static_k(config)
+        named = re.fullmatch(r"topk_(\d+)", name)
+        if named and k is not None and int(named[1]) != k:
+            own = ", the model's own routing" if k == analysis["own_k"] else ""
+            sentences.append(f"`{name}` is Top-{k} on this model{own}, whatever its name says.")
+    return sentences
 
 
 MOST_FINDINGS = 30  # configurations that get a sentence each
@@ -10153,18 +10357,23 @@ def middle_of(experts: Sequence[int]) -> int | None:
     return experts[len(experts) // 2] if experts else None
 
 
+def league_key(experts: float | None) -> str:
+    """The entry of `league_rows` for a number of experts; of none, one that no row has."""
+    return "" if experts is None else f"at_{experts:g}"
+
+
 def league_rows(field: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every ladder of `compare_field`, those with the same stand-in together, the best of them first."""
     sign = field.get("sign", 1)
     middle = middle_of(field["experts"])
     rows = []
     for ladder in field["ladders"]:
-        at = {int(experts): found for experts, found in ladder["at"].items()}
+        at = {float(experts): found for experts, found in ladder["at"].items()}
         row = {"label": ladder["label"], "stand_in": ladder["stand_in"]}
         row |= {"span_low": ladder["low"], "span_high": ladder["high"]}
         for experts, found in at.items():
             if found["to_static"] is not None:
-                row[f"at_{experts}"] = sign * found["to_static"] + 0.0  # never shown as -0.0000
+                row[league_key(experts)] = sign * found["to_static"] + 0.0  # never shown as -0.0000
         if middle in at:
             row["to_best"] = sign * at[middle]["to_best"] + 0.0
         for key, margin in (("1", "1 %"), ("05", "0.5 %")):
@@ -10178,7 +10387,7 @@ def league_rows(field: Mapping[str, Any]) -> list[dict[str, Any]]:
     stand_ins = in_order(row["stand_in"] for row in rows)
 
     def order(row: Mapping[str, Any]) -> tuple[int, float]:
-        to_static = row.get(f"at_{middle}")
+        to_static = row.get(league_key(middle))
         loss = math.inf if to_static is None else sign * to_static
         return stand_ins.index(row["stand_in"]), loss
 
@@ -10190,9 +10399,11 @@ def league_table(field: Mapping[str, Any]) -> str:
     if not field:
         return ""
     columns = REPORT_TABLES["league"]
-    at = [ReportColumn(f"at {number}", f"at_{number}", "+.4f") for number in field["experts"]]
-    best = ReportColumn(f"to the best at {middle_of(field['experts'])}", "to_best", "+.4f")
-    return markdown_table(league_rows(field), (*columns[:2], *at, best, *columns[2:]))
+    at = [ReportColumn(f"at {number:g}", league_key(number), "+.4f") for number in field["experts"]]
+    middle = middle_of(field["experts"])
+    if middle is not None:
+        at.append(ReportColumn(f"to the best at {middle:g}", "to_best", "+.4f"))
+    return markdown_table(league_rows(field), (*columns[:2], *at, *columns[2:]))
 
 
 def null_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -10407,8 +10618,8 @@ adjusted p below {{ level }}.
 {{ league }}
 
 At: {{ metric }} minus static Top-K's at so many experts, a mean over documents; a curve is interpolated and \
-never extrapolated. Beaten by: rules with the same stand-in that are better at some whole number of experts, \
-paired by document, p adjusted over all pairs.
+never extrapolated. Beaten by: rules with the same stand-in that are better at some compared number of \
+experts, paired by document, p adjusted over all pairs.
 
 {% endfor %}
 {% if quality %}
@@ -10442,8 +10653,9 @@ A rule at several values of its knob is a curve, interpolated and never extrapol
 are effective ones: kept, and for each dropped one of the model's own Top-K what stands in for it costs. \
 At: NLL minus static Top-K's at so many experts. Within: the fewest experts at which the perplexity stays \
 within so much of the model's own (two one-sided t-tests), and where the ends of the 95 % interval of the \
-difference cross that margin. Beaten by: rules with the same stand-in that are better at some whole number \
-of experts, p adjusted over all pairs. The oracle runs every expert: it is a bound, not a rule.
+difference cross that margin. Rules are compared at every eighth of the model's own K that both reach; \
+beaten by: rules with the same stand-in that are better at one of them, p adjusted over all pairs. The \
+oracle runs every expert: it is a bound, not a rule.
 {% endif %}
 
 {% if noise %}
@@ -10551,7 +10763,7 @@ experts says that the rule did something, not that it did good.
 {% elif tasks %}
 Tasks are compared one by one, in the table of downstream tasks.
 {% else %}
-There is nothing to compare: no item was measured under two configurations.
+There is nothing to compare: no {{ item }} was measured under `{{ baseline }}` and another configuration.
 {% endif %}
 
 ## Performance by category
@@ -10625,7 +10837,7 @@ def report_context(
         "subject": subject_sentence(results, analysis),
         "item": ITEMS[kind].word,
         "is_timed": kind == "generation",
-        "findings": [*baseline_sentences(analysis), *finding_sentences(analysis)],
+        "findings": [*name_sentences(analysis), *baseline_sentences(analysis), *finding_sentences(analysis)],
         "tasks": task_rows(analysis),
         "quality": quality_rows(analysis),
         "field": field_sentences(analysis),
@@ -11099,7 +11311,7 @@ def rule_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the terminal shows of rules: those that no other beats, then the nearest to the best."""
 
     middle = middle_of(analysis["field"]["experts"])
-    rows = [row | {"at_middle": row.get(f"at_{middle}")} for row in league_rows(analysis["field"])]
+    rows = [row | {"at_middle": row.get(league_key(middle))} for row in league_rows(analysis["field"])]
     return sorted(rows, key=lambda row: (row["beaten_by"] != "none", row.get("to_best", math.inf)))
 
 
@@ -11151,7 +11363,498 @@ def terminal_paths(folder: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 16. Command line
+# 16. Folders side by side
+# ---------------------------------------------------------------------------------------------------------
+#
+# `compare`: what several runs measured, of several models, seeds or machines, in one table and one plot.
+# Where two of them measured the same items, the difference between them is tested as any other.
+
+COMPARISON_FILES = ("COMPARISON.md", "comparison.json", "plots/comparison.png")
+MOST_FOLDERS = 26  # each has a letter
+BETWEEN = {  # quantity -> what its difference between two folders is
+    "delta_nll": "NLL at equal compute, nats per token",
+    "share_of_own": "effective experts, as a share of the model's own K",
+}
+
+
+@dataclass(frozen=True)
+class ResultsFolder:
+    """A folder of results among others: its letter there, and what is known of its configurations."""
+
+    letter: str
+    path: Path
+    results: Results  # what did not fail
+    configs: Configs
+    own_k: int | None
+    baseline: str
+    verdicts: Mapping[str, Mapping[str, Any]]  # see `quality_verdicts`
+
+
+def read_results_folder(letter: str, path: Path) -> ResultsFolder:
+    """The results in a folder, which is left as it is. UserError where there are none."""
+    if not path.is_dir():
+        raise UserError(f"compare {path}: there is no such folder")
+    results = Results.read(path)
+    done = results.finished()
+    done = dataclasses.replace(done, scores=deciding_scores(done.scores))
+    if not sum(map(len, done)):
+        raise UserError(f"compare {path}: none of its {sum(map(len, results))} experiments finished")
+    configs = configurations(done)
+    for name in configs:
+        check_name(name)
+    baseline = choose_baseline(done)
+    verdicts = quality_verdicts(done.scores, configs, baseline)
+    return ResultsFolder(letter, path, done, configs, own_k_of(done), baseline, verdicts)
+
+
+def read_results_folders(paths: Sequence[str | Path]) -> list[ResultsFolder]:
+    """Folders of results, lettered from A. UserError for fewer than two, or one that is there twice."""
+    given = [Path(path) for path in paths]
+    if not 2 <= len(given) <= MOST_FOLDERS:
+        raise UserError(f"compare takes 2 to {MOST_FOLDERS} folders of results, not {len(given)}")
+    seen: set[Path] = set()
+    for path in given:
+        if path.resolve() in seen:
+            raise UserError(f"compare {path}: this folder is given twice; a run is not compared with itself")
+        seen.add(path.resolve())
+    return [read_results_folder(chr(ord("A") + place), path) for place, path in enumerate(given)]
+
+
+def _folder_row(folder: ResultsFolder) -> dict[str, Any]:
+    """What a folder holds: model, its K, machine, and how much was measured."""
+    results = folder.results
+    first = getattr(results, main_kind(results)).iloc[0]
+    model = show(first, "model_name", "s")
+    return {
+        "folder": folder.letter,
+        "path": str(folder.path),
+        "model": "" if model == NOTHING_TO_SHOW else model,
+        "own_k": folder.own_k,
+        "machine": machine(first),
+        "seed": first["seed"],
+        "baseline": folder.baseline,
+        "n_prompts": results.generation["prompt_id"].nunique(),
+        "n_windows": results.scores["item_id"].nunique(),
+        "n_documents": results.scores["document"].nunique(),
+        "n_task_documents": results.tasks["document"].nunique(),
+    }
+
+
+def _experts_of(folder: ResultsFolder, name: str) -> dict[str, float | None]:
+    """Experts and effective experts of a configuration: of the scored text, else of what was generated."""
+    verdict = folder.verdicts.get(name)
+    if verdict is not None:
+        return {"experts": verdict["kept_experts"], "effective_experts": verdict["mean_experts"]}
+    frame = getattr(folder.results, main_kind(folder.results))
+    means = frame.loc[frame["config_name"] == name, ["avg_experts_per_token", COMPUTE]].mean()
+    return {"experts": means["avg_experts_per_token"], "effective_experts": means[COMPUTE]}
+
+
+def _configuration_row(folder: ResultsFolder, name: str) -> dict[str, Any]:
+    """What one folder says of one configuration."""
+    row: dict[str, Any] = {"configuration": name, "folder": folder.letter, **_experts_of(folder, name)}
+    row["share_of_own"] = None
+    if folder.own_k and not pd.isna(row["effective_experts"]):
+        row["share_of_own"] = row["effective_experts"] / folder.own_k
+    verdict = folder.verdicts.get(name, {})
+    for key in ("delta_nll", "ci95_low", "ci95_high", "verdict", "n_units", "reason"):
+        row[key] = verdict.get(key)
+    k = static_k(folder.configs[name])
+    if k is not None:
+        row["verdict"] = f"own Top-{k}" if k == folder.own_k else f"Top-{k}"
+        row["reason"] = None
+    elif row["delta_nll"] is None:
+        row["verdict"] = None
+        row["reason"] = row["reason"] or "no text was scored"
+    return row
+
+
+def _compared_names(folders: Sequence[ResultsFolder]) -> list[str]:
+    """The configurations that folders are compared by: those that adapt, and the model's own routing; the
+    other points of the static curve only where there is nothing else."""
+    names = distinct(name for folder in folders for name in folder.configs)
+    shown = [
+        name
+        for name in names
+        if any(
+            name == folder.baseline or static_k(folder.configs[name]) is None
+            for folder in folders
+            if name in folder.configs
+        )
+    ]
+    return shown if len(shown) > 1 else names
+
+
+@dataclass(frozen=True)
+class SharedItems:
+    """The items that two folders measured alike, of one of the tables in KINDS, in words; none, with why."""
+
+    kind: str
+    items: pd.Index
+    words: str
+
+
+def _inputs_of(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """Each item's hash of inputs and, where text was scored, its number of tokens, indexed by item."""
+    rows = frame.drop_duplicates(ITEMS[kind].item).set_index(ITEMS[kind].item)
+    return rows[["input_hash", "num_tokens"]] if kind == "scores" else rows[["input_hash"]]
+
+
+def shared_items(first: ResultsFolder, other: ResultsFolder) -> SharedItems:
+    """The items with the same name and the same inputs in both folders: windows of text, else prompts.
+
+    Names and hashes say nothing of a tokenizer where a hash is of words: the same words must also be as many
+    tokens, in all items, or NLL per token is of different things.
+    """
+    kind = "generation"
+    if len(first.results.scores) and len(other.results.scores):
+        kind = "scores"
+    tables = [_inputs_of(getattr(folder.results, kind), kind) for folder in (first, other)]
+    both = tables[0].join(tables[1].add_suffix("_other"), how="inner")
+    word = ITEMS[kind].word
+    pair = f"{other.letter} and {first.letter}"
+    nothing = both.index[:0]
+    known = both[(both["input_hash"] != "") & (both["input_hash_other"] != "")]
+    same = known[known["input_hash"] == known["input_hash_other"]]
+    if both.empty:
+        return SharedItems(kind, nothing, f"{pair} are not paired: no {word} has the same name in both")
+    if known.empty:
+        why = f"an older script did not record what its {word}s were"
+        return SharedItems(kind, nothing, f"{pair} are not paired: {why}")
+    if same.empty:
+        why = f"{word}s of the same name hold other text, or other tokens of it"
+        return SharedItems(kind, nothing, f"{pair} are not paired: {why}")
+    if kind == "scores" and (same["num_tokens"] != same["num_tokens_other"]).any():
+        why = "the same text is another number of tokens there, so NLL per token is of different things"
+        return SharedItems(kind, nothing, f"{pair} are not paired: {why}")
+    return SharedItems(kind, same.index, f"{pair} are paired on {amount(len(same), word)} that both measured")
+
+
+def _equal_compute_differences(folder: ResultsFolder, items: pd.Index) -> dict[str, pd.Series]:
+    """Configuration -> NLL of each of `items` minus that of static Top-K with the same mean experts."""
+    scores = folder.results.scores
+    by_config = scored_items(scores[scores["item_id"].isin(items)])
+    curve = static_curve(by_config, folder.configs)
+    differences = {}
+    for name, rows in by_config.items():
+        compared: EqualCompute | NotComparable = NotComparable("static Top-K: it is the curve")
+        if static_k(folder.configs[name]) is None:
+            compared = equal_compute(rows, rows.index, curve)
+        if isinstance(compared, EqualCompute):
+            differences[name] = difference_to_static(rows.loc[compared.items], compared.mixture, curve)
+    return differences
+
+
+def _shares_of_own(folder: ResultsFolder, shared: SharedItems) -> dict[str, pd.Series]:
+    """Configuration -> each item's effective experts as a share of the model's own K."""
+    if not folder.own_k:
+        return {}
+    frame = getattr(folder.results, shared.kind)
+    item = ITEMS[shared.kind].item
+    frame = frame[frame[item].isin(shared.items)]
+    return {
+        name: rows.groupby(item, sort=False)[COMPUTE].mean() / folder.own_k
+        for name, rows in frame.groupby("config_name", sort=False)
+    }
+
+
+def between_folders(folders: Sequence[ResultsFolder], names: Sequence[str]) -> dict[str, Any]:
+    """Each folder against the first, by `paired_comparison` over the items that both measured alike.
+
+    Returns `tests`, one for each configuration and quantity of BETWEEN, adjusted over all of them, and
+    `notes`, what was paired and what was not.
+    """
+    first, *others = folders
+    tests: list[dict[str, Any]] = []
+    notes = []
+    for other in others:
+        shared = shared_items(first, other)
+        notes.append(shared.words)
+        if not len(shared.items):
+            continue
+        columns = ITEMS[shared.kind]
+        frame = getattr(first.results, shared.kind)
+        documents = frame.drop_duplicates(columns.item).set_index(columns.item, drop=False)[columns.document]
+        values = {"share_of_own": [_shares_of_own(folder, shared) for folder in (first, other)]}
+        if shared.kind == "scores":
+            differences = [_equal_compute_differences(folder, shared.items) for folder in (first, other)]
+            values["delta_nll"] = differences
+        for quantity, title in BETWEEN.items():
+            of_first, of_other = values.get(quantity, ({}, {}))
+            for name in names:
+                if name in of_first and name in of_other:
+                    test = paired_comparison(of_first[name], of_other[name], documents)
+                    about = {"configuration": name, "quantity": quantity, "title": title}
+                    tests.append(about | {"folders": f"{other.letter} minus {first.letter}"} | test)
+    adjust_p_values(tests)
+    return {"tests": tests, "notes": notes}
+
+
+def _as_code(value: Any) -> str:
+    """A value of a folder's configurations as code in Markdown."""
+    return "`" + _visible(str(value)).replace("`", "'") + "`"
+
+
+def _verdict_notes(rows: Sequence[Row]) -> list[str]:
+    """Each configuration's verdicts, where more than one folder has one; or why there is nothing to say."""
+    notes = []
+    for name in distinct(row["configuration"] for row in rows):
+        judged = [row for row in rows if row["configuration"] == name and row["delta_nll"] is not None]
+        words = {row["verdict"] for row in judged}
+        if len(judged) > 1 and len(words) == 1:
+            letters = ", ".join(row["folder"] for row in judged)
+            notes.append(f"`{name}` is {words.pop()} in each of {letters}.")
+        elif len(judged) > 1:
+            by_folder = ", ".join(f"{row['verdict']} in {row['folder']}" for row in judged)
+            notes.append(f"`{name}` is {by_folder}.")
+    counts = collections.Counter(row["configuration"] for row in rows)
+    if max(counts.values()) < 2:
+        return ["No configuration stands in more than one folder: nothing can be set side by side."]
+    return notes or ["No configuration has a verdict in more than one folder."]
+
+
+def _setting_notes(folders: Sequence[ResultsFolder], names: Sequence[str]) -> list[str]:
+    """Where a configuration has other settings in another folder."""
+    notes = []
+    for name in names:
+        having = [folder for folder in folders if name in folder.configs]
+        for field in distinct(field for folder in having for field in folder.configs[name]):
+            values = [folder.configs[name].get(field) for folder in having]
+            if any(value != values[0] for value in values):
+                by_folder = ", ".join(
+                    f"{_as_code(value)} in {folder.letter}"
+                    for folder, value in zip(having, values, strict=True)
+                )
+                notes.append(f"`{name}` is not the same everywhere: {_as_code(field)} is {by_folder}.")
+    return notes
+
+
+# What is said of it
+
+COMPARISON_TABLES: dict[str, tuple[ReportColumn, ...]] = {
+    "folders": (
+        ReportColumn("folder", "folder", "s"),
+        ReportColumn("path", "path"),
+        ReportColumn("model", "model"),
+        ReportColumn("its own K", "own_k", "d"),
+        ReportColumn("machine", "machine"),
+        ReportColumn("seed", "seed", ".0f"),
+        ReportColumn("baseline", "baseline", "code"),
+        ReportColumn("prompts", "prompts", "d"),
+        ReportColumn("windows", "windows", "s"),
+        ReportColumn("documents of tasks", "task_documents", "d"),
+    ),
+    "configurations": (
+        _CONFIGURATION,
+        ReportColumn("folder", "folder", "s"),
+        ReportColumn("experts", "experts", ".2f"),
+        ReportColumn("effective", "effective_experts", ".2f"),
+        ReportColumn("share of K", "share_of_own", ".0%"),
+        ReportColumn("NLL at equal compute", "delta_nll", "+.4f"),
+        ReportColumn("95 % interval", "ci95", "+.4f to +.4f"),
+        ReportColumn("verdict", "verdict", "s"),
+        ReportColumn("documents", "n_units", "d"),
+        ReportColumn("why not", "reason"),
+    ),
+    "between": (
+        _CONFIGURATION,
+        ReportColumn("difference", "folders", "s"),
+        ReportColumn("of", "title", "s"),
+        ReportColumn("mean", "mean_difference", "+.4f"),
+        ReportColumn("95 % interval", "ci95", "+.4f to +.4f"),
+        ReportColumn("p", "p_value", "p"),
+        ReportColumn("p adjusted", "p_value_adjusted", "p"),
+        ReportColumn("d", "cohens_d", ".2f"),
+        ReportColumn("significant", "is_significant", "s"),
+        ReportColumn("items", "n_pairs", "d"),
+        ReportColumn("documents", "n_units", "d"),
+    ),
+    "terminal": (
+        ReportColumn("configuration", "configuration", "s"),
+        ReportColumn("in", "folder", "s"),
+        ReportColumn("experts", "effective_experts", ".2f"),
+        ReportColumn("of K", "share_of_own", ".0%"),
+        ReportColumn("NLL", "delta_nll", "+.4f"),
+        ReportColumn("95 % interval", "ci95", "+.4f to +.4f"),
+        ReportColumn("verdict", "verdict", "s"),
+    ),
+}
+
+COMPARISON_TEMPLATE = """\
+# Folders of results side by side
+
+{{ bullets(verdict_notes) }}
+
+## Folders
+
+{{ table("folders", folders) }}
+
+## Configurations
+
+{{ table("configurations", configurations) }}
+
+Experts: mean over tokens and layers of the scored text, else of what was generated; effective: what stands \
+in for a dropped expert is counted by its cost; share of K: effective experts over those that the model \
+itself runs. NLL at equal compute: nats per token minus that of static Top-K mixed to the same experts, on \
+the same text; interval and verdict (adjusted p below {{ level }} within the folder) as in each folder's own \
+report.
+
+{{ bullets(setting_notes) }}
+
+![Configurations by folder](plots/comparison.png)
+
+## Between folders
+
+{{ bullets(pair_notes) }}
+
+{% if tests %}
+{{ table("between", tests) }}
+
+Paired by items of the same name and inputs: another folder minus {{ first }}, Student's t over documents, \
+p adjusted over all rows of this table, significant below {{ level }}.
+{% else %}
+No difference between folders was tested.
+{% endif %}
+"""
+
+
+def _difference_notes(tests: Sequence[Row]) -> list[str]:
+    """The differences between folders that are claimed, or that there is none."""
+    claimed = [test for test in tests if test["significant"]]
+    if tests and not claimed:
+        return ["Between folders no difference is significant."]
+    return [
+        f"{test['folders']}, {test['configuration']}, {test['title']}: "
+        f"{show(test, 'mean_difference', '+.4f')} ({show(test, 'ci95', '+.4f to +.4f')})"
+        for test in claimed
+    ]
+
+
+def terminal_comparison(comparison: Mapping[str, Any]) -> str:
+    """What `compare` says on the terminal: folders, table, verdicts, and what was paired."""
+    lines = []
+    for folder in comparison["folders"]:
+        own_k = f"top-{folder['own_k']}" if folder["own_k"] else "K unknown"
+        words = f"{folder['folder']}  {folder['path']}: {folder['model']}, {own_k}, {folder['machine']}"
+        lines += textwrap.wrap(_visible(words), TERMINAL_COLUMNS, subsequent_indent="   ")
+    lines += ["", *terminal_table(comparison["configurations"], COMPARISON_TABLES["terminal"]), ""]
+    for note in (
+        *comparison["verdict_notes"],
+        *comparison["setting_notes"],
+        *comparison["pair_notes"],
+        *_difference_notes(comparison["tests"]),
+    ):
+        lines += textwrap.wrap(_visible(note), TERMINAL_COLUMNS, subsequent_indent="   ")
+    return "\n".join(lines)
+
+
+def plot_comparison(comparison: Mapping[str, Any], axes: Any = None) -> Any:
+    """Share of the model's own K that ran, and NLL at equal compute with 95 % intervals, by folder."""
+    names = distinct(row["configuration"] for row in comparison["configurations"])
+    letters = [folder["folder"] for folder in comparison["folders"]]
+    height = 1.9 + 0.17 * len(names) * (len(letters) + 1)
+    axes = _two_axes(axes, min(max(height, 3.4), MAX_INCHES))
+    colors = dict(zip(letters, _distinct_colors(len(letters)), strict=True))
+    spans = [0.0]
+    folders_of = collections.defaultdict(list)
+    for row in comparison["configurations"]:
+        folders_of[row["configuration"]].append(row["folder"])
+    for row in comparison["configurations"]:
+        having = folders_of[row["configuration"]]
+        place = having.index(row["folder"]) - (len(having) - 1) / 2
+        y = names.index(row["configuration"]) + 0.7 * place / len(letters)
+        color = colors[row["folder"]]
+        if row["share_of_own"] is not None:
+            axes[0].plot(100 * row["share_of_own"], y, "o", color=color, markersize=5)
+        if row["delta_nll"] is not None:
+            is_tested = row["ci95_low"] is not None
+            ends = [row["ci95_low"], row["ci95_high"]] if is_tested else [row["delta_nll"]] * 2
+            axes[1].plot(ends, [y, y], color=color, linewidth=1.8, solid_capstyle="butt")
+            axes[1].plot(row["delta_nll"], y, "o", color=color, markersize=5)
+            spans += ends
+    _nats_scale(axes[1], "x", spans)
+    axes[0].axvline(100, color="0.2", linewidth=1)
+    axes[1].axvline(0, color="0.2", linewidth=1)
+    for folder in comparison["folders"]:
+        label = f"{folder['folder']}: {Path(folder['path']).name}, {Path(folder['model']).name}"
+        label = _visible(label)[:40].replace("$", r"\$")
+        axes[1].plot([], [], "o-", color=colors[folder["folder"]], label=label)
+    for ax in axes:
+        ax.grid(visible=False, axis="y")
+        ax.set(ylim=(len(names) - 0.4, -0.6))
+        ax.set_yticks(range(len(names)), names if ax is axes[0] else [""] * len(names))
+        for y in range(0, len(names), 2):  # every other configuration on a band of its own
+            ax.axhspan(y - 0.5, y + 0.5, color="0.5", alpha=0.07, linewidth=0)
+    axes[0].set(xlabel="effective experts, % of the model's K", title="Compute")
+    axes[0].set_xlim(0, 1.04 * axes[0].get_xlim()[1])
+    axes[1].set(xlabel="NLL minus static Top-K's, nats per token")
+    axes[1].set_title("Quality at equal compute (left is better)")
+    axes[1].legend(**LEGEND_BESIDE, fontsize="small")
+    return axes
+
+
+def _comparison_context(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template is filled with."""
+    folders = []
+    for folder in comparison["folders"]:
+        shown = dict(folder)
+        shown["prompts"] = folder["n_prompts"] or None
+        shown["task_documents"] = folder["n_task_documents"] or None
+        if folder["n_windows"]:
+            shown["windows"] = f"{folder['n_windows']} of {amount(folder['n_documents'], 'document')}"
+        folders.append(shown)
+    return {
+        **comparison,
+        "folders": folders,
+        "tests": [test | {"is_significant": significance(test)} for test in comparison["tests"]],
+        "first": comparison["folders"][0]["folder"],
+        "level": f"{SIGNIFICANCE_LEVEL:g}",
+        "bullets": lambda sentences: "\n".join(f"- {sentence}" for sentence in sentences),
+        "table": lambda name, rows: markdown_table(rows, COMPARISON_TABLES[name]),
+    }
+
+
+def compare_results(folders: Sequence[str | Path], output_dir: str | Path) -> dict[str, Any]:
+    """Two or more folders of results side by side: COMPARISON.md, comparison.json and plots/comparison.png.
+
+    folders: of any models, seeds and machines, of older scripts too; they are only read. Configurations go by
+    their names. Folders whose items are the same, by name and hash of inputs, are compared with the first by
+    `paired_comparison`; others stand beside each other.
+
+    Returns a dict with folders, configurations (one entry for each configuration and folder), tests (see
+    `between_folders`), verdict_notes, setting_notes and pair_notes. Raises UserError for fewer than two
+    folders, one that is there twice, or one without results.
+    """
+    read = read_results_folders(folders)
+    names = _compared_names(read)
+    rows = [_configuration_row(folder, name) for name in names for folder in read if name in folder.configs]
+    between = between_folders(read, names)
+    comparison = strict_json(
+        {
+            "folders": [_folder_row(folder) for folder in read],
+            "configurations": rows,
+            "tests": between["tests"],
+            "verdict_notes": _verdict_notes(rows),
+            "setting_notes": _setting_notes(read, names),
+            "pair_notes": between["notes"],
+        }
+    )
+    folder = Path(output_dir)
+    write_json(folder / "comparison.json", comparison)
+    with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
+        try:
+            plot_comparison(comparison)
+            _save_figure(folder / "plots" / "comparison.png")
+        finally:
+            plt.close("all")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = environment.from_string(COMPARISON_TEMPLATE).render(_comparison_context(comparison))
+    write_whole(folder / "COMPARISON.md", re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+    return comparison
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 17. Command line
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -11178,6 +11881,33 @@ def _numbers(text: str) -> list[float]:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _config_terms(text: str) -> list[str]:
+    """Names, and grids "RULE:FIELD=NUMBER,NUMBER" as a term "RULE:FIELD=NUMBER" for each number.
+
+    Commas and semicolons separate. A number that follows a grid with a comma belongs to it: a value is a
+    number, a name is not.
+    """
+    terms = []
+    for part in text.split(";"):
+        grid = ""
+        for word in map(str.strip, part.split(",")):
+            if "=" in word:
+                grid = word.split("=")[0].strip()
+            elif not _is_number(word):
+                grid = ""
+            continues = grid and "=" not in word
+            terms.append(f"{grid}={word}" if continues else word)
+    return terms
 
 
 @dataclass(frozen=True)
@@ -11241,7 +11971,8 @@ OPTIONS = (
     Option("generate-batch", "continue N prompts together as well: throughput at that batch size, beside "
            "that of one prompt at a time", int, metavar="N", least=2),
     Option("suite", "family of configurations: default, frontier, controls, field or all", default="default"),
-    Option("configs", "comma-separated names: only these configurations", _names, metavar="NAMES"),
+    Option("configs", "only these configurations: names, separated by commas; RULE:FIELD=NUMBER,NUMBER is "
+           "one for each number, such as bh:alpha=0.001,0.01", _config_terms, metavar="NAMES"),
     Option("routing-configs", "JSON file of your own configurations, by name", Path, metavar="FILE"),
     Option("match-experts", "set every adaptive rule's knob to keep K experts on the calibration text; of "
            "several numbers, each: NAME_K", _numbers, metavar="K[,K...]"),
@@ -11282,6 +12013,8 @@ OPTIONS = (
     Option("p-values", "null for every rule that tests, instead of its own", choices=tuple(NULLS)),
     Option("calibration-text", "text file for the empirical null; sampled: text that the model samples. "
            "Windows of text that are not scored if not given, where they are enough", metavar="FILE"),
+    Option("apply-chat-template", "feed each prompt in as the message of a user, by the chat template of an "
+           "instruct model", None),
     Option("do-sample", "sample the texts instead of greedy decoding", None),
     Option("sampling-temperature", "with --do-sample; 1 if not given", float, metavar="T", needs="do-sample"),
     Option("sampling-top-p", "with --do-sample; 1 if not given", float, metavar="P", needs="do-sample"),
@@ -11299,11 +12032,29 @@ ALONE = {  # option that runs nothing -> the options that mean something beside 
 }
 
 
+COMPARE = "compare"  # the one subcommand: folders of results, and these options
+COMPARE_OPTIONS = (Option("output", f"folder for {', '.join(COMPARISON_FILES)}", Path, Path("comparison")),)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """A mistake is one line, without the whole list of options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def program_name() -> str:
+    """What this is called by: the script, or the command that pip installs."""
+    installed = "bh-experiments"
+    return installed if Path(sys.argv[0]).stem == installed else "run_bh_experiments.py"
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line, from OPTIONS."""
-    parser = argparse.ArgumentParser(
-        prog="run_bh_experiments.py",
+    parser = _OneLineParser(
+        prog=program_name(),
         description="Compare Benjamini-Hochberg expert routing with Top-K in a mixture-of-experts model.",
+        epilog=f"{COMPARE} DIR DIR ... --output DIR sets folders of results side by side: {COMPARE} --help",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for option in OPTIONS:
@@ -11311,18 +12062,41 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def build_compare_parser() -> argparse.ArgumentParser:
+    """The command line of `compare`, from COMPARE_OPTIONS."""
+    parser = _OneLineParser(
+        prog=f"{program_name()} {COMPARE}",
+        description="Set two or more folders of results side by side: of other models, seeds or machines.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a folder that a run wrote")
+    for option in COMPARE_OPTIONS:
+        option.add_to(parser)
+    return parser
+
+
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of a command line, and which of them it gave: `given`, for those with a default too."""
+    """The options of a command line, and which of them it gave: `given`, for those with a default too.
+
+    `folders` are those of `compare`, None for any other command line.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
-    args = parser.parse_args(argv)
+    if words[:1] == [COMPARE]:
+        parser = build_compare_parser()
+        words = words[1:]
+    args = parser.parse_args(words)
     nothing = argparse.Namespace(**dict.fromkeys(vars(args)))  # what is set already gets no default
-    seen = vars(parser.parse_args(argv, nothing))
+    seen = vars(parser.parse_args(words, nothing))
     args.given = {name for name, value in seen.items() if value is not None}
+    args.folders = getattr(args, "folders", None)
     return args
 
 
 def check_options(args: argparse.Namespace) -> None:
     """UserError for options that are out of range, mean nothing or contradict each other."""
+    if args.folders is not None:
+        return
     given = {option.key: getattr(args, option.key) for option in OPTIONS if option.key in args.given}
     for owner, allowed in ALONE.items():
         others = [name for name in given if name not in (owner, *allowed)]
@@ -11401,6 +12175,24 @@ def read_routing_configs(path: Path) -> dict[str, dict[str, Any]]:
     return configs
 
 
+def grid_configuration(term: str) -> tuple[str, dict[str, Any]]:
+    """Name and configuration of a term "RULE:FIELD=NUMBER" of --configs: bh_alpha_0.01. Raises UserError."""
+    head, _, value = term.partition("=")
+    method, _, name = map(str.strip, head.partition(":"))
+    rule = RULES[_choice("rule in --configs", method, tuple(RULES))]
+    fields = {field.name: field for field in rule.fields if field.varies_by_layer}
+    field = fields[_choice(f"field of rule {method!r} in --configs", name, tuple(fields))]
+    try:
+        number = float(value)
+        number = int(number) if field.kind is int and number.is_integer() else number
+        number = field.parse(number)
+    except (ValueError, OverflowError):
+        shown = value.strip()
+        raise UserError(f"--configs {head}={shown}: {field.name} must be {field.allowed}") from None
+    description = f"{rule.words}; {field.name} = {number:.15g}"
+    return f"{method}_{name}_{number:.15g}", {"method": method, name: number, "description": description}
+
+
 def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The configurations that --suite, --configs, --routing-configs and --p-values ask for.
 
@@ -11412,8 +12204,12 @@ def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     known = by_suite["all"] | suite | own
     testing = [rule.name for rule in RULES.values() if rule.uses_null]
     configs = {}
-    for name in args.configs or [*suite, *own]:
-        config = known[_choice("configuration in --configs", name, tuple(known))]
+    for term in args.configs or [*suite, *own]:
+        if "=" in term or ":" in term:
+            name, config = grid_configuration(term)
+        else:
+            name = term
+            config = known[_choice("configuration in --configs", name, tuple(known))]
         if args.p_values and config.get("method") in testing:
             config = config | {"p_values": args.p_values}
         configs[name] = resolve_config(name, config)
@@ -11430,7 +12226,9 @@ def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             "adapts, see --suite and --configs"
         )
     keeps_names = len(args.match_experts or ()) < 2 and args.suite != "field"
-    if args.baseline is not None and keeps_names:  # else the run itself will say
+    # Else the run itself will say: which Top-K is the model's own, and run beside others, is not known here.
+    may_be_own = BASELINE not in configs and re.fullmatch(r"topk_\d+", args.baseline or "")
+    if args.baseline is not None and keeps_names and not may_be_own:
         _choice("--baseline", args.baseline, tuple(configs))
     return configs
 
@@ -11505,6 +12303,7 @@ def build_runner(args: argparse.Namespace) -> BHExperimentRunner:
         sampling=sampling,
         batch_size=args.batch_size,
         command=args.command,
+        apply_chat_template=args.apply_chat_template,
     )
 
 
@@ -11528,6 +12327,8 @@ def measure(args: argparse.Namespace) -> Results | None:
     configs = choose_configs(args)
     prompts = choose_prompts(args)
     documents = choose_documents(args, prompts)
+    if args.apply_chat_template and not (prompts or args.tasks):
+        raise UserError("--apply-chat-template needs prompts: --text is scored as it is, without a template")
     runner = build_runner(args)
     if "window" in args.given and args.window > runner.context:
         raise UserError(f"--window {args.window}: this model's context is {runner.context}")
@@ -11540,6 +12341,7 @@ def measure(args: argparse.Namespace) -> Results | None:
         configs = field_on(configs, runner.own_k)
         targets = targets or [share * runner.own_k for share in FIELD_SHARES]
     if targets:
+        configs = {name: runner._resolve(name, config) for name, config in configs.items()}
         with log_to(args.output / LOG_FILE):
             calibration = runner.calibration_for(configs.values()) or runner.calibration
             configs = match_ladder(configs, targets, calibration)
@@ -11578,6 +12380,10 @@ def say(text: str) -> None:
 def run(args: argparse.Namespace) -> int:
     """What the command line asks for; returns the exit code: 0, or 1 when something failed."""
     check_options(args)
+    if args.folders is not None:
+        print(terminal_comparison(compare_results(args.folders, args.output)))
+        logger.info(f"comparison: {args.output / COMPARISON_FILES[0]}")
+        return 0
     if args.list_architectures:
         columns = [ReportColumn(title, title, "s") for title in ("model type", "class", "status", "why")]
         print(markdown_table(list_architectures(), columns))
@@ -11620,7 +12426,7 @@ def _end_on_signals(stack: contextlib.ExitStack) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 1 failures, 2 a wrong call, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     args = parse_options(argv)
-    args.command = shlex.join(["run_bh_experiments.py", *(sys.argv[1:] if argv is None else argv)])
+    args.command = shlex.join([program_name(), *(sys.argv[1:] if argv is None else argv)])
     is_first = os.environ.get("RANK", "0") == "0"  # one of several processes speaks, but all may complain
     console = _ConsoleHandler(logging.INFO if is_first else logging.WARNING)
     console.setFormatter(_LineFormatter())

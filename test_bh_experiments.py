@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Tests of run_bh_experiments.py, without network or download: `python test_bh_experiments.py`, or `pytest`.
 
-`python test_bh_experiments.py --write-manual` writes the tables of the manual anew, from the declarations.
+`python test_bh_experiments.py --write-manual` writes the tables of the manual anew, from the declarations,
+and the lists of requirements from requirements.txt.
 
 Mathematics is checked against references (scipy, a slow loop, the paper's example); the seam on a mock model
 and on tiny random OLMoE and Mixtral models of transformers; the whole on the trained model in
@@ -4003,7 +4004,8 @@ def test_processes_share_the_work(tiny_folder, tmp_path, monkeypatch):
     only_plots(monkeypatch)
     monkeypatch.setattr(bh, "TEST_PROMPTS", bh.TEST_PROMPTS[:5])
     options = ["--model", tiny_folder, "--device", "cpu", "--no-fp16", "--max-tokens", 3, "--text", "none",
-               "--p-values", "flat", "--configs", "topk_8,bh_loose"]  # fmt: skip
+               "--calibration-text", "sampled", "--p-values", "flat",
+               "--configs", "topk_8,bh_loose"]  # fmt: skip
     said = launched(tmp_path, [*options, "--output", tmp_path / "two"], 2)
     assert said.count("10 experiments and 25 scores, 0 of them finished already") == 1
     assert bh.main([*map(str, options), "--output", str(tmp_path / "one")]) == 0
@@ -7164,6 +7166,17 @@ SENTENCES = {
         ),
         "nothing to say": (an_analysis(), []),
     },
+    "name_sentences": {
+        "claim": (
+            an_analysis(own_k=4, configurations={"topk_8": {"method": "topk", "k": 4}}),
+            ["`topk_8` is Top-4 on this model, the model's own routing, whatever its name says."],
+        ),
+        "no claim": (
+            an_analysis(own_k=4, configurations={"topk_7": {"method": "topk", "k": 2}}),
+            ["`topk_7` is Top-2 on this model, whatever its name says."],
+        ),
+        "nothing to say": (an_analysis(), []),
+    },
     "finding_sentences": {
         "claim": (
             with_tests(avg_experts_per_token=a_test(), inference_time_sec=CLOCK)
@@ -7217,12 +7230,12 @@ SENTENCES = {
     "field_sentences": {
         "claim": (
             an_analysis(field=a_field([a_ladder("bh, flat"), a_ladder("top_p", ["bh, flat"])])),
-            ["With nothing standing in, of 2 rules these are beaten by no other at any whole number of "
+            ["With nothing standing in, of 2 rules these are beaten by no other at any compared number of "
              "experts (adjusted p below 0.05): `bh, flat`; BH is among them."],
         ),
         "no claim": (
             an_analysis(field=a_field([a_ladder("bh", ["top_p"]), a_ladder("top_p", ["bh"])])),
-            ["With nothing standing in, of 2 rules these are beaten by no other at any whole number of "
+            ["With nothing standing in, of 2 rules these are beaten by no other at any compared number of "
              "experts (adjusted p below 0.05): none; BH is not among them."],
         ),
         "one document": (
@@ -7235,7 +7248,7 @@ SENTENCES = {
     "answer_sentence": {
         "claim": (
             an_analysis(field=a_field([a_ladder("bh"), a_ladder("threshold", ["bh"])])),
-            "**With nothing standing in, of 2 rules these are beaten by no other at any whole number of "
+            "**With nothing standing in, of 2 rules these are beaten by no other at any compared number of "
             "experts (adjusted p below 0.05): `bh`; BH is among them.**",
         ),
         "no claim": (
@@ -7597,7 +7610,7 @@ ODD_RUNS = {  # name -> results, what the summary says, and what sections must a
         lambda: invented_results(("topk_8",), 3),
         "1 configuration x 3 prompts with 10 new tokens each, ",
         {"Executive summary": "the same 1 and 7 of static Top-K beside them.",
-         "Statistical tests": "There is nothing to compare: no item was measured under two configurations."},
+         "Statistical tests": "There is nothing to compare: no prompt was measured under"},
         ("all differ by the same amount", "paired by"),
     ),
     "one prompt": (
@@ -7612,7 +7625,7 @@ ODD_RUNS = {  # name -> results, what the summary says, and what sections must a
         lambda: all_failed_but("bh_strict"),
         "2 configurations x 1 prompt with 10 new tokens each, ",
         {"Executive summary": "5 of 6 rows failed and are left out.",
-         "Statistical tests": "There is nothing to compare: no item was measured under two configurations.",
+         "Statistical tests": "There is nothing to compare: no prompt was measured under",
          "Failed experiments": "| `topk_8` | p0 | OutOfMemoryError: no \\| memory |"},
         ("Quality at equal compute", "± 0", "topk_8` | 8"),
     ),
@@ -8558,6 +8571,18 @@ def field_entry(field, label, experts):
     return next(ladder["at"][experts] for ladder in field["ladders"] if ladder["label"] == label)
 
 
+def test_rules_are_compared_at_eighths_of_the_models_own_k():
+    """On a model of Top-4 whole numbers would be two or three: too few to say anything by."""
+    assert bh.compared_numbers(8, 8.0) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert bh.compared_numbers(4, 2.2) == [0.5, 1, 1.5, 2]
+    assert bh.compared_numbers(6, 2) == [0.75, 1.5]
+    scores, configs = simulated_field(0, {"threshold": -0.02, "min_p": 0.0}, points=(1.4, 2.2, 2.8))
+    scores = scores[~scores["config_name"].isin(["topk_5", "topk_6", "topk_7", "topk_8"])]
+    field = bh.compare_field(scores, configs, 4)
+    assert field["experts"] == [1.5, 2, 2.5]
+    assert "at 2.5" in bh.league_table(field)
+
+
 @pytest.mark.parametrize("is_better_high", [True, False])
 def test_rules_have_a_league_on_a_task(is_better_high, tmp_path):
     """Signs are those of the task's score; the better rule is above in either direction."""
@@ -8895,10 +8920,31 @@ def imported_libraries():
     return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
 
 
-def test_requirements_equal_script_header():
-    """The PEP 723 block of the script lists the runtime part of requirements.txt."""
-    header = re.search(r"^# dependencies = \[\n(.*?)^# \]", SOURCE, re.M | re.S)
-    assert re.findall(r'"(.+?)"', header[1]) == requirements()
+# The files that repeat the requirements, and what their lines begin with.
+REQUIRED_IN = {SCRIPT: "# ", HERE / "pyproject.toml": ""}
+
+
+def with_requirements(text, mark):
+    """A text whose list of dependencies is that of requirements.txt."""
+    lines = "".join(f'{mark}    "{line}",\n' for line in requirements())
+    pattern = rf"^({mark}dependencies = \[\n).*?^({mark}\])"
+    text, number = re.subn(pattern, lambda found: found[1] + lines + found[2], text, flags=re.M | re.S)
+    assert number == 1
+    return text
+
+
+def write_requirements():
+    """Copy the requirements to where they stand as well: `--write-manual`."""
+    for path, mark in REQUIRED_IN.items():
+        path.write_text(with_requirements(path.read_text(encoding="utf-8"), mark), encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", REQUIRED_IN, ids=lambda path: path.name)
+def test_requirements_stand_in_one_place(path):
+    """The PEP 723 block of the script and the package list the runtime part of requirements.txt. Where this
+    fails: `python test_bh_experiments.py --write-manual`."""
+    text = path.read_text(encoding="utf-8")
+    assert text == with_requirements(text, REQUIRED_IN[path])
 
 
 def test_everything_imported_by_name_is_required():
@@ -9940,6 +9986,14 @@ def mxfp4_tensors(name, tensor):
     return {f"{name}_blocks": blocks, f"{name}_scales": scales}
 
 
+def channel_tensors(name, tensor):
+    """FP8 with a scale for each row, as compressed-tensors stores it."""
+    if tensor.ndim != 2 or name.removesuffix(".weight") in UNQUANTIZED:
+        return {name: tensor}
+    scale = tensor.float().abs().amax(1, keepdim=True) / 448
+    return {name: (tensor.float() / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale.bfloat16()}
+
+
 def quantized_folder(name, folder):
     """A folder with a tiny model in a format, as a user would download it."""
     import transformers
@@ -9953,6 +10007,14 @@ def quantized_folder(name, folder):
         plain_folder("gpt_oss", folder)
         spared = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
         rewrite_weights(folder, mxfp4_tensors, {"quant_method": "mxfp4", "modules_to_not_convert": spared})
+    elif name == "compressed-tensors":
+        pytest.importorskip("compressed_tensors")
+        plain_folder("olmoe", folder)
+        weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+        settings = {"quant_method": name, "format": "float-quantized", "quantization_status": "compressed",
+                    "ignore": ["lm_head", "re:.*mlp.gate$"],
+                    "config_groups": {"all": {"targets": ["Linear"], "weights": weights}}}  # fmt: skip
+        rewrite_weights(folder, channel_tensors, settings)
     else:
         if name.startswith("torchao"):
             quantization = pytest.importorskip("torchao.quantization")
@@ -9983,6 +10045,7 @@ QUANTIZED = {
     **dict.fromkeys(("fp8", "mxfp4"), ("float32", "bfloat16")),
     **dict.fromkeys(("bitsandbytes-8", "bitsandbytes-fp4", "bitsandbytes-nf4"), ("float32",)),
     **dict.fromkeys(("torchao-int8", "torchao-int8-activations", "torchao-float8"), ("float32",)),
+    "compressed-tensors": ("float32",),
 }
 
 
@@ -9991,7 +10054,7 @@ def test_quantized_weights_are_taken(name, tmp_path):
     """What the manual lists: keeping all is bit-identical, dropped is the native smaller K (in 16 bits but
     for rounding), the model is restored, and a runner generates."""
     folder = quantized_folder(name, tmp_path / "model")
-    assert name.split("-")[0] in bh.QUANTIZED_WEIGHTS
+    assert any(name.startswith(method) for method in bh.QUANTIZED_WEIGHTS)
     for dtype in QUANTIZED[name]:
         model, tokenizer = bh.load_model(str(folder), torch.device("cpu"), getattr(torch, dtype))
         architecture = Architecture(model)
@@ -10701,7 +10764,7 @@ def field_verdicts(methods):
 def test_the_field_marks_what_the_report_calls_unbeaten(as_drawn):
     analysis = field_verdicts({"bh": -0.01, "threshold": -0.03, "top_p": 0.02})
     (sentence,) = bh.field_sentences(analysis)
-    assert "no other at any whole number of experts (adjusted p below 0.05): `threshold" in sentence
+    assert "no other at any compared number of experts (adjusted p below 0.05): `threshold" in sentence
     axes = bh.plot_field(bh.verdict_frame(analysis))
     colors = {text.get_text().split(",")[0]: text.get_color() for text in axes[0].texts}
     assert colors["threshold"] == bh.FIELD_COLORS["beaten by no other"]
@@ -11383,7 +11446,9 @@ def test_fewest_experts_are_where_the_interval_crosses_the_margin():
         [stats.ttest_1samp(ladder.at(experts) - own, 0).confidence_interval(0.95) for experts in grid]
     )
     for end, name in ((low, "ci95_low"), (high, "ci95_high")):
-        assert found[name] == pytest.approx(grid[np.flatnonzero(end >= margin)[-1] + 1]), name
+        last = np.flatnonzero(end >= margin)[-1]
+        share = (end[last] - margin) / (end[last] - end[last + 1])
+        assert found[name] == pytest.approx(grid[last] + share * (grid[last + 1] - grid[last])), name
 
 
 def test_the_third_line_of_a_checkpoint_counts(tmp_path):
@@ -11437,7 +11502,535 @@ def test_error_rates_of_whole_runs(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 23. Speed: precision and threads are chosen by the clock, and change no number that a row holds
+# 23. Fits into what people have: grids, chat templates, folders side by side, notebook, package
+# ---------------------------------------------------------------------------------------------------------
+
+# A grid of one knob
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [("topk_8,bh:alpha=0.001,0.01,0.1", ["topk_8", "bh_alpha_0.001", "bh_alpha_0.01", "bh_alpha_0.1"]),
+     ("bh:alpha=.5, 0.50,topk_8", ["bh_alpha_0.5", "topk_8"]),
+     ("bh:alpha=1e-5;topk_8 ; topk:k=1,2", ["bh_alpha_1e-05", "topk_8", "topk_k_1", "topk_k_2"]),
+     ("min_p:ratio=0.1,bh_strict,bh:max_k=4", ["min_p_ratio_0.1", "bh_strict", "bh_max_k_4"])],
+)  # fmt: skip
+def test_grids(words, names):
+    """A value is a number, a name is not; the names say field and value, and fit a file and a table."""
+    configs = bh.choose_configs(bh.parse_options(["--configs", words]))
+    assert list(configs) == names
+    for name, config in configs.items():
+        bh.check_name(name)
+        method, field, value = re.fullmatch(r"(?:(\w+?)_(alpha|k|ratio|max_k)_)?(.+)", name).groups()
+        if method and name not in bh.suites()["all"]:
+            assert config["method"] == method
+            assert config[field] == float(value)
+            assert config["description"].endswith(f"{field} = {value}")
+
+
+def test_a_grid_of_a_rule_of_ones_own(new_rules):
+    register_two_rules()
+    configs = bh.choose_configs(bh.parse_options(["--configs", "topk_8,margin:margin=2,3"]))
+    assert {name: config.get("margin") for name, config in configs.items()} == {
+        "topk_8": None, "margin_margin_2": 2.0, "margin_margin_3": 3.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [("bhh:alpha=0.1", "unknown rule in --configs 'bhh'. Did you mean \"bh\"?"),
+     ("bh:alfa=0.1", "unknown field of rule 'bh' in --configs 'alfa'. Did you mean \"alpha\"?"),
+     ("bh:p_values=1", "Available: alpha, temperature, min_k, max_k"),
+     ("bh:alpha=0.1,2", "--configs bh:alpha=2: alpha must be a number in (0, 1]"),
+     ("bh:alpha=nan", "alpha must be"), ("bh:alpha=", "alpha must be"), ("bh:alpha", "alpha must be"),
+     ("topk:k=1.5", "k must be a whole number of at least 1"), ("topk:k=inf", "k must be a whole number"),
+     ("bh:alpha=0.1;0.2", "unknown configuration in --configs '0.2'"),
+     ("bh:min_k=9", "min_k = 9 is above max_k = 8")],
+)  # fmt: skip
+def test_bad_grids(words, message, tmp_path, capsys):
+    assert bh.main(["--model", "nowhere", "--output", str(tmp_path), "--configs", words]) == 2
+    (error,) = error_lines(capsys)
+    assert message in error
+
+
+# Chat templates
+
+CHAT = "{{ bos_token }}<user>{{ messages[0]['content'] }}{% if add_generation_prompt %}<answer>{% endif %}"
+
+
+def chat_tokenizer(template=CHAT):
+    """Bytes, and a tokenizer of the kind that puts a beginning-of-text token before whatever it is given."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "additional_special_tokens": ["<user>", "<answer>"]})
+    first = [("<bos>", tokenizer.bos_token_id)]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=first)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chat_runner(folder, apply=True, template=CHAT):
+    return bh.BHExperimentRunner(
+        "tiny", folder, model=build("olmoe-grouped_mm"), tokenizer=chat_tokenizer(template),
+        apply_chat_template=apply,
+    )  # fmt: skip
+
+
+def test_prompts_are_fed_in_by_the_chat_template(tmp_path):
+    """One message of a user, up to where the answer begins, with one beginning; references come after it."""
+    runner = chat_runner(tmp_path)
+    prompt = {"id": "a", "text": "two <b> ", "reference": " is more than one"}
+    runner.run_full_experiment_suite({"topk_4": RULES["topk_4"]}, [prompt], 3)
+    tokenizer = runner.tokenizer
+    bos, user, answer = tokenizer.convert_tokens_to_ids(["<bos>", "<user>", "<answer>"])
+    asked = tokenizer(prompt["text"], add_special_tokens=False)["input_ids"]
+    given = [bos, user, *asked, answer]
+    assert tokenizer(prompt["text"])["input_ids"] == [bos, *asked]
+    (row,) = runner.results.generation.to_dict("records")
+    with torch.no_grad():
+        settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+        written = runner.model.generate(torch.tensor([given]), **settings)[0, len(given) :]
+    assert row["num_input_tokens"] == len(given)
+    assert row["generated_text"] == tokenizer.decode(written, skip_special_tokens=True)
+    assert row["full_text"] == f"<bos><user>{prompt['text']}<answer>{row['generated_text']}"
+    assert row["prompt_text"] == prompt["text"]
+    predicted = tokenizer(prompt["reference"], add_special_tokens=False)["input_ids"]
+    scores = runner.results.scores.set_index("config_name")
+    assert scores.loc["topk_4", "num_tokens"] == len(predicted)
+    expected = plain_nll(runner.model, torch.tensor([[*given, *predicted]]), len(given))
+    assert scores.loc["topk_4", "nll"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_chat_template_is_part_of_what_a_run_is(tmp_path):
+    """Without it, or with another, the results are another run's; every row's hash of inputs differs."""
+    hashes = {}
+    for folder, apply, template in (("a", True, CHAT), ("b", False, CHAT), ("c", True, CHAT + " ")):
+        runner = chat_runner(tmp_path / folder, apply, template)
+        prompt = {"id": "a", "text": "two", "reference": " and one"}
+        runner.run_full_experiment_suite({"topk_4": RULES["topk_4"]}, [prompt], 1)
+        hashes[folder] = [set(frame["input_hash"]) for frame in runner.results if len(frame)]
+    for kind in (0, 1):
+        assert len(set.union(*(of_run[kind] for of_run in hashes.values()))) == 3
+    for apply, template in ((False, CHAT), (True, CHAT + " ")):
+        with pytest.raises(bh.UserError, match="holds results of another run: chat_template is"):
+            chat_runner(tmp_path / "a", apply, template).run_full_experiment_suite(CONFIGS, [prompt], 1)
+
+
+def test_a_model_without_a_chat_template_is_refused(tiny_folder, tmp_path, capsys):
+    assert cli(tiny_folder, tmp_path / "out", "--apply-chat-template") == 2
+    (error,) = error_lines(capsys)
+    assert f"--apply-chat-template: the tokenizer of {tiny_folder} has no chat template" in error
+    text = tmp_path / "text.txt"
+    text.write_text("words " * 100)
+    assert cli(tiny_folder, tmp_path / "out", "--apply-chat-template", "--text", text) == 2
+    (error,) = error_lines(capsys)
+    assert "--apply-chat-template needs prompts" in error
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+     "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "{{ 'x' * 10 ** 13 }}",
+     "{% import 'os' as os %}{{ os.system('touch FILE') }}", "{% include 'FILE' %}",
+     "{{ cycler.__init__.__globals__.os.system('touch FILE') }}", "{{ ().__class__.__subclasses__() }}",
+     "{{ messages.append.__self__.__class__ }}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{"],
+)  # fmt: skip
+def test_chat_templates_execute_nothing(template, tmp_path, monkeypatch):
+    """What loops for ever, imports, opens or reaches for Python objects ends in one line and did nothing."""
+    monkeypatch.setattr(bh, "CHAT_SECONDS", 0.3)
+    file = tmp_path / "made"
+    before = signal.getsignal(signal.SIGALRM)
+    start = time.perf_counter()
+    with pytest.raises(bh.UserError) as caught:
+        chat_runner(tmp_path, template=template.replace("FILE", str(file)))
+    assert str(caught.value).startswith("--apply-chat-template: the model's chat template cannot be used: ")
+    assert "\n" not in str(caught.value)
+    assert time.perf_counter() - start < 5
+    assert not file.exists()
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_the_harness_applies_the_chat_template(task_folder, tmp_path):
+    """--tasks asks by it as well: the harness's own way."""
+    runner = task_runner(tmp_path)
+    runner.tokenizer.chat_template = "Q: {{ messages[0]['content'] }} A:"
+    options = {"apply_chat_template": True, "model": runner.model, "tokenizer": runner.tokenizer}
+    runner = bh.BHExperimentRunner("mini", tmp_path, **options)
+    how = {"limit": 2, "include_path": task_folder}
+    frame = runner.run_tasks(["mini_write"], {"topk_8": bh.ROUTING_CONFIGS["topk_8"]}, **how)
+    assert (frame["status"] == "ok").all()
+    assert all(asked.endswith(" A:") for asked in frame["prompt_text"])
+    assert all("Q: " in asked for asked in frame["prompt_text"])
+
+
+# Folders side by side
+
+
+def two_folders(folder, change=None, names=("topk_8", "bh_strict", "bh_loose"), prompts=12):
+    """Two folders of the same invented run, the second with its scores changed: [first, second]."""
+    results = invented_results(names, prompts)
+    other = results
+    if change is not None:
+        other = dataclasses.replace(results, scores=change(results.scores.copy()))
+    for name, content in (("first", results), ("second", other)):
+        (folder / name).mkdir()
+        write_results(content, folder / name)
+    return [folder / "first", folder / "second"]
+
+
+def shifted(scores):
+    """The scores with bh_strict worse by .01 nats, more or less: the shifts are those of `shifts`."""
+    rows = scores["config_name"] == "bh_strict"
+    scores.loc[rows, "nll"] += shifts(rows.sum())
+    return scores
+
+
+def shifts(number):
+    return np.random.default_rng(5).normal(0.01, 0.003, number)
+
+
+def files_in(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_compare_sets_folders_side_by_side(tmp_path, capsys):
+    """Each folder's own numbers and verdicts in one table, on the terminal too; no folder is changed."""
+    folders = two_folders(tmp_path, shifted)
+    before = [files_in(folder) for folder in folders]
+    output = tmp_path / "out"
+    assert bh.main(["compare", *map(str, folders), "--output", str(output)]) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert [files_in(folder) for folder in folders] == before
+    assert {str(name) for name in files_in(output)} == set(bh.COMPARISON_FILES)
+    comparison = strict_loads((output / "comparison.json").read_text(encoding="utf-8"))
+    rows = {(row["configuration"], row["folder"]): row for row in comparison["configurations"]}
+    assert list(rows) == list(itertools.product(("topk_8", "bh_strict", "bh_loose"), "AB"))
+    text = (output / "COMPARISON.md").read_text(encoding="utf-8")
+    assert all(len(widths) == 1 for widths in table_widths(text))
+    for letter, folder in zip("AB", folders, strict=True):
+        results = bh.Results.read(folder)
+        configs = bh.configurations(results)
+        verdicts = bh.quality_verdicts(results.scores, configs, "topk_8")
+        for name in ("bh_strict", "bh_loose"):
+            row = rows[name, letter]
+            for key in ("delta_nll", "ci95_low", "ci95_high", "verdict"):
+                assert row[key] == verdicts[name][key]
+            assert row["share_of_own"] == pytest.approx(verdicts[name]["mean_experts"] / 8)
+            experts = f"{verdicts[name]['mean_experts']:.2f}"
+            for shown in (said, text):
+                assert re.search(rf"{name}\W+{letter}\W+{re.escape(experts)}.*{row['verdict']}", shown)
+        assert rows["topk_8", letter]["verdict"] == "own Top-8"
+    assert rows["bh_strict", "A"]["verdict"] != rows["bh_strict", "B"]["verdict"]
+    assert f"`bh_strict` is {rows['bh_strict', 'A']['verdict']} in A, worse in B." in text
+
+
+def test_folders_with_the_same_items_are_tested(tmp_path):
+    """By the test of every comparison, on the differences item by item, adjusted over all of the table."""
+    comparison = bh.compare_results(two_folders(tmp_path, shifted), tmp_path / "out")
+    tests = {(test["configuration"], test["quantity"]): test for test in comparison["tests"]}
+    assert set(tests) == {
+        ("topk_8", "share_of_own"),
+        *itertools.product(("bh_strict", "bh_loose"), bh.BETWEEN),
+    }
+    test = tests["bh_strict", "delta_nll"]
+    expected = bh.paired_test(shifts(12))
+    assert (test["n_pairs"], test["n_units"], test["folders"]) == (12, 12, "B minus A")
+    for key in ("mean_difference", "p_value", "ci95_low", "ci95_high"):
+        assert test[key] == pytest.approx(expected[key], rel=1e-9)
+    known = [test["p_value"] for test in comparison["tests"] if test["p_value"] is not None]
+    adjusted = [test["p_value_adjusted"] for test in comparison["tests"] if test["p_value"] is not None]
+    assert adjusted == pytest.approx(list(stats.false_discovery_control(known)))
+    assert test["significant"] is True
+    assert tests["bh_loose", "delta_nll"]["reason"] == "nothing differs"
+    assert comparison["pair_notes"] == ["B and A are paired on 12 windows that both measured"]
+    assert "B minus A, bh_strict, NLL at equal compute" in bh.terminal_comparison(comparison).replace(
+        "\n  ", ""
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [(lambda scores: scores.assign(item_id="other" + scores["item_id"]), "no window has the same name"),
+     (lambda scores: scores.assign(input_hash="y"), "windows of the same name hold other text"),
+     (lambda scores: scores.assign(input_hash=""), "an older script did not record what its windows were"),
+     (lambda scores: scores.assign(num_tokens=51), "the same text is another number of tokens there")],
+)  # fmt: skip
+def test_folders_with_other_items_are_not_paired(change, note, tmp_path):
+    """They stand side by side, nothing is tested, and it is said why."""
+    comparison = bh.compare_results(two_folders(tmp_path, change), tmp_path / "out")
+    assert comparison["tests"] == []
+    (said,) = comparison["pair_notes"]
+    assert said.startswith("B and A are not paired: ")
+    assert note in said
+    text = (tmp_path / "out" / "COMPARISON.md").read_text(encoding="utf-8")
+    assert said in text
+    assert "No difference between folders was tested." in text
+    assert len(comparison["configurations"]) == 6
+
+
+def test_only_the_items_that_both_have_are_paired(tmp_path):
+    folders = two_folders(tmp_path, lambda scores: scores[~scores["item_id"].isin(["p0", "p3"])])
+    comparison = bh.compare_results(folders, tmp_path / "out")
+    assert {test["n_pairs"] for test in comparison["tests"]} == {10}
+    assert {test["reason"] for test in comparison["tests"]} == {"nothing differs"}
+
+
+def test_folders_that_share_no_configuration_are_told(tmp_path, capsys):
+    for name, configs in (("first", ["bh_strict"]), ("second", ["bh_loose"])):
+        (tmp_path / name).mkdir()
+        results = only(invented_results(("topk_8", *configs), 4), *configs)
+        write_results(dataclasses.replace(results, generation=results.generation[:0]), tmp_path / name)
+    folders = [str(tmp_path / name) for name in ("first", "second")]
+    assert bh.main(["compare", *folders, "--output", str(tmp_path / "out")]) == 0
+    assert "No configuration stands in more than one folder" in capsys.readouterr().out.replace("\n   ", " ")
+    text = (tmp_path / "out" / "COMPARISON.md").read_text(encoding="utf-8")
+    assert "No configuration stands in more than one folder" in text
+
+
+def test_folders_of_different_models(mock_model, tiny_folder, tmp_path, monkeypatch):
+    """Top-8 and Top-4, beside an older folder: shares of K, and what differs in a configuration."""
+    only_plots(monkeypatch)
+    first, second = tmp_path / "mock", tmp_path / "tiny"
+    configs = {"topk_8": bh.ROUTING_CONFIGS["topk_8"], "bh_loose": {**FLAT, "max_k": 8}}
+    run_suite(mock_model, first, configs)
+    runner = bh.BHExperimentRunner(
+        "tiny", second, model=build("olmoe-grouped_mm"), tokenizer=byte_tokenizer()
+    )
+    runner.run_full_experiment_suite(configs | {"bh_loose": FLAT}, SCORED_PROMPTS, 2)
+    comparison = bh.compare_results([first, second, TESTDATA / OLDER[0]], tmp_path / "out")
+    assert [folder["own_k"] for folder in comparison["folders"]] == [8, 4, 8]
+    rows = {(row["configuration"], row["folder"]): row for row in comparison["configurations"]}
+    assert [rows["topk_8", letter]["share_of_own"] for letter in "ABC"] == [1, 1, 1]
+    assert rows["topk_8", "B"]["verdict"] == "own Top-4"
+    assert rows["bh_loose", "B"]["experts"] / 4 == rows["bh_loose", "B"]["share_of_own"]
+    notes = comparison["setting_notes"]
+    assert "`topk_8` is not the same everywhere: `k` is `8` in A, `4` in B, `8` in C." in notes
+    assert any("`bh_loose`" in note and "`max_k`" in note for note in notes)
+    assert len(comparison["pair_notes"]) == 2
+    assert max(map(len, bh.terminal_comparison(comparison).splitlines())) <= 80
+
+
+def test_hostile_words_get_nowhere_in_a_comparison(tmp_path):
+    """The name of a model, of a machine, of a folder: no table breaks, nothing hides on the terminal."""
+    folders = two_folders(
+        tmp_path, lambda scores: scores.assign(model_name=HOSTILE[6], device="a\x1b[2J | b")
+    )
+    hostile = folders[1].rename(tmp_path / "x | <b> `$")
+    results = bh.Results.read(hostile)
+    generation = results.generation.assign(model_name=HOSTILE[6], device="a\x1b[2J | b")
+    write_results(dataclasses.replace(results, generation=generation), hostile)
+    comparison = bh.compare_results([folders[0], hostile], tmp_path / "out")
+    text = (tmp_path / "out" / "COMPARISON.md").read_text(encoding="utf-8")
+    assert all(len(widths) == 1 for widths in table_widths(text))
+    assert "<b>" not in text
+    assert "\x1b" not in text + bh.terminal_comparison(comparison)
+    assert (tmp_path / "out" / "plots" / "comparison.png").stat().st_size > 0
+
+
+def test_no_name_is_defined_twice():
+    """The later one would silently take the place of the earlier."""
+    for tree in (TREE, ast.parse(Path(__file__).read_text(encoding="utf-8"))):
+        defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        assert [name for name, times in collections.Counter(defined).items() if times > 1] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([], "required: DIR"), (["{a}"], "compare takes 2 to 26 folders of results, not 1"),
+     (["{a}", "{a}/../a"], "this folder is given twice"), (["{a}", "{b}"], "run the experiments first"),
+     (["{a}", "{b}/nowhere"], "there is no such folder"), (["{a}", "{file}"], "there is no such folder"),
+     (["{a}", "{a}", "--colour"], "unrecognized arguments: --colour"),
+     (["{a}", "{c}", "--output", "{file}"], "{file}"), (["{a}"] * 27, "not 27"),
+     (["{a}", "{failed}"], "none of its 4 experiments finished")],
+)  # fmt: skip
+def test_bad_comparisons(words, message, tmp_path, capsys):
+    """One line, exit code 2, and nothing is written."""
+    names = {name: tmp_path / name for name in ("a", "b", "c", "failed", "file")}
+    names["b"].mkdir()
+    names["file"].write_text("keep me")
+    results = invented_results(("topk_8",), 4)
+    broken = changed(results, lambda frame: frame.assign(status="error"))
+    for name, content in (("a", results), ("c", results), ("failed", broken)):
+        names[name].mkdir()
+        write_results(dataclasses.replace(content, scores=results.scores[:0]), names[name])
+    output = [] if "--output" in words else ["--output", str(tmp_path / "out")]
+    given = [word.format(**names) for word in words]
+    try:
+        code = bh.main(["compare", *given, *output])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "error: " in line
+    assert message.format(**names) in line
+    assert not (tmp_path / "out").exists()
+    assert names["file"].read_text() == "keep me"
+
+
+# Models with another K
+
+
+def test_the_default_configurations_on_a_model_with_another_k(tiny_folder, tmp_path, monkeypatch, caplog):
+    """On a Top-4 model they run at most 4, and descriptions, log and report say so; what was asked for by
+    other names or numbers stays as it is."""
+    only_plots(monkeypatch, "expert_counts")
+    caplog.set_level("INFO", "bh_experiments")
+    runner = bh.BHExperimentRunner(str(tiny_folder), tmp_path, device="cpu", use_fp16=False)
+    assert runner.own_k == 4
+    default = {name: runner._resolve(name, config) for name, config in bh.ROUTING_CONFIGS.items()}
+    assert [config.get("k", config.get("max_k")) for config in default.values()] == [4] * 5
+    assert default["topk_8"]["description"] == "Fixed Top-4, the baseline: the model's own K"
+    words = bh.ROUTING_CONFIGS["bh_strict"]["description"]
+    assert default["bh_strict"]["description"] == f"{words}; at most 4, the model's own K"
+    for name, null in (("bh_strict_shuffled", "empirical"), ("bh_loose", "flat")):
+        config = bh.suites()["all"][name] | {"p_values": null}
+        assert runner._resolve(name, config)["max_k"] == 4
+    assert runner._resolve("bh_flat_0.5_max16", bh.suites()["all"]["bh_flat_0.5_max16"])["max_k"] == 16
+    assert runner._resolve("mine", bh.ROUTING_CONFIGS["bh_strict"])["max_k"] == 8
+    assert runner._resolve("bh_strict", bh.ROUTING_CONFIGS["bh_strict"] | {"max_k": 7})["max_k"] == 7
+
+    configs = {name: bh.ROUTING_CONFIGS[name] for name in ("topk_8", "bh_loose")}
+    frame = runner.run_full_experiment_suite(configs, SCORED_PROMPTS, 2)
+    assert frame["max_experts"].max() <= 4
+    assert "topk_8 on this model: Fixed Top-4" in caplog.text
+    assert "bh_loose on this model: BH at a loose level: more experts; at most 4" in caplog.text
+    bh.write_report(frame, tmp_path)
+    report = (tmp_path / "REPORT.md").read_text(encoding="utf-8")
+    assert "- `topk_8` is Top-4 on this model, the model's own routing, whatever its name says." in report
+    verdict = json.loads((tmp_path / "analysis_summary.json").read_text())["verdict"]["bh_loose"]
+    assert verdict["delta_nll"] is not None
+
+
+def test_the_default_configurations_on_a_model_with_their_k(mock_model, tmp_path, caplog):
+    caplog.set_level("INFO", "bh_experiments")
+    runner = mock_runner(mock_model, tmp_path)
+    default = {name: runner._resolve(name, config) for name, config in bh.ROUTING_CONFIGS.items()}
+    for name, config in default.items():
+        assert config == bh.resolve_config(name, bh.ROUTING_CONFIGS[name]) | {
+            "description": config["description"]
+        }
+        assert "at most" not in config["description"]
+    runner._say_what_names_mean(default)
+    assert "on this model" not in caplog.text
+
+
+# Another baseline
+
+
+def test_expectations_of_tests_are_about_the_models_own_routing(tmp_path):
+    """Against another baseline they are not measured; what needs no baseline is, as before."""
+    results = invented_results()
+    by_baseline = {}
+    for baseline in (None, "bh_loose"):
+        rows = analysis_of(results, tmp_path, baseline)["hypotheses"]
+        by_baseline[baseline] = {(row["configuration"], row["quantity"]): row["measured"] for row in rows}
+    for (name, quantity), measured in by_baseline["bh_loose"].items():
+        if quantity in ("slowdown_percent", "experts_p_value", "experts_abs_d"):
+            assert measured is None
+            assert (by_baseline[None][name, quantity] is not None) == (name in ("bh_strict", "bh_loose"))
+        else:
+            assert measured == by_baseline[None][name, quantity]
+
+
+def test_a_baseline_that_was_only_scored(tmp_path):
+    """A point of the static curve, of which nothing was generated: said so; differences of NLL are to it."""
+    report = report_of(invented_results(), tmp_path)
+    assert "There is nothing to compare" not in report
+    analysis = analysis_of(invented_results(), tmp_path, "topk_3")
+    path = bh.generate_markdown_report(invented_results().generation, analysis, tmp_path / "REPORT.md")
+    text = path.read_text(encoding="utf-8")
+    assert "no prompt was measured under `topk_3` and another configuration" in text
+    assert "Differences are to `topk_3`; the model's own routing is Top-8." in text
+    assert analysis["verdict"]["bh_strict"]["delta_to_baseline"] < 0
+
+
+def test_the_models_own_routing_can_be_the_baseline_before_it_is_known():
+    """`topk_8` is run beside others where it is not among them, so it may be named; nothing else may."""
+    asked = ["--configs", "bh_strict,bh_loose", "--baseline"]
+    for name in ("topk_8", "topk_4"):
+        assert list(bh.choose_configs(bh.parse_options([*asked, name]))) == ["bh_strict", "bh_loose"]
+    with pytest.raises(bh.UserError, match="unknown --baseline 'bh_moderate'"):
+        bh.choose_configs(bh.parse_options([*asked, "bh_moderate"]))
+
+
+# The three tables in a notebook
+
+
+def test_results_show_themselves():
+    """A row a table and configuration; words of a run are no markup there."""
+    results = invented_results(("topk_8", "bh_strict"), 4)
+    results.generation.loc[0, "status"] = "error"
+    summary = results.summary()
+    assert set(summary.index.get_level_values("table")) == {"generation", "scores"}
+    row = summary.loc["generation", "topk_8"]
+    assert (row["rows"], row["failed"]) == (4, 1)
+    done = results.finished().generation
+    times = done.loc[done["config_name"] == "topk_8", "inference_time_sec"]
+    assert row["inference_time_sec"] == pytest.approx(times.mean())
+    scores = results.scores
+    nll = scores.loc[scores["config_name"] == "bh_strict", "nll"].mean()
+    assert summary.loc["scores", "bh_strict"]["nll"] == pytest.approx(nll)
+    shown = results._repr_html_()
+    assert shown.count("<tr") == len(summary) + 2
+    assert f"{nll:.3f}" in shown
+    hostile = renamed(results, bh_strict="<script>")
+    assert "<script>" not in hostile._repr_html_()
+    assert bh.EMPTY_RESULTS.summary().empty
+    assert bh.EMPTY_RESULTS._repr_html_()
+
+
+# The notebook
+
+
+def test_notebook_runs(tmp_path, monkeypatch):
+    """Every cell, on the embedded model: nothing is installed, the run is whole, page and tables shown."""
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    chosen = {"MODEL": EMBEDDED, "DTYPE": "float32", "MAX_TOKENS": 2, "OUTPUT": tmp_path}
+    prompts = shlex.quote(str(TESTDATA / "prompts.json"))
+    chosen["MORE"] = f"--configs topk_8,bh_flat_0.5_max8 --text none --prompts {prompts}"
+    for name, value in chosen.items():
+        monkeypatch.setenv(f"BH_{name}", str(value))
+    notebook = nbformat.read(HERE / "notebooks" / "colab.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    cells = {cell["id"]: cell for cell in notebook.cells}
+    assert all(cell.get("outputs", []) == [] for cell in notebook.cells)  # stored without results
+    resources = {"metadata": {"path": str(HERE / "notebooks")}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    (said,) = cells["install"]["outputs"]
+    assert said["text"] == "installed: nothing was lacking\n"
+    results = bh.Results.read(tmp_path)
+    assert (len(results.generation), results.num_failed) == (4, 0)
+    (page,) = cells["page"]["outputs"]
+    assert 'srcdoc="&lt;' in page["data"]["text/html"]
+    (tables,) = cells["tables"]["outputs"]
+    assert tables["data"]["text/html"] == results._repr_html_()
+
+
+def test_settings_of_the_notebook_are_for_a_t4():
+    """Without anything set in the environment: OLMoE in float16, and options that the script takes."""
+    notebook = json.loads((HERE / "notebooks" / "colab.ipynb").read_text(encoding="utf-8"))
+    cells = {cell["id"]: "".join(cell["source"]) for cell in notebook["cells"]}
+    space = {}
+    code = cells["settings"].replace("os.environ.get", "(lambda name, default: default)")
+    exec(compile(code, "settings", "exec"), space)
+    assert (space["MODEL"], space["DTYPE"], space["MORE"]) == (bh.DEFAULT_MODEL, "float16", "")
+    assert space["MAX_TOKENS"] == str(bh.DEFAULT_MAX_TOKENS)
+    options = re.search(r"settings = \[(.*)\]", cells["run"])[1]
+    words = [str(space.get(word, word)).strip('"') for word in options.split(", ")]
+    bh.check_options(bh.parse_options(words))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Speed: precision and threads are chosen by the clock, and change no number that a row holds
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 24. Speed: precision and threads are chosen by the clock, and change no number that a row holds
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -11550,5 +12143,6 @@ def test_threads_change_rounding_only(embedded):
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write-manual"]:
         write_manual()
+        write_requirements()
     else:
         sys.exit(pytest.main([__file__, *sys.argv[1:]]))
