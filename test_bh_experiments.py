@@ -12047,6 +12047,10 @@ def test_settings_of_the_notebook_are_for_a_t4():
 
 # ---------------------------------------------------------------------------------------------------------
 # Speed: precision and threads are chosen by the clock, and change no number that a row holds
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 24. Speed: precision and threads are chosen by the clock, and change no number that a row holds
 # ---------------------------------------------------------------------------------------------------------
 
 
