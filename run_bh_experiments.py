@@ -4003,13 +4003,13 @@ def match_ladder(
             continue
         for target in targets:
             try:
-                found = match_experts(name, config, target, calibration)
+                moved = match_experts(name, config, target, calibration)
             except UserError as error:
                 if len(targets) == 1:
                     raise
                 logger.warning(f"{error}; left out")
                 continue
-            matched[name if len(targets) == 1 else f"{name}_{target:g}"] = found
+            matched[name if len(targets) == 1 else f"{name}_{target:g}"] = moved
     return matched
 
 
@@ -8624,14 +8624,14 @@ def unbeaten_rules(field: Mapping[str, Any]) -> dict[str, Unbeaten]:
     """Stand-in -> its rules that no other beats, from `compare_field`; empty where nothing was tested."""
     if not field or field["n_units"] < 2:
         return {}
-    found = {}
+    unbeaten = {}
     for stand_in in in_order(ladder["stand_in"] for ladder in field["ladders"]):
         alike = [ladder for ladder in field["ladders"] if ladder["stand_in"] == stand_in]
         compared = [ladder for ladder in alike if not ladder["is_bound"]]
         if len(compared) > 1:
             labels = [ladder["label"] for ladder in compared if not ladder["beaten_by"]]
-            found[stand_in] = Unbeaten(len(compared), labels)
-    return found
+            unbeaten[stand_in] = Unbeaten(len(compared), labels)
+    return unbeaten
 
 
 # Tasks, layers, hypotheses
@@ -10368,12 +10368,12 @@ def league_rows(field: Mapping[str, Any]) -> list[dict[str, Any]]:
     middle = middle_of(field["experts"])
     rows = []
     for ladder in field["ladders"]:
-        at = {float(experts): found for experts, found in ladder["at"].items()}
+        at = {float(experts): differences for experts, differences in ladder["at"].items()}
         row = {"label": ladder["label"], "stand_in": ladder["stand_in"]}
         row |= {"span_low": ladder["low"], "span_high": ladder["high"]}
-        for experts, found in at.items():
-            if found["to_static"] is not None:
-                row[league_key(experts)] = sign * found["to_static"] + 0.0  # never shown as -0.0000
+        for experts, differences in at.items():
+            if differences["to_static"] is not None:
+                row[league_key(experts)] = sign * differences["to_static"] + 0.0  # never shown as -0.0000
         if middle in at:
             row["to_best"] = sign * at[middle]["to_best"] + 0.0
         for key, margin in (("1", "1 %"), ("05", "0.5 %")):

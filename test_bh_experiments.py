@@ -7306,8 +7306,8 @@ SENTENCES = {
             an_analysis(compute={"topk_8": COST, "bh_strict": COST | {
                 "active_parameters": 1.0e9, "weight_bytes_per_token": 1.6e9, "allowed_speedup": 1.5,
                 "decode_speedup": 1.25}}),
-            ["A token under `topk_8` uses 1.28 B of 6.92 B parameters and 1.61 GFLOP in its experts, and 2.40 "
-             "GB of weights are read to decode one.",
+            ["A token under `topk_8` uses 1.28 B of 6.92 B parameters and 1.61 GFLOP in its experts, and "
+             "2.40 GB of weights are read to decode one.",
              "A token under `bh_strict` uses 1.00 B of 6.92 B parameters and 1.61 GFLOP in its experts, and "
              "1.60 GB of weights are read to decode one: that allows 1.50 times the speed of `topk_8`, 1.25 "
              "times was measured."],
