@@ -2275,18 +2275,21 @@ def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> 
     setattr(owner, name, value)
 
 
-@contextlib.contextmanager
-def _replaced_forward(name: str, module: nn.Module, forward: Callable) -> Iterator[None]:
-    """`forward` in place of a module's own inside the block. UserError after it where somebody put another in
-    its place meanwhile: that one is gone, and what it kept to put back is of no use."""
-    with contextlib.ExitStack() as stack:
-        _replace(stack, module, "forward", forward)
-        yield
-        if vars(module).get("forward") is not forward:
-            raise UserError(
-                f"{name}: its forward was replaced while it was patched, by an accelerate hook for example; "
-                "add hooks before the block, or take them off in it"
-            )
+def _refuse_other_forward(name: str, module: nn.Module, forward: Callable) -> None:
+    """UserError where somebody put another `forward` in the place of this one: that one is gone when the old
+    one is put back, and what it kept to put back is of no use."""
+    if vars(module).get("forward") is not forward:
+        raise UserError(
+            f"{name}: its forward was replaced while it was patched, by an accelerate hook for example; "
+            "add hooks before the block, or take them off in it"
+        )
+
+
+def _replace_forward(stack: contextlib.ExitStack, name: str, module: nn.Module, forward: Callable) -> None:
+    """Set a module's `forward` until the stack closes, which looks whether it is still there."""
+    _replace(stack, module, "forward", forward)
+    # Of the stack itself: a `with` of its own would leave the patch behind, if Ctrl-C came where that ends.
+    stack.callback(_refuse_other_forward, name, module, forward)
 
 
 @contextlib.contextmanager
@@ -3501,9 +3504,8 @@ def patched_routing(
                 routing = _LayerRouting(layer, settings, candidates[place], calibration, observe)
                 router_forward = routing.wrap_router(layer.router.forward, layer.experts.forward)
                 experts_forward = routing.wrap_experts(layer.experts.forward)
-                stack.enter_context(_replaced_forward(layer.name, layer.router, router_forward))
-                experts_name = f"the experts of {layer.name}"
-                stack.enter_context(_replaced_forward(experts_name, layer.experts, experts_forward))
+                _replace_forward(stack, layer.name, layer.router, router_forward)
+                _replace_forward(stack, f"the experts of {layer.name}", layer.experts, experts_forward)
             # config.num_experts_per_tok has no effect after loading; the router's own attribute has.
             if layer.knob:
                 _replace(stack, *layer.knob, candidates[place])
