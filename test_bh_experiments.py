@@ -4372,7 +4372,10 @@ def test_samples(mock_model, tmp_path, monkeypatch):
         runner.run_full_experiment_suite(names, prompts, 5, num_samples=samples)
         return runner.results
 
-    monkeypatch.setattr(MockTokenizer, "decode", lambda self, ids, **_: " ".join(map(str, ids.tolist())))
+    def decoded(self, ids, **_):
+        return " ".join(map(str, torch.as_tensor(ids).tolist()))
+
+    monkeypatch.setattr(MockTokenizer, "decode", decoded)
     results = suite("a", SCORED_PROMPTS, 3)
     fewer = suite("b", SCORED_PROMPTS[::-1], 2)
     more = suite("b", SCORED_PROMPTS[::-1], 3)
@@ -4893,7 +4896,7 @@ def test_prompts_and_texts_together(mock_model, tmp_path):
     assert len(results.tasks) == 0
     assert results.num_failed == 0
     analysis = bh.analyze_results(results.generation, tmp_path / "both")
-    assert (analysis["verdict"]["bh_flat"]["n_items"], analysis["verdict"]["bh_flat"]["n_units"]) == (6, 4)
+    assert (analysis["verdict"]["bh_flat"]["n_items"], analysis["verdict"]["bh_flat"]["n_units"]) == (3, 1)
     assert analysis["n_prompts"] == 3
     for name, asked in (("prompts", {}), ("texts", {"prompts": (), "texts": WINDOWS})):
         alone = run_suite(mock_model, tmp_path / name, **asked).scores
@@ -5403,7 +5406,7 @@ def test_no_resume_sets_everything_aside(mock_model, tmp_path, monkeypatch):
     assert {bh.LOG_FILE, bh.CALIBRATION_FILE} <= set(bh.KEPT_FILES)
     of_run = {name.split("/")[0] for name in before} - stay
     unwritten = {bh.TASKS.file, bh.TASK_RESULTS, *bh.TOKEN_LOG_FILES}
-    assert of_run == set(bh.RUN_FILES) - unwritten - without_html()
+    assert of_run == set(bh.RUN_FILES) - unwritten
     for number, tokens in ((1, 3), (2, 2)):  # with other settings, then with the first ones again
         results = run_suite(mock_model, tmp_path, configs, SCORED_PROMPTS[:1], tokens, resume=False)
         assert (len(results.generation), set(results.generation["prompt_id"])) == (3, {"one"})
@@ -5418,11 +5421,6 @@ def test_no_resume_sets_everything_aside(mock_model, tmp_path, monkeypatch):
     assert (tmp_path / bh.LOG_FILE).read_bytes().startswith(before[bh.LOG_FILE])
     assert not (tmp_path / "plots").exists()
     assert bh.Results.read(tmp_path / "earlier_1").num_failed == 0  # it can be read where it is
-
-
-def without_html():
-    """The report in one file is written by the command line only."""
-    return {name for name in bh.RUN_FILES if name.endswith(".html")}
 
 
 @pytest.mark.parametrize("name", [bh.CHECKPOINT_FILE, bh.PROCESS_FILE.format(rank=1)])
@@ -7702,6 +7700,7 @@ def test_a_key_that_is_missing_raises(tmp_path, monkeypatch):
     assert shown == set(context)
     # With something in every conditional part, so that each is looked at.
     rows = {name: [{"configuration": "x"}] for name in ("tasks", "layers", "failures")}
+    rows |= {name: [{"configuration": "x"}] for name in ("compute", "phases", "throughput")}
     rows["token_kinds"] = [{"words": "x"}]
     leagues = {"league": "x", "task_leagues": {"x": ("x", "x")}}
     full = context | rows | leagues | {"shuffles": ["x"], "diverging": True, "plots": [("x", "X")]}
@@ -7717,7 +7716,7 @@ def test_a_key_that_is_missing_raises(tmp_path, monkeypatch):
 def test_tables_of_the_template_are_declared():
     """Each table is shown once, and each that is shown is declared."""
     shown = re.findall(r'table\("(\w+)"', bh.REPORT_TEMPLATE)
-    assert sorted(shown) == sorted(bh.REPORT_TABLES)
+    assert sorted([*shown, "league"]) == sorted(bh.REPORT_TABLES)  # that one is shown by `league_table`
 
 
 def test_report_says_where_intervals_hold(tmp_path):
@@ -8086,7 +8085,7 @@ def test_help_shows_defaults(capsys):
     with pytest.raises(SystemExit):
         bh.main(["--help"])
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    for words in ("tokens in a window of --text (default: 256)", "calibration text (default: 0)"):
+    for words in ("tokens in a window of text (default: 256)", "calibration text (default: 0)"):
         assert words in text
     for option in bh.OPTIONS:
         assert f"--{option.name}" in text
@@ -9784,7 +9783,7 @@ def test_throughput_of_a_suite(tiny_folder, tmp_path, monkeypatch):
     configs = {"two": {"method": "topk", "k": 2}, "bh": FLAT}
     (tmp_path / "configs.json").write_text(json.dumps(configs))
     options = ["--prompts", tmp_path / "prompts.jsonl", "--routing-configs", tmp_path / "configs.json"]
-    options += ["--configs", "two,bh", "--max-tokens", 4]
+    options += ["--configs", "two,bh", "--max-tokens", 4, "--text", "none"]
     turns = []
     routed = bh.BHExperimentRunner._routed
 
@@ -11458,7 +11457,7 @@ def test_multiplications_of_what_stands_in():
 
 def test_a_rule_takes_a_null_only_if_it_says_so(new_rules):
     knob = bh.rate_field("share", 0.5, 0, 1, "of nothing")
-    bh.register_rule("own", knob, words="w", search=(0.1, 1))(lambda gates, config: None)
+    bh.register_rule("own", knob, words="w", search=(0.1, 0.9))(lambda gates, config: None)
     rule = bh.RULES["own"]
     assert not rule.uses_null
     assert bh.NULL_FIELD.name not in [field.name for field in rule.fields]
