@@ -5794,10 +5794,18 @@ def embedded(tmp_path_factory):
     runner = bh.BHExperimentRunner(
         str(EMBEDDED), tmp_path_factory.mktemp("mini"), device="cpu", use_fp16=False
     )
+    with calibrating_as_runs_do():
+        runner.calibration  # noqa: B018 - made here and kept: later tests calibrate on little text again
+    return runner
+
+
+@contextlib.contextmanager
+def calibrating_as_runs_do():
+    """Inside the block calibration takes as much text as in a real run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bh, "CALIBRATION_SEQUENCES", 32)
         patch.setattr(bh, "CALIBRATION_LENGTH", 128)
-        yield runner
+        yield
 
 
 def test_embedded_model_is_olmoe(embedded):
