@@ -3020,12 +3020,12 @@ def test_older_results_are_analysed_from_the_command_line(folder, tmp_path, monk
 
 
 def test_the_example_is_read():
-    """Each of 60 experiments, and their references under as many configurations and the static ladder."""
+    """Each of 60 experiments; 12 references and 100 windows under as many configurations and the ladder."""
     results = bh.Results.read(HERE / "results" / "example")
-    assert (len(results.generation), len(results.scores)) == (60, 60 + 12 * 7)
+    assert (len(results.generation), len(results.scores)) == (60, (12 + 100) * (5 + 7))
     assert results.num_failed == 0
     assert set(results.generation["config_name"]) == set(bh.ROUTING_CONFIGS)
-    assert results.scores["document"].nunique() == 12
+    assert results.scores["document"].nunique() == 12 + 64
 
 
 # Tables by layer
