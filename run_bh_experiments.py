@@ -359,20 +359,25 @@ _FIELD: dict[str, dict[str, Any]] = {
 LINEAR = "linear:16"
 
 
+def _with_stand_in(name: str, config: Mapping[str, Any], stand_in: str) -> dict[str, dict[str, Any]]:
+    """A configuration with a stand-in, under a name that says which."""
+    suffix = "" if stand_in == "nothing" else f"_{stand_in.replace(':', '')}"
+    return {name + suffix: {**config, "stand_in": stand_in}}
+
+
 def field_suite() -> dict[str, dict[str, Any]]:
     """Every rule with nothing and with the expert's mean standing in; BH, threshold and static Top-K also
     with a linear map; the oracle at four thresholds, as a bound."""
     suite: dict[str, dict[str, Any]] = {}
-    for k in range(1, 8):
+    for name, static in _STATIC.items():
         for stand_in in ("nothing", "mean", LINEAR):
-            name = f"topk_{k}" if stand_in == "nothing" else f"topk_{k}_{stand_in.replace(':', '')}"
-            suite[name] = {"method": "topk", "k": k, "stand_in": stand_in}
-    suite["topk_8"] = ROUTING_CONFIGS.get("topk_8", {"method": "topk", "k": 8})
+            suite |= _with_stand_in(name, static, stand_in)
+    suite[BASELINE] = ROUTING_CONFIGS.get(BASELINE, {"method": "topk", "k": 8})
     for name, config in _FIELD.items():
-        suite[name] = config
-        suite[f"{name}_mean"] = config | {"stand_in": "mean"}
+        for stand_in in ("nothing", "mean"):
+            suite |= _with_stand_in(name, config, stand_in)
     for name in ("bh", "threshold"):
-        suite[f"{name}_{LINEAR.replace(':', '')}"] = _FIELD[name] | {"stand_in": LINEAR}
+        suite |= _with_stand_in(name, _FIELD[name], LINEAR)
     for threshold in (0.4, 0.6, 0.8, 1.0):
         suite[f"oracle_{threshold:g}"] = {"method": "oracle", "threshold": threshold}
     return suite
@@ -381,16 +386,21 @@ def field_suite() -> dict[str, dict[str, Any]]:
 def field_on(configs: Configs, own_k: int) -> dict[str, Config]:
     """`configs` of the field suite on a model with its own K: without static Top-k above it, which the suite
     has up to 7."""
-    wider = {f"topk_{k}" for k in range(own_k + 1, 8)}
-    stand_ins = ("", "_mean", f"_{LINEAR.replace(':', '')}")
-    left_out = {static + stand_in for static in wider for stand_in in stand_ins}
+    wider = {name for name, static in _STATIC.items() if static["k"] > own_k}
+    left_out = {
+        of_suite
+        for name in wider
+        for stand_in in ("nothing", "mean", LINEAR)
+        for of_suite in _with_stand_in(name, {}, stand_in)
+    }
     return {name: config for name, config in configs.items() if name not in left_out}
 
 
 def suites() -> dict[str, dict[str, dict[str, Any]]]:
     """The families of configurations, by name, with what ROUTING_CONFIGS holds when this is called.
 
-    Where two have one name, that of ROUTING_CONFIGS is taken.
+    Where two have one name, `default`, `controls` and `all` take that of ROUTING_CONFIGS; `frontier` and
+    `field` take only the baseline from there.
     """
     baseline = {name: config for name, config in ROUTING_CONFIGS.items() if name == BASELINE}
     return {
@@ -660,7 +670,10 @@ def _dataset_rows(
         taken = [(item["number"], item["row"]) for item in rows.take(limit)]
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (
+        *(OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError),
+        *(EOFError, lzma.LZMAError, zlib.error),  # of a damaged compressed file
+    ) as error:
         kinds = "csv, json, jsonl or parquet" if option == "--dataset" else "txt, csv, json, jsonl or parquet"
         way_out = f"(give a local file or folder of {kinds}, or a data set of the hub)"
         raise UserError(f"{option} {dataset} cannot be read: {_first_line(error)} {way_out}") from error
@@ -930,9 +943,11 @@ def _folder_documents(folder: Path, split: str | None, text_column: str | None, 
     documents = []
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
-        if file.suffix == ".txt":
+        if not file.is_file():
+            continue
+        if file.suffix.lower() == ".txt":
             documents.append(Document(name, _read_text(file, "--text")))
-        elif file.suffix in TEXT_FOLDER_FILES:
+        elif file.suffix.lower() in TEXT_FOLDER_FILES:
             prefix = name.removesuffix(file.name)
             documents += _text_rows(str(file), split, text_column, limit, prefix)
     return documents
@@ -961,7 +976,7 @@ def load_text_documents(
         path = Path(source)
         is_dataset = path.suffix.lower() in DATASET_FILES if path.exists() else _may_be_of_hub(source)
         if path.is_dir():
-            suffixes = {file.suffix for file in path.rglob("*")}
+            suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
             if suffixes.isdisjoint((".txt", *DATASET_FILES)):
                 kinds = ", ".join(DATASET_FILES)
                 raise UserError(f"--text {source}: the folder holds no .txt file, and none of {kinds}")
@@ -1204,12 +1219,6 @@ class StandIn:
     offset: Tensor
     down: Tensor | None = None
     up: Tensor | None = None
-
-    @property
-    def multiplications(self) -> int:
-        """For one token and expert."""
-        hidden_size = self.offset.shape[1]
-        return hidden_size if self.down is None else hidden_size + 2 * hidden_size * self.down.shape[1]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> StandIn:
         parts = (self.offset, self.down, self.up)
@@ -1510,9 +1519,11 @@ ADAPTIVE_FIELDS = (
     count_field("min_k", 1, "fewest experts"),
     count_field("max_k", 8, "most experts"),
     Field("shuffle", bool, False, lambda value: True, "true or false",
-          "permute the counts over the tokens of a forward pass: a control for *which* token gets many"),
+          "permute the counts over the tokens of a forward pass: a control for *which* token gets many. In "
+          "decoding a pass has one token, and nothing to permute"),
     Field("random", bool, False, lambda value: True, "true or false",
-          "run as many experts of the model's own Top-K, but any: a control for *which* experts run"),
+          "run as many experts of the model's own Top-K, but any: a control for *which* experts run. Drawn "
+          "by the same seed in every pass, so in decoding each token gets those of the same ranks"),
 )  # fmt: skip
 
 
@@ -1575,7 +1586,8 @@ class Gates:
     logits: Tensor | None = None  # router logits / temperature [T, E], for nulls of logits
     own_k: int = 0  # the model's own K
     relative_norms: Tensor | None = None  # of what the experts put out on calibration text [E]
-    output_norms: Tensor | None = None  # of weight x what each candidate puts out for this token [T, K]
+    # Of weight x what each candidate of the model's own Top-K puts out for this token, 0 for others [T, K]
+    output_norms: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -1885,8 +1897,8 @@ def _count_gap(gates: Gates, config: Config) -> Tensor:
     uses_outputs=True,
 )  # fmt: skip
 def _count_oracle(gates: Gates, config: Config) -> Tensor:
-    norms = gates.output_norms[:, : gates.own_k]
-    return (norms >= config["threshold"] * norms.mean(-1, keepdim=True)).sum(-1)
+    mean = gates.output_norms.sum(-1, keepdim=True) / gates.own_k
+    return (gates.output_norms >= config["threshold"] * mean).sum(-1)
 
 
 # What a configuration says
@@ -2642,17 +2654,16 @@ class _LayerRouting:
         self.watches_topk = self.sums_scores or not layer.is_ranked
         self.ranks = torch.arange(width, device=layer.device)
         self.null = layer_null(config, layer.index, layer.num_experts, calibration)
+        # One that has measured nothing says what is missing.
+        measured = calibration or Calibration(torch.empty(0), torch.empty(0))
         self.relative_norms = None
         if self.rule.uses_norms:
-            norms = (calibration or Calibration(torch.empty(0), torch.empty(0))).relative_norms(layer.index)
-            self.relative_norms = norms.to(layer.device)
+            self.relative_norms = measured.relative_norms(layer.index).to(layer.device)
         self.stand_in: StandIn | None = None
         if config["stand_in"] != "nothing":
-            calibration = calibration or Calibration(torch.empty(0), torch.empty(0))
             weight = next(layer.experts.parameters())
-            self.stand_in = calibration.stand_in(layer.index, config["stand_in"]).to(
-                layer.device, weight.dtype
-            )
+            stand_in = measured.stand_in(layer.index, config["stand_in"])
+            self.stand_in = stand_in.to(layer.device, weight.dtype)
         self.replaced: Tensor | None = None  # weights [T, K] of what was dropped in the call that is at work
         # Asked once beforehand, so that what cannot work is refused before anything runs.
         even = torch.zeros(1, layer.num_experts, device=layer.device)
@@ -2680,27 +2691,34 @@ class _LayerRouting:
         )
         return self.rule.count(gates, self.config)
 
+    def rank_by_router(self, candidates: Candidates) -> Tensor:
+        """Each candidate's rank from 0 by the router's own choice: [K], or [T, K] where they come in any
+        order."""
+        if self.layer.is_ranked:
+            return self.ranks
+        return candidates.scores.argsort(dim=-1, descending=True, stable=True).argsort()
+
     def output_norms(self, experts_forward: Callable, hidden: Tensor, candidates: Candidates) -> Tensor:
-        """The norm of weight x output of each candidate, each expert run by itself: [T, K]."""
+        """The norm of weight x output of each candidate of the model's own Top-K, each expert run by itself;
+        0 for the others: [T, K]."""
         hidden = hidden.reshape(-1, hidden.shape[-1])
         norms = [
             experts_forward(hidden, indices[:, None], weights[:, None]).float().norm(dim=-1)
             for indices, weights in zip(candidates.indices.T, candidates.weights.T, strict=True)
         ]
-        return torch.stack(norms, dim=1)
+        is_wider = self.rank_by_router(candidates) >= self.layer.own_k
+        return torch.stack(norms, dim=1).masked_fill(is_wider, 0)
 
     def rank(self, candidates: Candidates, output_norms: Tensor | None) -> Tensor:
-        """Each candidate's rank from 0: [K], or [T, K] where they come in any order."""
+        """Each candidate's rank from 0, by which it is kept or dropped: [K] or [T, K]."""
         if self.is_random:
             generator = torch.Generator().manual_seed(self.layer.index)
             order = torch.rand(candidates.indices.shape, generator=generator).to(self.layer.device)
-            order[:, self.layer.own_k :] = math.inf
+            order = order.masked_fill(self.rank_by_router(candidates) >= self.layer.own_k, math.inf)
             return order.argsort(dim=-1).argsort()
         if output_norms is not None:
             return output_norms.argsort(dim=-1, descending=True, stable=True).argsort()
-        if self.layer.is_ranked:
-            return self.ranks
-        return candidates.scores.argsort(dim=-1, descending=True, stable=True).argsort()
+        return self.rank_by_router(candidates)
 
     def scaled_weights(self, candidates: Candidates, rank: Tensor, dropped: Tensor) -> Tensor:
         """The weights of all candidates, scaled as `renormalize` says for those that are kept: [T, K]."""
@@ -2829,13 +2847,16 @@ LAYER_COLUMNS = (
 )
 
 
+def stand_in_multiplications(hidden_size: int, rank: int) -> int:
+    """For one token and expert, of a `StandIn` of this rank; the mean has rank 0."""
+    return hidden_size + 2 * hidden_size * rank
+
+
 def stand_in_cost(stand_in: str, layer: MoELayer) -> float:
     """What stands in for one dropped expert costs, as a share of that expert's multiplications."""
     if stand_in == "nothing":
         return 0.0
-    hidden_size = layer.hidden_size
-    rank = linear_rank(stand_in) or 0
-    return (hidden_size + 2 * hidden_size * rank) / layer.expert_size
+    return stand_in_multiplications(layer.hidden_size, linear_rank(stand_in) or 0) / layer.expert_size
 
 
 MASS_UNIT = 2**32  # gate mass is summed in whole numbers: exact, and the same in any order
@@ -3429,9 +3450,8 @@ def _asked_candidates(layers: Sequence[MoELayer], config: Config) -> list[int]:
         number = layer.own_k
         if layer.knob and is_routed(config, layer.index):
             number = min(count_bounds(layer_config(config, layer.index))[1], layer.max_k)
-            if config["renormalize"] in ("topk_mass", "own_k") or config["stand_in"] != "nothing":
-                number = max(number, layer.own_k)
-            if config.get("random") or RULES[config["method"]].uses_outputs:
+            needs_all = config["renormalize"] in ("topk_mass", "own_k") or config["stand_in"] != "nothing"
+            if needs_all or config.get("random") or RULES[config["method"]].uses_outputs:
                 number = max(number, layer.own_k)
         wanted.append(number)
     widest: dict[Any, int] = {}
@@ -3980,13 +4000,15 @@ def match_experts(name: str, config: Config, target: float, calibration: Calibra
     value = math.exp(optimize.bisect(lambda log_value: kept_at_log(log_value) - target, *ends, xtol=1e-3))
     if knob.kind is int:  # the better of the whole numbers beside it
         value = min(math.floor(value), math.ceil(value), key=lambda number: abs(kept_at(number) - target))
+    else:  # as it is written
+        value = float(f"{value:.4g}")
     achieved = kept_at(value)
     where = f"{knob.name} = {value:.4g}"
     kept = f"{achieved:.2f} experts on the calibration text"
     if abs(achieved - target) > MATCHING_ERROR:
         raise UserError(f"--match-experts {target:g}: {name} jumps over it at {where}, where it keeps {kept}")
     logger.info(f"{name} keeps {kept} at {where}")
-    return config | {knob.name: value if knob.kind is int else float(f"{value:.4g}")}
+    return config | {knob.name: value}
 
 
 def match_ladder(
@@ -4035,7 +4057,8 @@ def _realised(p_values: Tensor, outside: Tensor, alpha: float) -> Tensor:
 
 
 def diagnose_nulls(calibration: Calibration, heldout: Calibration) -> dict[str, Any]:
-    """Do the nulls hold on text they were not calibrated on? At temperature 1, as JSON data, for each null:
+    """Do the empirical and the flat null hold on text they were not calibrated on? At temperature 1, as JSON
+    data, for each:
 
     levels and layers: share of null pairs (outside the model's own Top-K) with p <= level, one list per
     layer; a valid null has share = level. ks: Kolmogorov-Smirnov distance from uniform, per layer. alphas:
@@ -4506,7 +4529,7 @@ class Results:
 
     def finished(self) -> Results:
         """The rows that did not fail."""
-        return Results(*(frame[frame["status"] == "ok"] for frame in self))
+        return Results(*(frame[frame["status"] == "ok"] for frame in (*self, self.throughput)))
 
     def summary(self) -> pd.DataFrame:
         """One row a table and configuration: rows, how many failed, and means over those that did not."""
@@ -4692,7 +4715,8 @@ class LayerTables:
         permuted = [divergence(generator.permutation(len(labels))) for _ in range(self.PERMUTATIONS)]
         as_large = (np.stack(permuted) >= observed).sum(0)
         p_values = (1 + as_large) / (1 + self.PERMUTATIONS)
-        return pd.DataFrame({"category_divergence_bits": observed, "category_p_value": p_values})
+        columns = {"category_divergence_bits": observed, "category_p_value": p_values}
+        return pd.DataFrame(columns, index=list(self.routers))
 
     def _layer_rows(self) -> Iterator[Row]:
         for (name, kind), by_category in self.sums.items():
@@ -5101,7 +5125,8 @@ class _TokenView:
         shown = _shown_token(text)
         if math.isnan(experts):
             return f"<u>{shown}</u>"
-        return f'<u class="s{self.shade(experts)}" title="{experts:.2f}: {by_layer}">{shown}</u>'
+        title = html.escape(f"{experts:.2f}: {by_layer}")
+        return f'<u class="s{self.shade(experts)}" title="{title}">{shown}</u>'
 
     def text(self, text: ViewedText) -> str:
         tokens = [self.token(*of) for of in zip(text.tokens, text.experts, text.by_layer, strict=True)]
