@@ -8767,8 +8767,8 @@ def summarize_compute(
             entry |= {
                 "prefill_experts": own["prefill_experts"].mean(),
                 "decode_experts": own["decode_experts"].mean(),
-                "prefill_sec": own["time_to_first_token_sec"].median(),
-                "decode_sec": own["decode_sec_per_token"].median(),
+                "prefill_sec": own["time_to_first_token_sec"].dropna().median(),
+                "decode_sec": own["decode_sec_per_token"].dropna().median(),  # a single token has none
             }
         summary[name] = entry
     base = summary.get(baseline, {})

@@ -9565,6 +9565,8 @@ def costed(request):
         fields = {name: value for name, value in COSTED[request.param].items() if value is not None}
         patch.setattr(sys.modules[__name__], "TINY", TINY | fields)
         classes = dict(declared_architectures())
+        if request.param not in classes:
+            pytest.skip("this transformers declares no router for it")
         model = tiny_of(request.param, classes[request.param])
     model.set_experts_implementation("eager")
     return model
