@@ -4041,6 +4041,7 @@ DIAGNOSED_ALPHAS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 NULL_DIAGNOSTICS = "null_diagnostics.json"
 CALIBRATION_FILE = "calibration.safetensors"
+LINEAR_FILE = "stand_in_linear_{rank}.safetensors"
 
 
 def _realised(p_values: Tensor, outside: Tensor, alpha: float) -> Tensor:
@@ -6579,6 +6580,7 @@ KEPT_FILES: dict[str, str] = {
     LOG_FILE: "what happened: a line for each prompt and batch that is done (`tail -f` tells how far it is), "
     "tracebacks of what failed",
     CALIBRATION_FILE: "router logits on the calibration text",
+    LINEAR_FILE.format(rank="R"): "with a stand_in linear:R: its maps, fitted on calibration text",
     EARLIER.format(number="N"): "what --no-resume, or a run that found no checkpoint, moved aside",
 }
 
@@ -6642,7 +6644,8 @@ class SuitePlan:
 
     @property
     def batch_inputs(self) -> dict[str, str]:
-        return {"texts": fingerprint([prompt["text"] for prompt in self.batch])}
+        texts = {"texts": fingerprint([prompt["text"] for prompt in self.batch])}
+        return texts if self.chat_template is None else texts | {"chat_template": self.chat_template}
 
     def keys(self) -> dict[str, list[Key]]:
         """The rows it will have, by kind, in the order of their tables."""
@@ -6685,6 +6688,10 @@ class _Saver:
 
     def lacks(self, key: Key) -> bool:
         return key not in self.done
+
+    def forget(self, keys: Iterable[Key]) -> None:
+        """These are measured anew, whatever was finished; the later row counts."""
+        self.done.difference_update(keys)
 
     def save(self, row: Row) -> None:
         if row_key(row) in self.done:
@@ -6736,7 +6743,7 @@ class BHExperimentRunner:
     batch_size: scored texts in a forward pass, a number or "auto". command: what the rows say ran them.
     apply_chat_template: feed each prompt in as the message of a user, see `chat_tokens`.
 
-    `results` holds the three tables of the last run. Raises UserError for a model that cannot be loaded or
+    `results` holds the tables of the last run. Raises UserError for a model that cannot be loaded or
     has no routers to patch, or an unknown device.
     """
 
@@ -7120,7 +7127,7 @@ class BHExperimentRunner:
     def _linear_maps(self, rank: int) -> list[StandIn]:
         """The stand-ins "linear:rank", one a layer: from the output folder, or fitted now."""
         about = {**self._calibrated_from, "sequences": LINEAR_SEQUENCES, "rank": rank}
-        path = self.output_dir / f"stand_in_linear_{rank}.safetensors"
+        path = self.output_dir / LINEAR_FILE.format(rank=rank)
         start = time.perf_counter()
         with waiting_for(self.output_dir / ".calibration.lock"):
             stored = load_tensors(path, about)
@@ -7336,10 +7343,13 @@ class BHExperimentRunner:
         return columns
 
     def _throughput_unit(self, plan: SuitePlan, saver: _Saver) -> None:
-        """Continue a batch of prompts under every configuration, in turns; a failure is a row. Rows are saved
-        together: what was timed alone, before an interruption, does not compare."""
+        """Continue a batch of prompts under every configuration, in turns; a failure is a row. Where one is
+        lacking all are timed anew, and saved together: what was timed alone does not compare."""
         rows = {name: self._throughput_row(name, config, plan) for name, config in plan.configs.items()}
-        rows = {name: row for name, row in rows.items() if saver.lacks(row_key(row))}
+        keys = [row_key(row) for row in rows.values()]
+        if not any(map(saver.lacks, keys)):
+            return
+        saver.forget(keys)
         batch: PromptRun | None = None
         clocks: dict[str, list[dict[str, float | None]]] = {name: [] for name in rows}
         for turn in range(1 + THROUGHPUT_REPEATS):
@@ -7359,6 +7369,8 @@ class BHExperimentRunner:
         for name, row in rows.items():
             if row["status"] == "ok":
                 row |= self._median_clock(clocks[name])
+        # Failures last: --fail-fast stops at the first, and must lose nothing that was measured.
+        for row in sorted(rows.values(), key=lambda row: row["status"] != "ok"):
             saver.save(row)
 
     @staticmethod
@@ -7526,7 +7538,7 @@ class BHExperimentRunner:
         settings = {**self.settings, "max_new_tokens": plan.new_tokens}
         keys = plan.keys()
         run_id = fingerprint(strict_json([settings, plan.configs, plan.scoring, plan.inputs(), keys]))
-        # It is no part of the run's name: the other tables are the same with it and without.
+        # Whether tokens are logged is no part of the run's name: it changes the log and token_kinds.csv only.
         with self._opened(settings | {"token_log": token_log}, resume) as checkpoint, self._computing():
             self._check_rows(checkpoint, plan.scoring, plan.inputs())
             self._say_what_was_added(plan.configs, routing_configs)
@@ -7580,8 +7592,17 @@ class BHExperimentRunner:
         check_ids([text.id for text in scored])
         configs = self._configs(routing_configs, baseline)
         scoring = self._with_static_ladder(configs) if scored else configs
-        shape = (new_tokens, num_samples, self.chat_template, generate_batch, token_log)
-        return SuitePlan(configs, scoring, prompts, scored, *shape)
+        return SuitePlan(
+            configs=configs,
+            scoring=scoring,
+            prompts=prompts,
+            texts=scored,
+            new_tokens=new_tokens,
+            num_samples=num_samples,
+            chat_template=self.chat_template,
+            generate_batch=generate_batch,
+            token_log=token_log,
+        )
 
     def _calibrate_for(self, configs: Configs) -> None:
         """Calibrate if a configuration needs it; a mistake in what was asked for ends the run here."""
@@ -7756,7 +7777,8 @@ class BHExperimentRunner:
         """Finished rows must be of the same configurations and inputs as what now goes by their names."""
         for row in checkpoint.rows(checkpoint.keys()):
             kind, name, item = row_key(row)[:3]
-            if name not in configs or f"{kind} {item}" not in inputs:
+            is_batch = kind == "throughput"  # its texts are in its key
+            if name not in configs or not (is_batch or f"{kind} {item}" in inputs):
                 continue
             where = f"{self.output_dir} holds {name} x {item}"
             before = json.loads(row["configuration"])
@@ -7765,7 +7787,7 @@ class BHExperimentRunner:
                 if before.get(field) != now.get(field):
                     values = f"{field} = {before.get(field)!r}, now it is {now.get(field)!r}"
                     raise UserError(f"{where} with {values}; {WAY_OUT}")
-            fed_in = inputs[f"{kind} {item}"]
+            fed_in = row["inputs"] if is_batch else inputs[f"{kind} {item}"]
             for field in {**row["inputs"], **fed_in}:
                 if row["inputs"].get(field) != fed_in.get(field):
                     raise UserError(f"{where}, run with another {field}; {WAY_OUT}")
@@ -8114,7 +8136,10 @@ def noise_floor(results: Results) -> dict[str, dict[str, Any]]:
         frame = getattr(results, kind)
         twice = frame[frame[repeat].notna()]
         means = twice.groupby(ITEMS[kind].item, sort=False)[[column, repeat]].mean()
-        floors[column] = paired_comparison(means[column], means[repeat])
+        documents = None
+        if kind == "scores":  # windows of a document are not independent
+            documents = twice.drop_duplicates("item_id").set_index("item_id")["document"]
+        floors[column] = paired_comparison(means[column], means[repeat], documents)
     return floors
 
 
@@ -8641,10 +8666,17 @@ def compare_field_on_tasks(
 
 @dataclass(frozen=True)
 class Unbeaten:
-    """Of the rules with one stand-in: how many are compared, and which of them no other beats."""
+    """Of the rules with one stand-in: how many are compared, which of them no other beats, and whether BH,
+    on whatever null, is among these; None where it is not compared."""
 
     n_compared: int
     labels: list[str]
+    has_bh: bool | None
+
+
+def is_bh(label: str) -> bool:
+    """Whether a ladder's label begins with the rule's name."""
+    return re.fullmatch(r"bh([ ,].*)?", label) is not None
 
 
 def unbeaten_rules(field: Mapping[str, Any]) -> dict[str, Unbeaten]:
@@ -8657,7 +8689,8 @@ def unbeaten_rules(field: Mapping[str, Any]) -> dict[str, Unbeaten]:
         compared = [ladder for ladder in alike if not ladder["is_bound"]]
         if len(compared) > 1:
             labels = [ladder["label"] for ladder in compared if not ladder["beaten_by"]]
-            unbeaten[stand_in] = Unbeaten(len(compared), labels)
+            has_bh = any(map(is_bh, labels)) if any(is_bh(ladder["label"]) for ladder in compared) else None
+            unbeaten[stand_in] = Unbeaten(len(compared), labels, has_bh)
     return unbeaten
 
 
@@ -8924,8 +8957,8 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
     analysis = {
         "baseline": baseline,
         "own_k": own_k,
-        "n_rows": n_rows,
-        "n_failed": n_rows - n_done,
+        "n_rows": n_rows + len(results.throughput),
+        "n_failed": results.num_failed,
         "n_prompts": done.generation["prompt_id"].nunique(),
         "configurations": configs,
         "summary_by_config": summarize(done),
@@ -9111,7 +9144,6 @@ def _nats_scale(ax: Any, which: str, values: list[float]) -> None:
     if max(-low, high) <= 0.05:
         ax.locator_params(which, nbins=6)
         return
-    ax.set(**{f"{which}scale": "symlog"})
     axis = getattr(ax, f"{which}axis")
     getattr(ax, f"set_{which}scale")("symlog", linthresh=0.01)
     steps = (0.005, *(step * 10.0**power for power in range(-2, 2) for step in (1, 3)))
@@ -9944,12 +9976,11 @@ def field_sentences(analysis: Mapping[str, Any]) -> list[str]:
         return ["Which rule beats which is not tested: all of the scored text is of one document."]
     for stand_in, unbeaten in unbeaten_rules(analysis["field"]).items():
         named = ", ".join(f"`{label}`" for label in unbeaten.labels) or "none"
-        has_bh = any(label.startswith("bh") for label in unbeaten.labels)
         words = "With nothing standing in" if stand_in == "nothing" else f"With {stand_in} standing in"
-        among = "BH is among them" if has_bh else "BH is not among them"
+        among = {True: "; BH is among them", False: "; BH is not among them", None: ""}[unbeaten.has_bh]
         sentences.append(
             f"{words}, of {unbeaten.n_compared} rules these are beaten by no other at any compared number of "
-            f"experts (adjusted p below {SIGNIFICANCE_LEVEL:g}): {named}; {among}."
+            f"experts (adjusted p below {SIGNIFICANCE_LEVEL:g}): {named}{among}."
         )
     return sentences
 
@@ -9958,8 +9989,9 @@ def answer_sentence(analysis: Mapping[str, Any]) -> str:
     """What the run says, in the first lines of the report."""
     if analysis["tasks"]:
         return task_sentence(analysis)
-    if analysis["field"]:
-        return "**" + "** **".join(field_sentences(analysis)) + "**"
+    of_field = field_sentences(analysis)
+    if of_field:
+        return " ".join(f"**{sentence}**" for sentence in of_field)
     return verdict_sentence(analysis)
 
 
@@ -10199,7 +10231,7 @@ def may_adapt(config: Config) -> bool:
 
 
 def constancy_sentences(analysis: Mapping[str, Any]) -> list[str]:
-    """Adaptive configurations that gave every prompt the same number of experts."""
+    """Adaptive configurations that gave every prompt, or every text, the same number of experts."""
     sentences = []
     for name, summary in analysis["summary_by_config"].items():
         spread = summary["avg_experts_per_token"]
@@ -10209,7 +10241,7 @@ def constancy_sentences(analysis: Mapping[str, Any]) -> list[str]:
             if config.get("p_values") == "softmax":
                 advice = "with `p_values` = softmax that is certain (see `SoftmaxNull` in the script)"
             mean = f"{spread['mean']:.2f}"
-            sentences.append(f"`{name}` ran {mean} experts on every prompt: it does not adapt; {advice}.")
+            sentences.append(f"`{name}` ran {mean} experts everywhere: it does not adapt; {advice}.")
     return sentences
 
 
@@ -10319,25 +10351,21 @@ FLOPS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")
 BYTES = ("B", "kB", "MB", "GB", "TB")
 
 
-def compute_sentences(analysis: Mapping[str, Any]) -> list[str]:
-    """What a token costs the model under the baseline; and under each other configuration, with the speed-up
-    that this allows and the one that was measured."""
+def cost_sentence(analysis: Mapping[str, Any]) -> str:
+    """What a token costs the model under the baseline; the report's table has the others. Empty for results
+    that do not say it."""
     baseline = analysis["baseline"]
-    sentences = []
-    for name, entry in sorted(analysis["compute"].items(), key=lambda item: item[0] != baseline):
-        active = scaled(entry["active_parameters"], PARAMETERS)
-        total = scaled(entry["total_parameters"], PARAMETERS)
-        read = scaled(entry["weight_bytes_per_token"], BYTES)
-        flops = scaled(entry["expert_flops_per_token"], FLOPS)
-        sentence = f"A token under `{name}` uses {active} of {total} parameters and {flops} in its experts"
-        if read:
-            sentence += f", and {read} of weights are read to decode one"
-        if name != baseline and entry["allowed_speedup"] is not None:
-            sentence += f": that allows {entry['allowed_speedup']:.2f} times the speed of `{baseline}`"
-            if entry["decode_speedup"] is not None:
-                sentence += f", {entry['decode_speedup']:.2f} times was measured"
-        sentences.append(f"{sentence}.")
-    return sentences
+    entry = analysis["compute"].get(baseline)
+    if entry is None:
+        return ""
+    active = scaled(entry["active_parameters"], PARAMETERS)
+    total = scaled(entry["total_parameters"], PARAMETERS)
+    flops = scaled(entry["expert_flops_per_token"], FLOPS)
+    read = scaled(entry["weight_bytes_per_token"], BYTES)
+    decoded = f", and {read} of weights are read to decode one" if read else ""
+    return (
+        f"A token under `{baseline}` uses {active} of {total} parameters and {flops} in its experts{decoded}."
+    )
 
 
 CONCLUSIONS: tuple[Callable[[Mapping[str, Any]], list[str]], ...] = (
@@ -11367,7 +11395,8 @@ def terminal_answer(analysis: Mapping[str, Any]) -> str:
     if shown:
         lines += terminal_table(shown, TERMINAL_TABLES[kind])
     if len(rows) > len(shown):
-        lines.append(f"{len(rows) - len(shown)} more {kind} stand in the report; these are the best.")
+        more = f"{len(rows) - len(shown)} more {'comparisons' if kind == 'tasks' else kind}"
+        lines.append(f"{more} stand in the report{'.' if kind == 'tasks' else '; these are the best.'}")
     words = {"baseline": analysis["baseline"], "level": f"{SIGNIFICANCE_LEVEL:g}"}
     words["middle"] = str(middle_of(analysis["field"]["experts"])) if kind == "rules" else ""
     notes = [
@@ -11376,8 +11405,7 @@ def terminal_answer(analysis: Mapping[str, Any]) -> str:
         if column.key in TERMINAL_NOTES and any(row.get(column.key) is not None for row in shown)
     ]
     lines += ["", *textwrap.wrap("; ".join(notes), TERMINAL_COLUMNS)]
-    for cost in compute_sentences(analysis)[:1]:  # of the baseline; the report has the others
-        lines += ["", *textwrap.wrap(_visible(plain_text(cost)), TERMINAL_COLUMNS)]
+    lines += ["", *textwrap.wrap(_visible(plain_text(cost_sentence(analysis))), TERMINAL_COLUMNS)]
     return "\n".join(lines).rstrip()
 
 
@@ -12411,12 +12439,12 @@ def run(args: argparse.Namespace) -> int:
     """What the command line asks for; returns the exit code: 0, or 1 when something failed."""
     check_options(args)
     if args.folders is not None:
-        print(terminal_comparison(compare_results(args.folders, args.output)))
+        say(terminal_comparison(compare_results(args.folders, args.output)))
         logger.info(f"comparison: {args.output / COMPARISON_FILES[0]}")
         return 0
     if args.list_architectures:
         columns = [ReportColumn(title, title, "s") for title in ("model type", "class", "status", "why")]
-        print(markdown_table(list_architectures(), columns))
+        say(markdown_table(list_architectures(), columns))
         return 0
     results = Results.read(args.output) if args.analyze_only else measure(args)
     if results is None:
