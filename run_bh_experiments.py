@@ -2862,6 +2862,16 @@ def stand_in_cost(stand_in: str, layer: MoELayer) -> float:
 MASS_UNIT = 2**32  # gate mass is summed in whole numbers: exact, and the same in any order
 
 
+def _packed(values: np.ndarray) -> str:
+    """Whole numbers as text for a checkpoint."""
+    return base64.b85encode(zlib.compress(values.tobytes())).decode()
+
+
+def _unpacked(text: str, kind: str) -> np.ndarray:
+    """What `_packed` wrote: [n] of a numpy type."""
+    return np.frombuffer(zlib.decompress(base64.b85decode(text)), kind)
+
+
 @dataclass(frozen=True)
 class RoutingStatistics:
     """What the routers of L layers did with some tokens, as int64 sums; those of two texts add up.
@@ -2977,12 +2987,12 @@ class RoutingStatistics:
         """The sums as text for a checkpoint."""
         parts = (self.counts, self.use, self.unchosen[:, None], self.mass[:, None])
         sums = np.concatenate(parts, axis=1).astype("<i8")  # [L, 2 E + 3]
-        return base64.b85encode(zlib.compress(sums.tobytes())).decode()
+        return _packed(sums)
 
     @classmethod
     def unpack(cls, text: str, config: Config, layers: Sequence[MoELayer]) -> RoutingStatistics:
         """What `pack` wrote."""
-        sums = np.frombuffer(zlib.decompress(base64.b85decode(text)), "<i8").reshape(len(layers), -1)
+        sums = _unpacked(text, "<i8").reshape(len(layers), -1)
         num_experts = (sums.shape[1] - 3) // 2
         counts, use, unchosen, mass = np.split(sums, [num_experts + 1, 2 * num_experts + 1, -1], axis=1)
         return cls(counts, use, unchosen[:, 0], mass[:, 0], config, tuple(layers))
@@ -3079,16 +3089,6 @@ class ModelCost:
         if decoding.counts.any():
             row["weight_bytes_per_token"] = self.bytes_read(decoding.effective_experts)
         return row
-
-
-def _packed(values: np.ndarray) -> str:
-    """Whole numbers as text for a checkpoint."""
-    return base64.b85encode(zlib.compress(values.tobytes())).decode()
-
-
-def _unpacked(text: str, kind: str) -> np.ndarray:
-    """What `_packed` wrote: [n] of a numpy type."""
-    return np.frombuffer(zlib.decompress(base64.b85decode(text)), kind)
 
 
 MASS_STEPS = 2**16 - 1  # gate mass of a single token is kept in such steps: 2 bytes
