@@ -2624,6 +2624,18 @@ def list_architectures() -> list[dict[str, str]]:
 # dropped experts, if anything, is added beside.
 
 
+def sum_of_pairs(pair_output: Tensor, token: Tensor, num_tokens: int) -> Tensor:
+    """The sum of each token's rows, at least in float32: pair_output [P, H], token [P] ascending -> [T, H].
+
+    Each token's rows are added in their order, as a sum over slots [T, K, H] would be, of which most are
+    empty. Not by `index_add_`, whose order on a GPU changes from run to run.
+    """
+    wide = pair_output.to(torch.promote_types(pair_output.dtype, torch.float32))
+    first = torch.searchsorted(token, torch.arange(num_tokens, device=token.device))
+    rows = torch.arange(len(token), device=token.device)
+    return nn.functional.embedding_bag(rows, wide, first, mode="sum")
+
+
 class _LayerRouting:
     """The routing of one layer by a configuration: what the `forward` of its router, and that of its experts,
     do instead."""
@@ -2788,11 +2800,8 @@ class _LayerRouting:
             else:
                 pair_indices = indices[token, slot, None]  # [P, 1]
                 pair_weights = weights[token, slot, None]  # [P, 1]
-                pair_output = forward(hidden[token], pair_indices, pair_weights, *args, **kwargs)
-                # A sum over slots, not index_add_, whose order on a GPU changes from run to run.
-                by_slot = hidden.new_zeros(*weights.shape, hidden.shape[-1])  # [T, K, H]
-                by_slot[token, slot] = pair_output.to(by_slot.dtype)
-                output = by_slot.sum(dim=1)
+                pair_output = forward(hidden.index_select(0, token), pair_indices, pair_weights, *args, **kwargs)
+                output = sum_of_pairs(pair_output, token, len(hidden)).to(hidden.dtype)
             if replaced is not None:
                 output = output + self.stand_in.output(hidden, indices, replaced)
             return output

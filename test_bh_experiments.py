@@ -3785,6 +3785,10 @@ class SignalSeries:
         import resource  # POSIX only
 
         def work():
+            # What starts the tests may ignore signals (`nohup`, `&` in a script), and children inherit that.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
             if limit:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -43,7 +43,9 @@ def routed(model: OlmoeForCausalLM, kept: int | None, how: str) -> Iterator[None
             stack.enter_context(patched_routing(model, config))
         if how == "masked":
             experts = model.model.layers[0].mlp.experts
-            experts.forward = experts.forward.__wrapped__  # `patched_routing` removes it again
+            skipping = experts.forward
+            experts.forward = skipping.__wrapped__
+            stack.callback(setattr, experts, "forward", skipping)  # as `patched_routing` left it
         yield
 
 

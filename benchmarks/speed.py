@@ -13,7 +13,8 @@ decode      The embedded model under BH and under Top-8, in turns, made to write
 threads     The suite of two prompts by itself on one thread, and beside two processes that compute all the
             time, with the number of threads that the script chooses, and with all.
 memory      The script on a saved model of OLMoE's width: peaks of what its process holds by itself (copied)
-            and of pages of files (mapped), over the size of the weights.
+            and of pages of files (mapped), over the size of the weights. Below it what the script says about
+            the time of its steps, calibration among them.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from transformers import AutoTokenizer, OlmoeForCausalLM
 import run_bh_experiments as bh
 
 WIDTHS = ((256, 128), (512, 256), (1024, 512), (2048, 768), (2048, 1024))  # hidden, of an expert
-SUITE = ("--configs", "topk_8,bh_strict", "--max-tokens", "50", "--dtype", "float32")
+SUITE = ("--configs", "topk_8,bh_strict", "--max-tokens", "50", "--text", "none", "--dtype", "float32")
 
 
 def dtype(args: argparse.Namespace) -> None:
@@ -179,9 +180,14 @@ def memory(args: argparse.Namespace) -> None:
     prompts = args.folder / "prompts.txt"
     prompts.write_text("The cat sat on the\n", encoding="utf-8")
     command += ["--prompts", str(prompts), "--configs", "topk_8,bh_strict"]
-    command += ["--calibration-text", str(EMBEDDED / "README.md")]
+    # Four windows are scored, and the nulls come from the rest of the same text, as in a first run.
+    command += ["--text", str(EMBEDDED / "README.md"), "--max-windows", "4"]
     peak = {"copied": 0, "mapped": 0, "both": 0}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    log = args.folder / "memory.log"
+    with (
+        log.open("w") as stream,
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream) as process,
+    ):
         while process.poll() is None:
             now = process_memory(process.pid)
             now["both"] = now["copied"] + now["mapped"]
@@ -192,6 +198,7 @@ def memory(args: argparse.Namespace) -> None:
     print_header(f"{args.layers} layers, weights of {weights / 1e9:.2f} GB", "peak, GB", "/ weights")
     for name, size in peak.items():
         print_row(name, f"{size / 1e9:.2f}", f"{size / weights:.2f}")
+    print(*(line for line in log.read_text(encoding="utf-8").splitlines() if " in " in line), sep="\n")
 
 
 SECTIONS: dict[str, Any] = {"dtype": dtype, "decode": decode_small, "threads": threads, "memory": memory}
