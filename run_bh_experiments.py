@@ -88,6 +88,7 @@ import hashlib
 import html
 import importlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -2800,7 +2801,8 @@ class _LayerRouting:
             else:
                 pair_indices = indices[token, slot, None]  # [P, 1]
                 pair_weights = weights[token, slot, None]  # [P, 1]
-                pair_output = forward(hidden.index_select(0, token), pair_indices, pair_weights, *args, **kwargs)
+                pair_hidden = hidden.index_select(0, token)  # [P, H]
+                pair_output = forward(pair_hidden, pair_indices, pair_weights, *args, **kwargs)
                 output = sum_of_pairs(pair_output, token, len(hidden)).to(hidden.dtype)
             if replaced is not None:
                 output = output + self.stand_in.output(hidden, indices, replaced)
@@ -3783,6 +3785,15 @@ def _but_first_positions(tokens: Tensor, length: int) -> Tensor:
     return tokens.unflatten(0, (-1, length))[:, 1:].flatten(0, 1)
 
 
+def _run_for_hooks(model: nn.Module, ids: Tensor) -> None:
+    """Run the model on token ids [B, S] for what hooks see inside it."""
+    # Logits are not looked at, and those of all positions take a tenth of the time.
+    can_leave_out = "logits_to_keep" in inspect.signature(model.forward).parameters
+    fewest = {"logits_to_keep": 1} if can_leave_out else {}
+    ids = ids.to(input_device(model))
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **fewest)
+
+
 def record_routers(model: nn.Module, batches: Sequence[Tensor], outputs: bool = False) -> Calibration:
     """Run the unpatched model on token ids [B, S] and keep what its routers did, first positions left out.
 
@@ -3812,8 +3823,7 @@ def record_routers(model: nn.Module, batches: Sequence[Tensor], outputs: bool = 
             stack.enter_context(_watched_experts(layers, add_outputs))
         for batch in batches:
             length = batch.shape[1]
-            batch = batch.to(input_device(model))
-            model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
+            _run_for_hooks(model, batch)
     calibration = Calibration(
         torch.stack(list(map(torch.cat, logits))), torch.stack(list(map(torch.cat, own)))
     )
@@ -3878,8 +3888,7 @@ def fit_linear_maps(
         with _watched_experts(layers, keep):
             for batch in batches:
                 length = batch.shape[1]
-                batch = batch.to(input_device(model))
-                model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
+                _run_for_hooks(model, batch)
         maps: dict[int, list[StandIn]] = {rank: [] for rank in ranks}
         for layer in layers:
             hidden = torch.cat(inputs[layer.index])

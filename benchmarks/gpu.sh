@@ -26,7 +26,7 @@ if [[ ${1:-} == --quick ]]; then
     selection=(--quick --tokens 1 512)
     decoding=(--quick --layers 1)
     model=(--layers 1)
-    suite=(--max-tokens 2 --configs topk_8,bh_moderate --calibration-text models/olmoe-mini/README.md)
+    suite=(--max-tokens 2 --configs topk_8,bh_moderate --max-windows 4)
     batches=(1 2)
 elif [[ $# -gt 0 ]]; then
     echo "$0 $*: only --quick is known" >&2
@@ -73,3 +73,8 @@ columns = ["avg_experts_per_token", "tokens_per_sec", "decode_sec_per_token", "p
 print(frame.groupby("config_name", sort=False)[columns].median().round(4).to_string())
 END
 tail -n 20 "$folder/results/experiment_log.txt"
+
+printf '\n## Batches of prompts through the script\n\n'
+"$python" run_bh_experiments.py --model "$folder/model" --output "$folder/results" --device $device \
+    --dtype bfloat16 "${suite[@]}" --generate-batch "${batches[1]}"
+sed -n '/^### Throughput of a batch/,/^##/p' "$folder/results/REPORT.md"
