@@ -876,6 +876,16 @@ def reference_items(
     return items
 
 
+def deciding_sources(sources: Iterable[str]) -> set[str]:
+    """Which scored texts decide, by their `source`: text where text was scored, else the prompts' references.
+
+    Both are never in one test: a reference is a few dozen tokens after a prompt, a window some hundred of
+    running text, and the mean over both would be about neither. Older tables do not tell them apart.
+    """
+    present = set(sources)
+    return {"text"} if "text" in present else present
+
+
 # Texts to be scored: documents, cut into windows
 
 
@@ -4870,11 +4880,17 @@ class RoutedText:
 
     config_name: str
     kind: str
+    source: str  # of a scored text, as in SCORES; empty for a generated one
     item: str
     sample: int
     category: str
     document: str
     routing: TokenRouting
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        """The texts among which its tokens are rare or frequent."""
+        return self.config_name, self.kind, self.source
 
     def phases(self) -> list[str]:
         given = self.routing.num_given
@@ -4884,7 +4900,7 @@ class RoutedText:
 
 @dataclass(frozen=True)
 class Frequencies:
-    """Which tokens are rare and which are frequent, in the texts of a configuration."""
+    """Which tokens are rare and which are frequent, in a group of texts."""
 
     rare: np.ndarray
     frequent: np.ndarray
@@ -4900,7 +4916,8 @@ class Frequencies:
 class TokenTables:
     """What each token of a run got: two tables and, on demand, a log with a row a token and layer.
 
-    texts: called for a pass over the texts, of which one at a time is held in memory.
+    texts: called for a pass over the texts, of which one at a time is held in memory. Of the scored ones the
+    table of kinds counts those that decide; the log has all.
     """
 
     LOGGED_TOGETHER = 100_000  # rows
@@ -4917,18 +4934,21 @@ class TokenTables:
         self.layers = np.array([layer.index for layer in layers])
         self.run_id = run_id
         self.frequencies = self._frequencies()
+        scored = (source for _, kind, source in self.frequencies if kind == "score")
+        self.deciding = deciding_sources(scored)
 
-    def _frequencies(self) -> dict[tuple[str, str], Frequencies]:
-        """(configuration, kind) -> which of its tokens are rare and frequent."""
-        counts: dict[tuple[str, str], collections.Counter[int]] = collections.defaultdict(collections.Counter)
+    def _frequencies(self) -> dict[tuple[str, str, str], Frequencies]:
+        """Group of texts -> which of its tokens are rare and frequent."""
+        counts: dict[tuple[str, str, str], collections.Counter[int]]
+        counts = collections.defaultdict(collections.Counter)
         for text in self.texts():
-            counts[text.config_name, text.kind].update(text.routing.ids[: len(text.routing.counts)].tolist())
-        return {key: Frequencies.of(numbers) for key, numbers in counts.items()}
+            counts[text.group].update(text.routing.ids[: len(text.routing.counts)].tolist())
+        return {group: Frequencies.of(numbers) for group, numbers in counts.items()}
 
     def _is_of_kind(self, text: RoutedText, word_kinds: Sequence[str]) -> dict[str, np.ndarray]:
         """Kind of token -> which of the tokens [n] are of it."""
         ids = text.routing.ids
-        frequencies = self.frequencies[text.config_name, text.kind]
+        frequencies = self.frequencies[text.group]
         words = np.array(word_kinds)
         is_of_kind = {kind: words == kind for kind in KINDS_OF_TOKENS}
         is_of_kind["first_position"] = np.arange(len(ids)) == 0
@@ -4973,6 +4993,8 @@ class TokenTables:
         sums: dict[tuple[str, str, str], np.ndarray]
         sums = collections.defaultdict(lambda: np.zeros((len(KINDS_OF_TOKENS) + 1, 2), dtype=np.int64))
         for text in self.texts():
+            if text.kind == "score" and text.source not in self.deciding:
+                continue
             experts = text.routing.counts.sum(1)  # [n]
             ids = text.routing.ids
             word_kinds = self.token_texts.word_kinds(ids, self.token_texts.texts(ids))
@@ -5017,7 +5039,7 @@ class TokenTables:
 
     def write(self, folder: Path, with_log: bool) -> None:
         """Write the tables, and the log if it is asked for; what this run does not have goes."""
-        kinds = {kind for _, kind in self.frequencies}
+        kinds = {kind for _, kind, _ in self.frequencies}
         written = []
         if "generation" in kinds:
             written.append(write_table(TOKEN_COUNTS, self._count_rows(), folder))
@@ -7879,6 +7901,7 @@ class BHExperimentRunner:
                     yield RoutedText(
                         config_name=row["config_name"],
                         kind=kind,
+                        source=row.get("source", ""),
                         item=row_key(row)[2],
                         sample=row.get("sample", 0),
                         category=row[category],
@@ -8228,13 +8251,8 @@ def static_curve(by_config: Mapping[str, pd.DataFrame], configs: Configs) -> dic
 
 
 def deciding_scores(scores: pd.DataFrame) -> pd.DataFrame:
-    """What a verdict is about: text where text was scored, else the prompts' references.
-
-    Both are never in one test: a reference is a few dozen tokens after a prompt, a window some hundred of
-    running text, and the mean over both would be about neither. Older tables do not tell them apart.
-    """
-    is_text = scores["source"] == "text"
-    return scores[is_text] if is_text.any() else scores
+    """The scores that a verdict is about."""
+    return scores[scores["source"].isin(deciding_sources(scores["source"]))]
 
 
 def static_mixture(curve: Curve, mean_experts: float) -> StaticMixture | NotComparable:

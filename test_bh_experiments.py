@@ -10259,6 +10259,11 @@ def test_kinds_of_tokens_are_summed_by_document(logged):
     tokens["document"] = tokens["item_id"].map(lambda item: documents.get(item, item))
     table = bh.read_table(bh.TOKEN_KINDS, logged.folder)
     assert set(table["token_kind"]) == set(bh.KINDS_OF_TOKENS)
+    # Where text was scored it alone decides: the references are in the log, and not among its documents.
+    is_reference = (tokens["kind"] == "score") & ~tokens["item_id"].isin(documents)
+    assert is_reference.any()
+    tokens = tokens[~is_reference]
+    assert set(table.loc[table["kind"] == "score", "document"]) == set(documents.values())
     for row in table.to_dict("records"):
         of_config = tokens[(tokens["config_name"] == row["config_name"]) & (tokens["kind"] == row["kind"])]
         own = of_config[of_config["document"] == row["document"]]
@@ -12180,6 +12185,31 @@ def test_threads_change_rounding_only(embedded):
         rows += batch.own_rows
     assert rows[0]["nll"] == pytest.approx(rows[1]["nll"], abs=1e-4)
     assert rows[0]["avg_experts_per_token"] == pytest.approx(rows[1]["avg_experts_per_token"], abs=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 25. One decision, one place: what decides among scored texts, what is said of them, folders with tasks
+# ---------------------------------------------------------------------------------------------------------
+
+# References of prompts beside a text
+
+
+@pytest.mark.parametrize(
+    ("sources", "deciding"),
+    [(["reference", "text"], {"text"}), (["reference"], {"reference"}), ([""], {""}), ([], set())],
+)
+def test_text_decides_where_there_is_text(sources, deciding):
+    """Else the references, or what an older table has without telling them apart."""
+    assert bh.deciding_sources(sources) == deciding
+    scores = pd.DataFrame({"source": sources})
+    assert set(bh.deciding_scores(scores)["source"]) == deciding
+
+
+def test_without_text_the_kinds_of_tokens_are_those_of_references(tmp_path):
+    logged_run(tmp_path, texts=[])
+    table = bh.read_table(bh.TOKEN_KINDS, tmp_path)
+    scored = table[table["kind"] == "score"]
+    assert set(scored["document"]) == {prompt["id"] for prompt in SCORED_PROMPTS}
 
 
 if __name__ == "__main__":
