@@ -6677,6 +6677,12 @@ class SuitePlan:
     token_log: bool  # whether what every token of the texts got is kept
 
     @property
+    def deciding_texts(self) -> list[TextItem]:
+        """Those that the verdict will be about."""
+        deciding = deciding_sources(text.source for text in self.texts)
+        return [text for text in self.texts if text.source in deciding]
+
+    @property
     def batch(self) -> list[Prompt]:
         """The prompts that are continued together: from the first on, again from there where they are too
         few."""
@@ -7594,7 +7600,7 @@ class BHExperimentRunner:
             diagnosed = read_json_object(self.output_dir / NULL_DIAGNOSTICS).get("run_id")
             is_needed = any(uses_calibrated_null(config) for config in plan.configs.values())
             if is_needed and self.processes.rank == 0 and diagnosed != run_id:
-                self.diagnose(plan.texts, run_id)
+                self.diagnose(plan.deciding_texts, run_id)
             if pending:
                 self._warm_up(plan)
             self._run_units(plan, _Saver(checkpoint, done, fail_fast))

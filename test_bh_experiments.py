@@ -12212,6 +12212,17 @@ def test_without_text_the_kinds_of_tokens_are_those_of_references(tmp_path):
     assert set(scored["document"]) == {prompt["id"] for prompt in SCORED_PROMPTS}
 
 
+@pytest.mark.parametrize("windows", [LOGGED_WINDOWS[:2], []])
+def test_nulls_are_diagnosed_on_what_decides(windows, mock_model, tmp_path, monkeypatch):
+    """On the text alone; without text on the references."""
+    seen = []
+    monkeypatch.setattr(bh.BHExperimentRunner, "diagnose", lambda runner, texts, run_id: seen.extend(texts))
+    runner = mock_runner(mock_model, tmp_path)
+    runner.run_full_experiment_suite(TOP_8 | {"bh": EMPIRICAL}, SCORED_PROMPTS[:1], 1, texts=windows)
+    expected = [text.id for text in windows] or [SCORED_PROMPTS[0]["id"]]
+    assert [text.id for text in seen] == expected
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write-manual"]:
         write_manual()
