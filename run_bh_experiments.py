@@ -7035,26 +7035,43 @@ class BHExperimentRunner:
 
     # Text that is scored where none is named, and text to calibrate on
 
-    @functools.cached_property
-    def default_text(self) -> TextSample:
-        """What is scored where no text is named: what the model's folder brings, else what Python brings."""
-        return self.sample_default_text()
+    @property
+    def _why_few_windows(self) -> str:
+        """Why fewer windows of the default text are scored than elsewhere; empty where as many are."""
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        if self.device.type != "cpu" or size <= MANY_PARAMETERS:
+            return ""
+        return f"this model has {size / 1e9:.1f} billion parameters and runs on a CPU"
 
     def sample_default_text(self, window: int = DEFAULT_WINDOW, max_windows: int | None = None) -> TextSample:
-        """Of that text `max_windows` windows; unless told, fewer of them where they would take long."""
+        """Of the text that is scored where none is named (what the model's folder brings, else what Python
+        brings) `max_windows` windows; unless told, fewer of them where they would take long. UserError where
+        there is no such text, or too little of it."""
         if max_windows is None:
-            max_windows = DEFAULT_MAX_WINDOWS
-            size = sum(parameter.numel() for parameter in self.model.parameters())
-            if self.device.type == "cpu" and size > MANY_PARAMETERS:
-                max_windows = MAX_WINDOWS_ON_CPU
-                why = f"this model has {size / 1e9:.1f} billion parameters and runs on a CPU"
-                logger.info(f"{max_windows} windows of text are scored: {why}; --max-windows N scores more")
+            max_windows = MAX_WINDOWS_ON_CPU if self._why_few_windows else DEFAULT_MAX_WINDOWS
+        documents = default_documents(self.model_name)
+        return sample_text(documents, self.tokenizer, min(window, self.context), max_windows)
+
+    @functools.cached_property
+    def default_text(self) -> TextSample:
+        """That text as it is without being told; nothing where there is none."""
+        with contextlib.suppress(UserError):
+            return self.sample_default_text()
+        return TextSample([], [])
+
+    def default_text_to_score(
+        self, window: int = DEFAULT_WINDOW, max_windows: int | None = None
+    ) -> TextSample:
+        """That text for a run that scores it, which the log is told where it is less than elsewhere."""
         try:
-            documents = default_documents(self.model_name)
-            return sample_text(documents, self.tokenizer, min(window, self.context), max_windows)
+            text = self.sample_default_text(window, max_windows)
         except UserError as error:
             logger.warning(f"no text is scored, as none was named: {error}")
             return TextSample([], [])
+        if max_windows is None and self._why_few_windows:
+            why = f"{self._why_few_windows}; --max-windows N scores more"
+            logger.info(f"only {len(text.scored)} windows of text are scored: {why}")
+        return text
 
     def calibrate_on(self, text: TextSample) -> None:
         """Calibrate on what of a text is not scored, unless a calibration text was named; where that is too
@@ -7619,7 +7636,7 @@ class BHExperimentRunner:
     ) -> SuitePlan:
         """What a suite will measure, checked."""
         if texts is None:
-            texts = self.default_text.scored if test_prompts is None else ()
+            texts = self.default_text_to_score().scored if test_prompts is None else ()
         prompts = [resolve_prompt(p) for p in (TEST_PROMPTS if test_prompts is None else test_prompts)]
         new_tokens = check_least("max_new_tokens", max_new_tokens)
         num_samples = check_least("num_samples", num_samples)
@@ -12423,7 +12440,7 @@ def choose_text(
 ) -> TextSample:
     """The windows that are scored, and that the runner may calibrate on what else there is of the text."""
     if documents is None:
-        text = runner.sample_default_text(args.window, args.max_windows)
+        text = runner.default_text_to_score(args.window, args.max_windows)
     elif documents:
         window = min(args.window, runner.context)
         text = sample_text(documents, runner.tokenizer, window, args.max_windows)

@@ -9322,21 +9322,27 @@ def test_a_large_model_on_a_cpu_gets_fewer_windows(tiny, monkeypatch, caplog):
     monkeypatch.setattr(bh, "MANY_PARAMETERS", 1)
     monkeypatch.setattr(bh, "MAX_WINDOWS_ON_CPU", 3)
     with caplog.at_level("INFO"):
-        assert len(tiny.sample_default_text(64).scored) == 3
-    assert "3 windows of text are scored" in caplog.text
+        assert len(tiny.default_text_to_score(64).scored) == 3
+    assert "only 3 windows of text are scored" in caplog.text
     assert "--max-windows N scores more" in caplog.text
     caplog.clear()
-    assert len(tiny.sample_default_text(64, 5).scored) == 5
+    assert len(tiny.default_text_to_score(64, 5).scored) == 5
+    assert len(tiny.sample_default_text(64).scored) == 3  # for calibration, say: nothing is scored
     assert not caplog.text
 
 
 def test_default_text_that_cannot_be_used_is_left_out(mock_model, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(bh, "default_documents", lambda model_name: [bh.Document("d", "too short")])
+    monkeypatch.setattr(bh, "TEST_PROMPTS", SCORED_PROMPTS[:1])
     runner = mock_runner(mock_model, tmp_path)
     with caplog.at_level("WARNING"):
         assert runner.default_text == bh.TextSample([], [])
-    assert "no text is scored, as none was named: --text: no document has" in caplog.text
-    assert runner.calibration_source is bh.SAMPLED_TEXT
+        assert runner.calibration_source is bh.SAMPLED_TEXT
+        assert not caplog.text  # it is not known yet whether text is to be scored
+        runner.run_full_experiment_suite(TOP_8, max_new_tokens=1)
+    said = "no text is scored, as none was named: --text: no document has"
+    assert caplog.text.count(said) == 1
+    assert set(runner.results.scores["source"]) == {"reference"}
 
 
 def test_what_is_generated_and_what_is_scored(tiny_folder, tmp_path, monkeypatch):
@@ -12221,6 +12227,30 @@ def test_nulls_are_diagnosed_on_what_decides(windows, mock_model, tmp_path, monk
     runner.run_full_experiment_suite(TOP_8 | {"bh": EMPIRICAL}, SCORED_PROMPTS[:1], 1, texts=windows)
     expected = [text.id for text in windows] or [SCORED_PROMPTS[0]["id"]]
     assert [text.id for text in seen] == expected
+
+
+# What is said of the text by default
+
+
+def said_by_main(words, caplog):
+    """What the log says of text in a run of these words."""
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert bh.main(words) == 0
+    return [message for message in caplog.messages if "of text are scored" in message or "no text" in message]
+
+
+def test_text_by_default_is_spoken_of_where_it_is_scored(tiny_folder, tmp_path, monkeypatch, caplog):
+    """Once, though calibration takes what is left of it as well; not where it is only calibrated on."""
+    only_plots(monkeypatch)
+    monkeypatch.setattr(bh, "TEST_PROMPTS", SCORED_PROMPTS[:1])
+    monkeypatch.setattr(bh, "MANY_PARAMETERS", 1)
+    monkeypatch.setattr(bh, "MAX_WINDOWS_ON_CPU", 1)
+    own = tmp_path / "own.txt"
+    own.write_text("a few words of text, " * 20)
+    run = ["--model", str(tiny_folder), "--configs", "bh_loose", "--max-tokens", "1"]
+    assert len(said_by_main([*run, "--output", str(tmp_path / "default")], caplog)) == 1
+    assert said_by_main([*run, "--output", str(tmp_path / "own"), "--text", str(own)], caplog) == []
 
 
 if __name__ == "__main__":
