@@ -8246,13 +8246,17 @@ def token_mean(rows: pd.DataFrame, column: str) -> float | None:
     return float((values * tokens).sum() / tokens.sum())
 
 
+def effective_experts(rows: pd.DataFrame) -> pd.Series:
+    """Those of each row; older tables, which lack them, have those that ran: nothing stood in there."""
+    return rows.get(COMPUTE, pd.Series(math.nan, index=rows.index)).fillna(rows["avg_experts_per_token"])
+
+
 def scored_items(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Configuration -> its finished rows with a finite score, indexed by item_id. Raises UserError where an
     item occurs twice."""
     done = scores[scores["status"] == "ok"]
     # Scripts that knew no stand-ins wrote no compute: it was what ran.
-    spent = done.get(COMPUTE, pd.Series(math.nan, index=done.index)).fillna(done["avg_experts_per_token"])
-    done = done.assign(**{COMPUTE: spent})
+    done = done.assign(**{COMPUTE: effective_experts(done)})
     done = done[np.isfinite(done[_NEEDED_SCORES].to_numpy(float)).all(axis=1)]
     tables = {}
     for name, rows in done.groupby("config_name", sort=False):
@@ -11574,8 +11578,9 @@ def _experts_of(folder: ResultsFolder, name: str) -> dict[str, float | None]:
     if verdict is not None:
         return {"experts": verdict["kept_experts"], "effective_experts": verdict["mean_experts"]}
     frame = getattr(folder.results, main_kind(folder.results))
-    means = frame.loc[frame["config_name"] == name, ["avg_experts_per_token", COMPUTE]].mean()
-    return {"experts": means["avg_experts_per_token"], "effective_experts": means[COMPUTE]}
+    rows = frame[frame["config_name"] == name]
+    ran = rows["avg_experts_per_token"].mean()
+    return {"experts": ran, "effective_experts": effective_experts(rows).mean()}
 
 
 def _configuration_row(folder: ResultsFolder, name: str) -> dict[str, Any]:
@@ -11680,6 +11685,7 @@ def _shares_of_own(folder: ResultsFolder, shared: SharedItems) -> dict[str, pd.S
     frame = getattr(folder.results, shared.kind)
     item = ITEMS[shared.kind].item
     frame = frame[frame[item].isin(shared.items)]
+    frame = frame.assign(**{COMPUTE: effective_experts(frame)})
     return {
         name: rows.groupby(item, sort=False)[COMPUTE].mean() / folder.own_k
         for name, rows in frame.groupby("config_name", sort=False)

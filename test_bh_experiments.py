@@ -12253,6 +12253,25 @@ def test_text_by_default_is_spoken_of_where_it_is_scored(tiny_folder, tmp_path, 
     assert said_by_main([*run, "--output", str(tmp_path / "own"), "--text", str(own)], caplog) == []
 
 
+# Folders side by side: older ones
+
+
+def test_experts_that_ran_stand_for_the_effective_ones_of_an_older_folder(tmp_path):
+    """Its tables lack those: it is compared as its own report does, by what ran."""
+    first, second = two_folders(tmp_path)
+    results = bh.Results.read(second)
+    older = changed(results, lambda frame: frame.assign(effective_experts=math.nan))
+    write_results(dataclasses.replace(older, scores=older.scores[:0]), second)
+    write_results(dataclasses.replace(results, scores=results.scores[:0]), first)
+    comparison = bh.compare_results([first, second], tmp_path / "out")
+    shares = {
+        (row["configuration"], row["folder"]): row["share_of_own"] for row in comparison["configurations"]
+    }
+    assert shares["bh_strict", "A"] == shares["bh_strict", "B"] < 1
+    tests = {test["configuration"]: test for test in comparison["tests"]}
+    assert (tests["bh_strict"]["n_pairs"], tests["bh_strict"]["mean_difference"]) == (12, 0)
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write-manual"]:
         write_manual()
