@@ -8255,7 +8255,6 @@ def scored_items(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Configuration -> its finished rows with a finite score, indexed by item_id. Raises UserError where an
     item occurs twice."""
     done = scores[scores["status"] == "ok"]
-    # Scripts that knew no stand-ins wrote no compute: it was what ran.
     done = done.assign(**{COMPUTE: effective_experts(done)})
     done = done[np.isfinite(done[_NEEDED_SCORES].to_numpy(float)).all(axis=1)]
     tables = {}
@@ -11506,6 +11505,7 @@ MOST_FOLDERS = 26  # each has a letter
 BETWEEN = {  # quantity -> what its difference between two folders is
     "delta_nll": "NLL at equal compute, nats per token",
     "share_of_own": "effective experts, as a share of the model's own K",
+    "task_score": "{metric} of {task}",
 }
 
 
@@ -11520,6 +11520,16 @@ class ResultsFolder:
     own_k: int | None
     baseline: str
     verdicts: Mapping[str, Mapping[str, Any]]  # see `quality_verdicts`
+    tasks: Sequence[Row]  # see `compare_tasks`; without what the harness alone reports
+
+
+def _task_entries(path: Path, tasks: pd.DataFrame, baseline: str) -> list[dict[str, Any]]:
+    """`compare_tasks` of a folder, each with the direction of its metric."""
+    report = read_side_file(path / TASK_RESULTS, run_ids(tasks))
+    entries = [entry for entry in compare_tasks(tasks, baseline, report) if "metric" in entry]
+    for entry in entries:
+        entry["higher_is_better"] = higher_is_better(entry["task"], entry["metric"], report)
+    return entries
 
 
 def read_results_folder(letter: str, path: Path) -> ResultsFolder:
@@ -11535,8 +11545,16 @@ def read_results_folder(letter: str, path: Path) -> ResultsFolder:
     for name in configs:
         check_name(name)
     baseline = choose_baseline(done)
-    verdicts = quality_verdicts(done.scores, configs, baseline)
-    return ResultsFolder(letter, path, done, configs, own_k_of(done), baseline, verdicts)
+    return ResultsFolder(
+        letter=letter,
+        path=path,
+        results=done,
+        configs=configs,
+        own_k=own_k_of(done),
+        baseline=baseline,
+        verdicts=quality_verdicts(done.scores, configs, baseline),
+        tasks=_task_entries(path, done.tasks, baseline),
+    )
 
 
 def read_results_folders(paths: Sequence[str | Path]) -> list[ResultsFolder]:
@@ -11602,6 +11620,16 @@ def _configuration_row(folder: ResultsFolder, name: str) -> dict[str, Any]:
     return row
 
 
+def _task_entries_by_folder(folders: Sequence[ResultsFolder]) -> list[dict[str, Any]]:
+    """What all folders say of their tasks: those of a task and configuration beside each other."""
+    entries = [{"folder": folder.letter} | entry for folder in folders for entry in folder.tasks]
+    tasks = distinct(entry["task"] for entry in entries)
+    names = distinct(entry["configuration"] for entry in entries)
+    return sorted(
+        entries, key=lambda entry: (tasks.index(entry["task"]), names.index(entry["configuration"]))
+    )
+
+
 def _compared_names(folders: Sequence[ResultsFolder]) -> list[str]:
     """The configurations that folders are compared by: those that adapt, and the model's own routing; the
     other points of the static curve only where there is nothing else."""
@@ -11633,15 +11661,21 @@ def _inputs_of(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
     return rows[["input_hash", "num_tokens"]] if kind == "scores" else rows[["input_hash"]]
 
 
-def shared_items(first: ResultsFolder, other: ResultsFolder) -> SharedItems:
-    """The items with the same name and the same inputs in both folders: windows of text, else prompts.
+def _paired_kinds(first: ResultsFolder, other: ResultsFolder) -> list[str]:
+    """The tables whose items two folders are paired by: the scores of text, else what was generated; and
+    those of tasks. Where they share none it is generation, which then has no pair."""
+    both = [kind for kind in KINDS if all(len(getattr(folder.results, kind)) for folder in (first, other))]
+    if "scores" in both and "generation" in both:
+        both.remove("generation")
+    return both or ["generation"]
+
+
+def shared_items(first: ResultsFolder, other: ResultsFolder, kind: str) -> SharedItems:
+    """The items of a table with the same name and the same inputs in both folders.
 
     Names and hashes say nothing of a tokenizer where a hash is of words: the same words must also be as many
     tokens, in all items, or NLL per token is of different things.
     """
-    kind = "generation"
-    if len(first.results.scores) and len(other.results.scores):
-        kind = "scores"
     tables = [_inputs_of(getattr(folder.results, kind), kind) for folder in (first, other)]
     both = tables[0].join(tables[1].add_suffix("_other"), how="inner")
     word = ITEMS[kind].word
@@ -11692,6 +11726,58 @@ def _shares_of_own(folder: ResultsFolder, shared: SharedItems) -> dict[str, pd.S
     }
 
 
+def _task_scores(folder: ResultsFolder, items: pd.Index) -> dict[str, dict[str, pd.Series]]:
+    """Task and its metric in words -> configuration -> the score of each of `items` that is of it."""
+    tasks = folder.results.tasks
+    tasks = tasks[tasks["document"].isin(items) & (tasks["metric"] != "")]
+    scores: dict[str, dict[str, pd.Series]] = collections.defaultdict(dict)
+    for (task, metric, name), rows in tasks.groupby(["task", "metric", "config_name"], sort=False):
+        title = BETWEEN["task_score"].format(metric=metric, task=task)
+        scores[title][name] = rows.set_index("document")["score"]
+    return scores
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A quantity of BETWEEN in one folder: configuration -> its value for each item."""
+
+    quantity: str
+    title: str
+    values: Mapping[str, pd.Series]
+
+
+def _measured(folder: ResultsFolder, shared: SharedItems) -> list[Measured]:
+    """What a folder measured of items."""
+    values = {}
+    if shared.kind == "scores":
+        values["delta_nll"] = _equal_compute_differences(folder, shared.items)
+    values["share_of_own"] = _shares_of_own(folder, shared)
+    measured = [Measured(quantity, BETWEEN[quantity], by_config) for quantity, by_config in values.items()]
+    if shared.kind == "tasks":
+        by_title = _task_scores(folder, shared.items)
+        measured += [Measured("task_score", title, by_config) for title, by_config in by_title.items()]
+    return measured
+
+
+def _tests_between(
+    first: ResultsFolder, other: ResultsFolder, shared: SharedItems, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """`paired_comparison` of another folder minus the first, of everything that both measured."""
+    columns = ITEMS[shared.kind]
+    frame = getattr(first.results, shared.kind)
+    documents = frame.drop_duplicates(columns.item).set_index(columns.item, drop=False)[columns.document]
+    of_other = {measured.title: measured.values for measured in _measured(other, shared)}
+    tests = []
+    for measured in _measured(first, shared):
+        others = of_other.get(measured.title, {})
+        for name in names:
+            if name in measured.values and name in others:
+                about = {"configuration": name, "quantity": measured.quantity, "title": measured.title}
+                about["folders"] = f"{other.letter} minus {first.letter}"
+                tests.append(about | paired_comparison(measured.values[name], others[name], documents))
+    return tests
+
+
 def between_folders(folders: Sequence[ResultsFolder], names: Sequence[str]) -> dict[str, Any]:
     """Each folder against the first, by `paired_comparison` over the items that both measured alike.
 
@@ -11702,24 +11788,11 @@ def between_folders(folders: Sequence[ResultsFolder], names: Sequence[str]) -> d
     tests: list[dict[str, Any]] = []
     notes = []
     for other in others:
-        shared = shared_items(first, other)
-        notes.append(shared.words)
-        if not len(shared.items):
-            continue
-        columns = ITEMS[shared.kind]
-        frame = getattr(first.results, shared.kind)
-        documents = frame.drop_duplicates(columns.item).set_index(columns.item, drop=False)[columns.document]
-        values = {"share_of_own": [_shares_of_own(folder, shared) for folder in (first, other)]}
-        if shared.kind == "scores":
-            differences = [_equal_compute_differences(folder, shared.items) for folder in (first, other)]
-            values["delta_nll"] = differences
-        for quantity, title in BETWEEN.items():
-            of_first, of_other = values.get(quantity, ({}, {}))
-            for name in names:
-                if name in of_first and name in of_other:
-                    test = paired_comparison(of_first[name], of_other[name], documents)
-                    about = {"configuration": name, "quantity": quantity, "title": title}
-                    tests.append(about | {"folders": f"{other.letter} minus {first.letter}"} | test)
+        for kind in _paired_kinds(first, other):
+            shared = shared_items(first, other, kind)
+            notes.append(shared.words)
+            if len(shared.items):
+                tests += _tests_between(first, other, shared, names)
     adjust_p_values(tests)
     return {"tests": tests, "notes": notes}
 
@@ -11790,10 +11863,23 @@ COMPARISON_TABLES: dict[str, tuple[ReportColumn, ...]] = {
         ReportColumn("documents", "n_units", "d"),
         ReportColumn("why not", "reason"),
     ),
+    "tasks": (
+        ReportColumn("task", "task"),
+        _CONFIGURATION,
+        ReportColumn("folder", "folder", "s"),
+        ReportColumn("score", "metric"),
+        ReportColumn("better", "direction", "s"),
+        ReportColumn("mean", "mean", ".4f"),
+        ReportColumn("difference", "mean_difference", "+.4f"),
+        ReportColumn("95 % interval", "ci95", "+.4f to +.4f"),
+        ReportColumn("p adjusted", "p_value_adjusted", "p"),
+        ReportColumn("significant", "is_significant", "s"),
+        ReportColumn("documents", "n_shown", "d"),
+    ),
     "between": (
         _CONFIGURATION,
         ReportColumn("difference", "folders", "s"),
-        ReportColumn("of", "title", "s"),
+        ReportColumn("of", "title"),
         ReportColumn("mean", "mean_difference", "+.4f"),
         ReportColumn("95 % interval", "ci95", "+.4f to +.4f"),
         ReportColumn("p", "p_value", "p"),
@@ -11812,6 +11898,15 @@ COMPARISON_TABLES: dict[str, tuple[ReportColumn, ...]] = {
         ReportColumn("95 % interval", "ci95", "+.4f to +.4f"),
         ReportColumn("verdict", "verdict", "s"),
     ),
+    "terminal_tasks": (
+        ReportColumn("task", "task", "s"),
+        ReportColumn("configuration", "configuration", "s"),
+        ReportColumn("in", "folder", "s"),
+        ReportColumn("score", "metric", "s"),
+        ReportColumn("mean", "mean", ".3f"),
+        ReportColumn("diff.", "mean_difference", "+.3f"),
+        ReportColumn("differs", "is_significant", "s"),
+    ),
 }
 
 COMPARISON_TEMPLATE = """\
@@ -11827,15 +11922,24 @@ COMPARISON_TEMPLATE = """\
 
 {{ table("configurations", configurations) }}
 
-Experts: mean over tokens and layers of the scored text, else of what was generated; effective: what stands \
-in for a dropped expert is counted by its cost; share of K: effective experts over those that the model \
-itself runs. NLL at equal compute: nats per token minus that of static Top-K mixed to the same experts, on \
-the same text; interval and verdict (adjusted p below {{ level }} within the folder) as in each folder's own \
-report.
+Experts: mean over tokens and layers of the scored text, else of what was generated, or of tasks; effective: \
+what stands in for a dropped expert is counted by its cost; share of K: effective experts over those that \
+the model itself runs. NLL at equal compute: nats per token minus that of static Top-K mixed to the same \
+experts, on the same text; interval and verdict (adjusted p below {{ level }} within the folder) as in each \
+folder's own report.
 
 {{ bullets(setting_notes) }}
 
 ![Configurations by folder](plots/comparison.png)
+
+{% if tasks %}
+## Tasks
+
+{{ table("tasks", tasks) }}
+
+Difference: to the baseline of the same folder, paired by document, p adjusted over that folder's tests, as \
+in its own report; better: whether a high or a low score is.
+{% endif %}
 
 ## Between folders
 
@@ -11864,6 +11968,19 @@ def _difference_notes(tests: Sequence[Row]) -> list[str]:
     ]
 
 
+def _shown_tasks(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the tables of tasks."""
+    return [
+        entry
+        | {
+            "direction": "high" if entry["higher_is_better"] else "low",
+            "is_significant": significance(entry),
+            "n_shown": entry.get("n_documents", entry.get("n_pairs")),
+        }
+        for entry in comparison["tasks"]
+    ]
+
+
 def terminal_comparison(comparison: Mapping[str, Any]) -> str:
     """What `compare` says on the terminal: folders, table, verdicts, and what was paired."""
     lines = []
@@ -11872,6 +11989,9 @@ def terminal_comparison(comparison: Mapping[str, Any]) -> str:
         words = f"{folder['folder']}  {folder['path']}: {folder['model']}, {own_k}, {folder['machine']}"
         lines += textwrap.wrap(_visible(words), TERMINAL_COLUMNS, subsequent_indent="   ")
     lines += ["", *terminal_table(comparison["configurations"], COMPARISON_TABLES["terminal"]), ""]
+    if comparison["tasks"]:
+        tasks = _shown_tasks(comparison)
+        lines += [*terminal_table(tasks, COMPARISON_TABLES["terminal_tasks"]), ""]
     for note in (
         *comparison["verdict_notes"],
         *comparison["setting_notes"],
@@ -11940,6 +12060,7 @@ def _comparison_context(comparison: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **comparison,
         "folders": folders,
+        "tasks": _shown_tasks(comparison),
         "tests": [test | {"is_significant": significance(test)} for test in comparison["tests"]],
         "first": comparison["folders"][0]["folder"],
         "level": f"{SIGNIFICANCE_LEVEL:g}",
@@ -11955,9 +12076,9 @@ def compare_results(folders: Sequence[str | Path], output_dir: str | Path) -> di
     their names. Folders whose items are the same, by name and hash of inputs, are compared with the first by
     `paired_comparison`; others stand beside each other.
 
-    Returns a dict with folders, configurations (one entry for each configuration and folder), tests (see
-    `between_folders`), verdict_notes, setting_notes and pair_notes. Raises UserError for fewer than two
-    folders, one that is there twice, or one without results.
+    Returns a dict with folders, configurations (one entry for each configuration and folder), tasks (each
+    folder's `compare_tasks`), tests (see `between_folders`), verdict_notes, setting_notes and pair_notes.
+    Raises UserError for fewer than two folders, one that is there twice, or one without results.
     """
     read = read_results_folders(folders)
     names = _compared_names(read)
@@ -11967,6 +12088,7 @@ def compare_results(folders: Sequence[str | Path], output_dir: str | Path) -> di
         {
             "folders": [_folder_row(folder) for folder in read],
             "configurations": rows,
+            "tasks": _task_entries_by_folder(read),
             "tests": between["tests"],
             "verdict_notes": _verdict_notes(rows),
             "setting_notes": _setting_notes(read, names),

@@ -11786,7 +11786,7 @@ def test_folders_with_the_same_items_are_tested(tmp_path):
     tests = {(test["configuration"], test["quantity"]): test for test in comparison["tests"]}
     assert set(tests) == {
         ("topk_8", "share_of_own"),
-        *itertools.product(("bh_strict", "bh_loose"), bh.BETWEEN),
+        *itertools.product(("bh_strict", "bh_loose"), ("delta_nll", "share_of_own")),
     }
     test = tests["bh_strict", "delta_nll"]
     expected = bh.paired_test(shifts(12))
@@ -12253,7 +12253,84 @@ def test_text_by_default_is_spoken_of_where_it_is_scored(tiny_folder, tmp_path, 
     assert said_by_main([*run, "--output", str(tmp_path / "own"), "--text", str(own)], caplog) == []
 
 
-# Folders side by side: older ones
+# Folders side by side: with tasks, and older ones
+
+
+def two_folders_of_tasks(folder, change, documents=20):
+    """Two folders of one invented run of tasks, the second with its scores changed."""
+    tasks = invented_tasks(("topk_8", "bh_strict"), documents)
+    for name, frame in (("first", tasks), ("second", change(tasks.copy()))):
+        (folder / name).mkdir()
+        write_results(dataclasses.replace(bh.EMPTY_RESULTS, tasks=frame), folder / name)
+    return [folder / "first", folder / "second"]
+
+
+def more_bits(tasks):
+    """More bits a byte for bh_strict, by `shifts`."""
+    rows = (tasks["config_name"] == "bh_strict") & (tasks["metric"] == "bits_per_byte")
+    tasks.loc[rows, "score"] += shifts(rows.sum())
+    return tasks
+
+
+def test_tasks_of_folders_are_set_side_by_side(tmp_path):
+    """Each folder's own tests of its tasks; between folders the test of every comparison, task by task."""
+    folders = two_folders_of_tasks(tmp_path, more_bits)
+    comparison = bh.compare_results(folders, tmp_path / "out")
+    for letter, folder in zip("AB", folders, strict=True):
+        own = bh.compare_tasks(bh.Results.read(folder).tasks, "topk_8", {})
+        shown = [entry for entry in comparison["tasks"] if entry["folder"] == letter]
+        assert [{key: entry[key] for key in row} for entry, row in zip(shown, own, strict=True)] == own
+    order = [(entry["task"], entry["configuration"], entry["folder"]) for entry in comparison["tasks"]]
+    assert order == list(itertools.product(("choice", "words_of_text"), ("topk_8", "bh_strict"), "AB"))
+    assert [entry["higher_is_better"] for entry in comparison["tasks"]] == [True] * 4 + [False] * 4
+    tests = {(test["configuration"], test["title"]): test for test in comparison["tests"]}
+    titles = ("acc of choice", "bits_per_byte of words_of_text", bh.BETWEEN["share_of_own"])
+    assert set(tests) == set(itertools.product(("topk_8", "bh_strict"), titles))
+    test = tests["bh_strict", "bits_per_byte of words_of_text"]
+    expected = bh.paired_test(shifts(20))
+    assert (test["n_pairs"], test["quantity"], test["significant"]) == (20, "task_score", True)
+    for key in ("mean_difference", "p_value", "ci95_low"):
+        assert test[key] == pytest.approx(expected[key], rel=1e-9)
+    assert tests["bh_strict", "acc of choice"]["reason"] == "nothing differs"
+    assert comparison["pair_notes"] == ["B and A are paired on 40 documents that both measured"]
+    text = (tmp_path / "out" / "COMPARISON.md").read_text(encoding="utf-8")
+    assert all(len(widths) == 1 for widths in table_widths(text))
+    mean = comparison["tasks"][-1]["mean"]
+    assert re.search(
+        rf"words\\_of\\_text \| `bh_strict` \| B \| bits\\_per\\_byte \| low \| {mean:.4f}", text
+    )
+    said = bh.terminal_comparison(comparison)
+    assert max(map(len, said.splitlines())) <= bh.TERMINAL_COLUMNS
+    assert re.search(rf"bh_strict\s+B\s.*{mean:.3f}", said)
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [(lambda tasks: tasks.assign(input_hash="y"), "documents of the same name hold other text"),
+     (lambda tasks: tasks.assign(document="x" + tasks["document"]), "no document has the same name")],
+)  # fmt: skip
+def test_tasks_that_asked_something_else_are_not_paired(change, note, tmp_path):
+    """Other examples in the context, say: another hash of what was asked."""
+    comparison = bh.compare_results(two_folders_of_tasks(tmp_path, change, 4), tmp_path / "out")
+    assert comparison["tests"] == []
+    assert note in comparison["pair_notes"][0]
+    assert len(comparison["tasks"]) == 8
+
+
+def test_a_folder_of_text_and_one_of_tasks_stand_beside_each_other(tmp_path):
+    text, _ = two_folders(tmp_path, prompts=4)
+    (tmp_path / "tasks").mkdir()
+    _, tasks = two_folders_of_tasks(tmp_path / "tasks", more_bits, 4)
+    comparison = bh.compare_results([text, tasks], tmp_path / "out")
+    assert {entry["folder"] for entry in comparison["tasks"]} == {"B"}
+    assert comparison["pair_notes"] == ["B and A are not paired: no prompt has the same name in both"]
+
+
+def test_tasks_without_a_score_of_documents_are_left_out(tmp_path):
+    folders = two_folders_of_tasks(tmp_path, lambda tasks: tasks.assign(metric="", score=math.nan), 4)
+    comparison = bh.compare_results(folders, tmp_path / "out")
+    assert {entry["folder"] for entry in comparison["tasks"]} == {"A"}
+    assert {test["quantity"] for test in comparison["tests"]} == {"share_of_own"}
 
 
 def test_experts_that_ran_stand_for_the_effective_ones_of_an_older_folder(tmp_path):
