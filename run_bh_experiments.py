@@ -8888,13 +8888,15 @@ def summarize_compute(
 
 def summarize_throughput(results: Results, baseline: str) -> list[dict[str, Any]]:
     """Tokens a second at batch 1, the median over prompts, and below it at the batch size that was measured;
-    each beside the baseline's at the same batch size. Empty without `--generate-batch`."""
-    done = results.throughput[results.throughput["status"] == "ok"]
-    if not len(done):
+    each beside the baseline's at the same batch size. Empty without `--generate-batch`.
+
+    weight_bytes: at batch 1 with what stands in for dropped experts, by its share of an expert; at a larger
+    batch size without it, see THROUGHPUT.
+    """
+    if not len(results.throughput):
         return []
-    alone = results.generation[results.generation["status"] == "ok"].groupby("config_name", sort=False)
     entries = []
-    for name, own in alone:
+    for name, own in results.generation.groupby("config_name", sort=False):
         entries.append({
             "configuration": name,
             "batch_size": 1,
@@ -8903,7 +8905,7 @@ def summarize_throughput(results: Results, baseline: str) -> list[dict[str, Any]
             "distinct_experts": own["decode_experts"].mean(),
             "weight_bytes": own["weight_bytes_per_token"].mean(),
         })  # fmt: skip
-    for row in done.to_dict("records"):
+    for row in results.throughput.to_dict("records"):
         named = {"configuration": row["config_name"], "weight_bytes": row["weight_bytes_per_step"]}
         columns = ("batch_size", "tokens_per_sec", "decode_experts", "distinct_experts")
         entries.append(named | {column: row[column] for column in columns})
@@ -9038,7 +9040,7 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
         "summary_by_category": summarize_categories(done),
         "statistical_tests": tests,
         "compute": summarize_compute(done, baseline, tests),
-        "throughput": summarize_throughput(results, baseline),
+        "throughput": summarize_throughput(done, baseline),
         "verdict": quality_verdicts(scores, configs, baseline),
         "shuffle_effects": shuffle_effects(scores, configs),
         "field": compare_field(scores, configs, own_k),
@@ -10847,7 +10849,8 @@ Times are medians over prompts.
 New tokens a second, prefill included: at batch size 1 the median over prompts, at a larger one that of {{ \
 repeats }} runs of one batch, configurations in turns; and as a multiple of `{{ baseline }}`'s at the same \
 batch size. Allowed: by the bytes of weights that a decoding step reads, of every expert which some text of \
-the batch uses. Prompts are padded on the left; padding is not counted.
+the batch uses. What stands in for a dropped expert is counted by its share of an expert at batch size 1, \
+and not at a larger one. Prompts are padded on the left; padding is not counted.
 {% endif %}
 {% endif %}
 

@@ -12253,6 +12253,25 @@ def test_text_by_default_is_spoken_of_where_it_is_scored(tiny_folder, tmp_path, 
     assert said_by_main([*run, "--output", str(tmp_path / "own"), "--text", str(own)], caplog) == []
 
 
+# Throughput with stand-ins
+
+
+def test_stand_ins_are_counted_for_a_single_text_only(mock_model, tmp_path):
+    """As the report says: their share of an expert at batch size 1, nothing at a larger one."""
+    configs = TOP_8 | {"bh": {**FLAT, "stand_in": "mean"}}
+    runner = mock_runner(mock_model, tmp_path)
+    frame = runner.run_full_experiment_suite(configs, PROMPTS[:2], 3, generate_batch=2)
+    entries = bh.analyze_results(frame, tmp_path)["throughput"]
+    cost = runner.cost
+    of_bh = {entry["batch_size"]: entry for entry in entries if entry["configuration"] == "bh"}
+    without = {
+        size: cost.shared_bytes + entry["distinct_experts"] * cost.expert_bytes.sum()
+        for size, entry in of_bh.items()
+    }
+    assert of_bh[2]["weight_bytes"] == pytest.approx(without[2])
+    assert of_bh[1]["weight_bytes"] > 1.001 * without[1]
+
+
 # Folders side by side: with tasks, and older ones
 
 
