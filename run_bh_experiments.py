@@ -4129,12 +4129,29 @@ def diagnose_nulls(calibration: Calibration, heldout: Calibration) -> dict[str, 
 
 
 @dataclass(frozen=True)
+class Items:
+    """Which columns of a table name its item, the item's category and its document; and what it is called."""
+
+    item: str
+    category: str
+    document: str
+    word: str
+
+
+@dataclass(frozen=True)
 class Table:
-    """A CSV file of a run: its name, what one row is, and its columns in order."""
+    """A CSV file of a run: its name, what one row is, and its columns in order.
+
+    Of what is measured also the kind of its rows in the checkpoint, the frame of `Results` that holds it, and
+    the items that configurations are compared on.
+    """
 
     file: str
     row: str
     columns: tuple[Column, ...]
+    kind: str = ""
+    frame: str = ""
+    items: Items | None = None
 
     @property
     def names(self) -> list[str]:
@@ -4229,6 +4246,9 @@ GENERATION = Table(
         Column("sampling", str, "`greedy`, or temperature and top_p as JSON"),
         *_ORIGIN,
     ),
+    kind="generation",
+    frame="generation",
+    items=Items("prompt_id", "prompt_category", "prompt_id", "prompt"),
 )  # fmt: skip
 SCORES = Table(
     "text_scores.csv",
@@ -4258,6 +4278,9 @@ SCORES = Table(
         Column("batch_size", int, "windows in the forward pass that scored it", clock=True),
         *_ORIGIN,
     ),
+    kind="score",
+    frame="scores",
+    items=Items("item_id", "category", "document", "window"),
 )  # fmt: skip
 TASKS = Table(
     "task_scores.csv",
@@ -4277,6 +4300,9 @@ TASKS = Table(
         Column("batch_size", int, "requests that were answered together", clock=True),
         *_ORIGIN,
     ),
+    kind="task",
+    frame="tasks",
+    items=Items("document", "task", "document", "document"),
 )  # fmt: skip
 
 THROUGHPUT = Table(
@@ -4304,7 +4330,12 @@ THROUGHPUT = Table(
         Column("max_new_tokens", int, "how many new tokens each text gets"),
         *_ORIGIN,
     ),
+    kind="throughput",
+    frame="throughput",
 )  # fmt: skip
+MEASURED = (GENERATION, SCORES, TASKS, THROUGHPUT)
+TABLE_OF_KIND = {table.kind: table for table in MEASURED}  # kind of a row in the checkpoint -> its table
+KINDS = {table.frame: table for table in MEASURED if table.items}  # frame of `Results` -> what has items
 
 _KIND = Column("kind", str, "what the tokens belong to: `generation`, `score` or `task`")
 _LAYER = Column("layer", int, "MoE layer, from 0")
@@ -4390,11 +4421,7 @@ TOKEN_KINDS = Table(
         _RUN_ID,
     ),
 )
-TABLES = (
-    *(GENERATION, SCORES, TASKS, THROUGHPUT),
-    *(LAYER_STATISTICS, EXPERT_USAGE, EXPERT_COUNTS),
-    *(TOKEN_COUNTS, TOKEN_KINDS),
-)
+TABLES = (*MEASURED, *(LAYER_STATISTICS, EXPERT_USAGE, EXPERT_COUNTS), *(TOKEN_COUNTS, TOKEN_KINDS))
 # Written on demand, and not as a plain CSV: it has a row for every decision.
 TOKEN_LOG = Table(
     "token_log",
@@ -4563,8 +4590,7 @@ class Results:
     def summary(self) -> pd.DataFrame:
         """One row a table and configuration: rows, how many failed, and means over those that did not."""
         parts = {}
-        names = ("generation", "scores", "tasks")
-        for name, frame, table in zip(names, self, (GENERATION, SCORES, TASKS), strict=True):
+        for frame, (name, table) in zip(self, KINDS.items(), strict=True):
             has_failed = (frame["status"] != "ok").groupby(frame["config_name"], sort=False)
             rows = has_failed.agg(rows="size", failed="sum")
             done = frame[frame["status"] == "ok"].groupby("config_name", sort=False)
@@ -4579,14 +4605,14 @@ class Results:
     @classmethod
     def read(cls, folder: Path) -> Results:
         """What a run left in its folder. Raises UserError where it left no table."""
-        tables = (GENERATION, SCORES, TASKS)  # there is no throughput without these
-        if not any((folder / table.file).is_file() for table in tables):
-            files = ", ".join(table.file for table in tables)
+        needed = [table.file for table in KINDS.values()]  # there is no throughput without these
+        if not any((folder / file).is_file() for file in needed):
+            files = ", ".join(needed)
             raise UserError(
                 f"{folder} holds none of {files}: run the experiments first, or give their folder"
             )
         if not is_of_older_script(folder):
-            return cls(*(read_table(table, folder) for table in (*tables, THROUGHPUT)))
+            return cls(**{table.frame: read_table(table, folder) for table in MEASURED})
         try:
             return results_of_older_script(folder)
         except UserError:
@@ -4695,7 +4721,7 @@ def results_of_older_script(folder: Path) -> Results:
     return Results(fit_table(generation, GENERATION), fit_table(scores, SCORES), fit_table(tasks, TASKS))
 
 
-EMPTY_RESULTS = Results(*(fit_table(pd.DataFrame(), table) for table in (GENERATION, SCORES, TASKS)))
+EMPTY_RESULTS = Results(**{table.frame: fit_table(pd.DataFrame(), table) for table in MEASURED})
 
 
 class LayerTables:
@@ -6624,14 +6650,6 @@ KEPT_FILES: dict[str, str] = {
     EARLIER.format(number="N"): "what --no-resume, or a run that found no checkpoint, moved aside",
 }
 
-# Kind of a row in the checkpoint -> the table that takes it.
-TABLE_OF_KIND = {"generation": GENERATION, "score": SCORES, "task": TASKS, "throughput": THROUGHPUT}
-# Kind of a row -> its columns with the category and the document that the tables by layer count it under.
-COUNTED_BY = {
-    "generation": ("prompt_category", "prompt_id"),
-    "score": ("category", "document"),
-    "task": ("task", "document"),
-}
 
 # What a finished row depends on: it counts only while all of that is as it was. Every argument of a run is
 # classified here, or a test fails; the fields of prompts are in PROMPT_IDENTITY, those of configurations all
@@ -7909,8 +7927,9 @@ class BHExperimentRunner:
                 if part.get("routing"):
                     name = part["config_name"]
                     routing = RoutingStatistics.unpack(part["routing"], configs[name], self.layers)
-                    category, document = COUNTED_BY[part["kind"]]
-                    layer_tables.add(name, part["kind"], part[category], part[document], routing)
+                    items = TABLE_OF_KIND[part["kind"]].items
+                    category = part[items.category]
+                    layer_tables.add(name, part["kind"], category, part[items.document], routing)
                 yield part
 
     def _routed_texts(
@@ -7918,17 +7937,17 @@ class BHExperimentRunner:
     ) -> Iterator[RoutedText]:
         """The finished texts of a run of which is kept what each token got, one after the other."""
         for kind in kinds:
+            items = TABLE_OF_KIND[kind].items
             for row in checkpoint.rows(keys.get(kind, ())):
                 if row.get("tokens"):
-                    category, document = COUNTED_BY[kind]
                     yield RoutedText(
                         config_name=row["config_name"],
                         kind=kind,
                         source=row.get("source", ""),
                         item=row_key(row)[2],
                         sample=row.get("sample", 0),
-                        category=row[category],
-                        document=row[document],
+                        category=row[items.category],
+                        document=row[items.document],
                         routing=TokenRouting.unpack(row["tokens"], len(self.layers)),
                     )
 
@@ -8077,24 +8096,6 @@ def adjust_p_values(
 # What was measured, by configuration
 
 
-@dataclass(frozen=True)
-class Items:
-    """Which columns of a table name its item, the item's category and its document; and what it is called."""
-
-    item: str
-    category: str
-    document: str
-    word: str
-
-
-ITEMS = {
-    "generation": Items("prompt_id", "prompt_category", "prompt_id", "prompt"),
-    "scores": Items("item_id", "category", "document", "window"),
-    "tasks": Items("document", "task", "document", "document"),
-}
-KINDS = {"generation": GENERATION, "scores": SCORES, "tasks": TASKS}
-
-
 def distinct(values: Iterable[str]) -> list[str]:
     """Distinct values in order of appearance: configurations and categories keep the order of the run."""
     return list(dict.fromkeys(values))
@@ -8161,7 +8162,7 @@ def main_kind(results: Results) -> str:
 def summarize_categories(results: Results) -> dict[str, dict[str, Any]]:
     """Category -> what `summarize` gives for it, of the table that the report is about."""
     kind = main_kind(results)
-    by_category = getattr(results, kind).groupby(ITEMS[kind].category, sort=False)
+    by_category = getattr(results, kind).groupby(KINDS[kind].items.category, sort=False)
     return {
         category: summarize(Results(**{**vars(EMPTY_RESULTS), kind: rows})) for category, rows in by_category
     }
@@ -8178,7 +8179,7 @@ def compare_with_baseline(results: Results, baseline: str) -> dict[str, dict[str
     if kind == "tasks":
         return {}
     frame = getattr(results, kind)
-    columns = ITEMS[kind]
+    columns = KINDS[kind].items
     metrics = list(KINDS[kind].metrics)
     documents = frame.drop_duplicates(columns.item).set_index(columns.item, drop=False)[columns.document]
     items = {
@@ -8203,7 +8204,7 @@ def noise_floor(results: Results) -> dict[str, dict[str, Any]]:
         repeat = f"repeat_{column}"
         frame = getattr(results, kind)
         twice = frame[frame[repeat].notna()]
-        means = twice.groupby(ITEMS[kind].item, sort=False)[[column, repeat]].mean()
+        means = twice.groupby(KINDS[kind].items.item, sort=False)[[column, repeat]].mean()
         documents = None
         if kind == "scores":  # windows of a document are not independent
             documents = twice.drop_duplicates("item_id").set_index("item_id")["document"]
@@ -10704,7 +10705,7 @@ def failure_rows(results: Results) -> list[dict[str, Any]]:
     rows = []
     for kind, frame in zip(KINDS, results, strict=True):
         for row in frame[frame["status"] != "ok"].to_dict("records"):
-            item = row[ITEMS[kind].item] or row[ITEMS[kind].category]
+            item = row[KINDS[kind].items.item] or row[KINDS[kind].items.category]
             rows.append({"configuration": row["config_name"], "item": item, "error": row["error"]})
     batches = results.throughput[results.throughput["status"] != "ok"]
     for row in batches.to_dict("records"):
@@ -10966,7 +10967,7 @@ def report_context(
     return {
         "answer": answer_sentence(analysis),
         "subject": subject_sentence(results, analysis),
-        "item": ITEMS[kind].word,
+        "item": KINDS[kind].items.word,
         "is_timed": kind == "generation",
         "findings": [*name_sentences(analysis), *baseline_sentences(analysis), *finding_sentences(analysis)],
         "tasks": task_rows(analysis),
@@ -11660,7 +11661,7 @@ class SharedItems:
 
 def _inputs_of(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
     """Each item's hash of inputs and, where text was scored, its number of tokens, indexed by item."""
-    rows = frame.drop_duplicates(ITEMS[kind].item).set_index(ITEMS[kind].item)
+    rows = frame.drop_duplicates(KINDS[kind].items.item).set_index(KINDS[kind].items.item)
     return rows[["input_hash", "num_tokens"]] if kind == "scores" else rows[["input_hash"]]
 
 
@@ -11681,7 +11682,7 @@ def shared_items(first: ResultsFolder, other: ResultsFolder, kind: str) -> Share
     """
     tables = [_inputs_of(getattr(folder.results, kind), kind) for folder in (first, other)]
     both = tables[0].join(tables[1].add_suffix("_other"), how="inner")
-    word = ITEMS[kind].word
+    word = KINDS[kind].items.word
     pair = f"{other.letter} and {first.letter}"
     nothing = both.index[:0]
     known = both[(both["input_hash"] != "") & (both["input_hash_other"] != "")]
@@ -11720,7 +11721,7 @@ def _shares_of_own(folder: ResultsFolder, shared: SharedItems) -> dict[str, pd.S
     if not folder.own_k:
         return {}
     frame = getattr(folder.results, shared.kind)
-    item = ITEMS[shared.kind].item
+    item = KINDS[shared.kind].items.item
     frame = frame[frame[item].isin(shared.items)]
     frame = frame.assign(**{COMPUTE: effective_experts(frame)})
     return {
@@ -11766,7 +11767,7 @@ def _tests_between(
     first: ResultsFolder, other: ResultsFolder, shared: SharedItems, names: Sequence[str]
 ) -> list[dict[str, Any]]:
     """`paired_comparison` of another folder minus the first, of everything that both measured."""
-    columns = ITEMS[shared.kind]
+    columns = KINDS[shared.kind].items
     frame = getattr(first.results, shared.kind)
     documents = frame.drop_duplicates(columns.item).set_index(columns.item, drop=False)[columns.document]
     of_other = {measured.title: measured.values for measured in _measured(other, shared)}
