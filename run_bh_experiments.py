@@ -7295,8 +7295,15 @@ class BHExperimentRunner:
 
     def _prompt_run(self, prompt: Prompt, new_tokens: int, seed: int) -> PromptRun:
         """UserError where the prompt and the new tokens exceed the context."""
-        settings = (new_tokens, self.sampling, seed, self.apply_chat_template)
-        run = PromptRun(self.model, self.tokenizer, prompt["text"], *settings)
+        run = PromptRun(
+            self.model,
+            self.tokenizer,
+            prompt["text"],
+            new_tokens,
+            sampling=self.sampling,
+            seed=seed,
+            as_chat=self.apply_chat_template,
+        )
         longest = self.context - new_tokens
         if not 0 < run.num_input_tokens <= longest:
             raise UserError(
@@ -12383,6 +12390,12 @@ def _check_option(option: Option, given: Mapping[str, Any]) -> None:
         raise UserError(f"--{option.name} needs --{' or --'.join(option.needed)}")
 
 
+def only_scores(args: argparse.Namespace) -> bool:
+    """Whether --text stands alone: it is scored, and nothing is generated."""
+    has_text = bool(args.text) and args.text != [NO_TEXT]
+    return has_text and not (args.prompts or args.dataset)
+
+
 def _check_exclusions(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
     """UserError for options that contradict each other."""
     for sources in (
@@ -12394,8 +12407,7 @@ def _check_exclusions(args: argparse.Namespace, given: Mapping[str, Any]) -> Non
         both = [f"--{name.replace('_', '-')}" for name in sources if name in given]
         if len(both) > 1:
             raise UserError(f"{both[0]} and {both[1]} exclude each other: a run takes its items from one")
-    only_scores = args.text and args.text != [NO_TEXT] and not (args.prompts or args.dataset)
-    if args.generate_batch and (args.tasks or only_scores):
+    if args.generate_batch and (args.tasks or only_scores(args)):
         other = "--tasks" if args.tasks else "--text without --prompts or --dataset"
         raise UserError(
             f"--generate-batch and {other} exclude each other: there is no prompt to be continued"
@@ -12516,12 +12528,18 @@ def _check_text(given: Mapping[str, Any]) -> None:
 def choose_prompts(args: argparse.Namespace) -> Sequence[Prompt]:
     """The prompts that the options ask for: none where only a text is to be scored."""
     if args.dataset:
-        columns = (args.text_column, args.category_column, args.reference_column)
-        seed = args.seed if args.random_rows else None
-        return load_dataset_prompts(args.dataset, args.split, *columns, args.limit or DEFAULT_LIMIT, seed)
+        return load_dataset_prompts(
+            args.dataset,
+            split=args.split,
+            text_column=args.text_column,
+            category_column=args.category_column,
+            reference_column=args.reference_column,
+            limit=args.limit or DEFAULT_LIMIT,
+            random_seed=args.seed if args.random_rows else None,
+        )
     if args.prompts:
         return load_prompts(args.prompts)
-    return () if args.text and args.text != [NO_TEXT] else TEST_PROMPTS
+    return () if only_scores(args) else TEST_PROMPTS
 
 
 def choose_documents(args: argparse.Namespace, prompts: Sequence[Prompt]) -> list[Document] | None:
@@ -12532,9 +12550,9 @@ def choose_documents(args: argparse.Namespace, prompts: Sequence[Prompt]) -> lis
     if args.text == [NO_TEXT] or args.tasks:
         return []
     if args.text:
-        columns = (None, None) if args.dataset else (args.split, args.text_column)
-        limit = None if args.dataset else args.limit
-        return load_text_documents(args.text, *columns, limit or DEFAULT_TEXT_LIMIT)
+        if args.dataset:  # --split, --text-column and --limit are about the prompts then
+            return load_text_documents(args.text)
+        return load_text_documents(args.text, args.split, args.text_column, args.limit or DEFAULT_TEXT_LIMIT)
     has_references = prompts is not TEST_PROMPTS and any(prompt.get("reference") for prompt in prompts)
     for name in ("window", "max_windows"):
         if has_references and name in args.given:
