@@ -5355,6 +5355,14 @@ def row_key(row: Row) -> Key:
     return (row["kind"], *(row[column] for column in KEY_COLUMNS[row["kind"]]))
 
 
+def row_words(row: Row) -> str:
+    """What a row is about: configuration x item."""
+    item = row_key(row)[2]
+    if row["kind"] == "throughput":
+        item = f"batch of {item}"
+    return f"{row['config_name']} x {item}"
+
+
 def _checked_row(line: bytes) -> dict[str, Any] | None:
     """The row that a line of a checkpoint holds; None where it is not whole."""
     text, _, tail = line.rpartition(b', "crc32": ')
@@ -7284,8 +7292,7 @@ class BHExperimentRunner:
     def _failed(self, row: dict[str, Any], error: Exception) -> dict[str, Any]:
         """The row of a failure, which the log says as well."""
         message = f"{type(error).__name__}: {error}"
-        item = row_key(row)[2]
-        logger.error(f"{row['config_name']} x {item} failed: {message}")
+        logger.error(f"{row_words(row)} failed: {message}")
         logger.debug("where it failed", exc_info=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # after an out-of-memory error, start clean
@@ -7868,7 +7875,7 @@ class BHExperimentRunner:
             is_batch = kind == "throughput"  # its texts are in its key
             if name not in configs or not (is_batch or f"{kind} {item}" in inputs):
                 continue
-            where = f"{self.output_dir} holds {name} x {item}"
+            where = f"{self.output_dir} holds {row_words(row)}"
             before = json.loads(row["configuration"])
             now = json.loads(configuration_cell(configs[name]))
             for field in {**before, **now}:
@@ -12600,6 +12607,21 @@ def choose_text(
     return text
 
 
+def matched_configs(
+    args: argparse.Namespace, configs: dict[str, dict[str, Any]], runner: BHExperimentRunner
+) -> dict[str, dict[str, Any]]:
+    """The configurations, with knobs that keep the experts which --match-experts, or the suite, asks for."""
+    targets = args.match_experts or ()
+    if args.suite == "field" and not args.configs:
+        configs = field_on(configs, runner.own_k)
+        targets = targets or [share * runner.own_k for share in FIELD_SHARES]
+    if not targets:
+        return configs
+    configs = {name: runner._resolve(name, config) for name, config in configs.items()}
+    calibration = runner.calibration_for(configs.values()) or runner.calibration
+    return match_ladder(configs, targets, calibration)
+
+
 def measure(args: argparse.Namespace) -> Results | None:
     """Run what the options ask for; None in a process that leaves the report to the first."""
     configs = choose_configs(args)
@@ -12614,15 +12636,7 @@ def measure(args: argparse.Namespace) -> Results | None:
         if runner.processes.rank == 0:
             stack.enter_context(log_to(args.output / LOG_FILE))
         text = choose_text(args, documents, runner)
-    targets = args.match_experts or ()
-    if args.suite == "field" and not args.configs:
-        configs = field_on(configs, runner.own_k)
-        targets = targets or [share * runner.own_k for share in FIELD_SHARES]
-    if targets:
-        configs = {name: runner._resolve(name, config) for name, config in configs.items()}
-        with log_to(args.output / LOG_FILE):
-            calibration = runner.calibration_for(configs.values()) or runner.calibration
-            configs = match_ladder(configs, targets, calibration)
+        configs = matched_configs(args, configs, runner)
     options = {
         "resume": not args.no_resume,
         "retry_failed": args.retry_failed,

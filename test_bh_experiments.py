@@ -9845,7 +9845,7 @@ def test_throughput_of_a_suite(tiny_folder, tmp_path, monkeypatch):
     assert not (folder / bh.THROUGHPUT.file).exists()
 
 
-def test_a_failed_batch_is_a_row(mock_model, tmp_path, monkeypatch):
+def test_a_failed_batch_is_a_row(mock_model, tmp_path, monkeypatch, caplog):
     """The others go on, the run fails, and the report says why."""
     together = bh.PromptRun.generate
     layers = bh.find_moe_layers(mock_model)
@@ -9861,6 +9861,7 @@ def test_a_failed_batch_is_a_row(mock_model, tmp_path, monkeypatch):
     frame = results.throughput.set_index("config_name")
     assert frame["status"].to_dict() == {"topk_8": "ok", "bh_flat": "ok", "topk_2": "error"}
     assert frame.loc["topk_2", "error"] == "RuntimeError: no room"
+    assert "topk_2 x batch of 3 failed: RuntimeError: no room" in caplog.messages
     assert results.num_failed == 1
     only_plots(monkeypatch)
     bh.write_report(results.generation, tmp_path)
@@ -12251,6 +12252,26 @@ def test_text_by_default_is_spoken_of_where_it_is_scored(tiny_folder, tmp_path, 
     run = ["--model", str(tiny_folder), "--configs", "bh_loose", "--max-tokens", "1"]
     assert len(said_by_main([*run, "--output", str(tmp_path / "default")], caplog)) == 1
     assert said_by_main([*run, "--output", str(tmp_path / "own"), "--text", str(own)], caplog) == []
+
+
+# The log
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_alone_writes_the_log(rank, tiny_folder, tmp_path, monkeypatch):
+    """Also while knobs are matched."""
+
+    class Started(bh.Processes):
+        def __init__(self, use_cpu):
+            super().__init__(use_cpu)
+            self.rank = rank
+
+    monkeypatch.setattr(bh, "Processes", Started)
+    monkeypatch.setattr(bh.BHExperimentRunner, "run_full_experiment_suite", lambda *args, **options: None)
+    options = ["--configs", "bh_loose", "--match-experts", 2.5, "--calibration-text", "sampled"]
+    assert cli(tiny_folder, tmp_path, *options, "--text", "none") == 0
+    assert (tmp_path / bh.CALIBRATION_FILE).exists()
+    assert (tmp_path / bh.LOG_FILE).exists() == (rank == 0)
 
 
 # Throughput with stand-ins
