@@ -263,6 +263,16 @@ def _choice(what: str, value: Any, allowed: Sequence[str]) -> Any:
     raise UserError(f"unknown {what} {value!r}.{hint} Available: {', '.join(allowed)}")
 
 
+def _unused_name(name: str, taken: Collection[str]) -> str:
+    """`name`, or one like it that no configuration has."""
+    candidates = itertools.chain([name, f"static_{name}"], (f"static_{name}_{n}" for n in itertools.count(2)))
+    return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def amount(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
 @dataclass(frozen=True)
 class Metric:
     """How a measured quantity is named in tables and tests: title, unit ("" for none) and digits."""
@@ -1538,15 +1548,15 @@ ADAPTIVE_FIELDS = (
 )  # fmt: skip
 
 
-def _last_true(mask: Tensor) -> Tensor:
-    """Position, from 1, of the last True along the last axis, 0 where there is none: [..., D] -> [...]."""
-    return (mask * _places(mask.shape[-1], mask.device)).amax(-1)
-
-
 @functools.lru_cache(maxsize=64)
 def _places(number: int, device: torch.device) -> Tensor:
     """1..number, int64. Kept: it is asked for in every layer of every token."""
     return torch.arange(1, number + 1, device=device)
+
+
+def _last_true(mask: Tensor) -> Tensor:
+    """Position, from 1, of the last True along the last axis, 0 where there is none: [..., D] -> [...]."""
+    return (mask * _places(mask.shape[-1], mask.device)).amax(-1)
 
 
 def bh_levels(alpha: float, num_experts: int) -> Tensor:
@@ -1915,37 +1925,6 @@ def _count_oracle(gates: Gates, config: Config) -> Tensor:
 # What a configuration says
 
 
-def resolve_config(name: str, config: Config, num_layers: int | None = None) -> dict[str, Any]:
-    """A routing configuration with its defaults filled in and its values checked, as plain Python.
-
-    Returns a dict with `method`, every field of its rule, and `description`. A number may be a list, one
-    value a MoE layer; with `num_layers` the lengths of lists and the numbers of layers are checked too.
-    Raises UserError naming configuration, field, value and what is allowed.
-    """
-    check_name(name)
-    about = f"configuration {name!r}"
-    given = {field: value for field, value in config.items() if value is not None}
-    description = given.pop("description", "")
-    rule = RULES[_choice(f"method in {about}", given.pop("method", None), tuple(RULES))]
-    takes = [field.name for field in rule.fields]
-    unknown = sorted(set(given) - set(takes))
-    if unknown:
-        why = f"does not apply to method {rule.name!r}, which takes {', '.join(takes)}"
-        raise UserError(f"{about}: {', '.join(unknown)} {why}")
-    resolved = {"method": rule.name}
-    for field in rule.fields:
-        resolved[field.name] = _parse_field(about, field, given.get(field.name, field.default), num_layers)
-    for layer in range(_num_layers_told_apart(about, resolved)):
-        floor, cap = count_bounds(layer_config(resolved, layer))
-        if floor > cap:
-            raise UserError(f"{about}: min_k = {floor} is above max_k = {cap}")
-    if resolved["stand_in"] != "nothing" and resolved["renormalize"] != "model":
-        raise UserError(f"{about}: stand_in goes with renormalize = 'model', not {resolved['renormalize']!r}")
-    if num_layers is not None:
-        resolved["layers"] = _chosen_layers(about, resolved["layers"], num_layers)
-    return resolved | {"description": str(description)}
-
-
 def _parse_field(about: str, field: Field, value: Any, num_layers: int | None) -> Any:
     """A field's value, one number or one a layer, checked and as plain Python."""
     if isinstance(value, tuple):
@@ -1975,22 +1954,6 @@ def _num_layers_told_apart(about: str, config: Config) -> int:
         lengths = ", ".join(f"{name} has {len(value)}" for name, value in lists.items())
         raise UserError(f"{about}: lists must have a value for each MoE layer, but {lengths}")
     return len(next(iter(lists.values()), [None]))
-
-
-def _chosen_null(config: Config) -> dict[str, Any]:
-    """The null of a configuration, which --p-values may have chosen, if it takes one."""
-    return {"p_values": config["p_values"]} if "p_values" in config else {}
-
-
-def with_own_k(name: str, config: Config, own_k: int) -> dict[str, Any]:
-    """A configuration of BUILT_IN, resolved, on a model whose own K is `own_k`: the baseline runs as many,
-    the others at most as many, so that static Top-K up to the model's own can be their measure."""
-    if name == BASELINE:
-        return {**config, "k": own_k, "description": f"Fixed Top-{own_k}, the baseline: the model's own K"}
-    if config["max_k"] <= own_k:
-        return dict(config)
-    words = f"{config['description']}; " if config["description"] else ""
-    return {**config, "max_k": own_k, "description": f"{words}at most {own_k}, the model's own K"}
 
 
 def layer_config(config: Config, layer_index: int) -> dict[str, Any]:
@@ -2024,6 +1987,53 @@ def _chosen_layers(about: str, chosen: str | list[int], num_layers: int) -> str 
             f"{about}: layers = {chosen!r}, but the model has {num_layers} MoE layers, 0 to {num_layers - 1}"
         )
     return "all" if len(numbered) == num_layers else sorted(numbered)
+
+
+def resolve_config(name: str, config: Config, num_layers: int | None = None) -> dict[str, Any]:
+    """A routing configuration with its defaults filled in and its values checked, as plain Python.
+
+    Returns a dict with `method`, every field of its rule, and `description`. A number may be a list, one
+    value a MoE layer; with `num_layers` the lengths of lists and the numbers of layers are checked too.
+    Raises UserError naming configuration, field, value and what is allowed.
+    """
+    check_name(name)
+    about = f"configuration {name!r}"
+    given = {field: value for field, value in config.items() if value is not None}
+    description = given.pop("description", "")
+    rule = RULES[_choice(f"method in {about}", given.pop("method", None), tuple(RULES))]
+    takes = [field.name for field in rule.fields]
+    unknown = sorted(set(given) - set(takes))
+    if unknown:
+        why = f"does not apply to method {rule.name!r}, which takes {', '.join(takes)}"
+        raise UserError(f"{about}: {', '.join(unknown)} {why}")
+    resolved = {"method": rule.name}
+    for field in rule.fields:
+        resolved[field.name] = _parse_field(about, field, given.get(field.name, field.default), num_layers)
+    for layer in range(_num_layers_told_apart(about, resolved)):
+        floor, cap = count_bounds(layer_config(resolved, layer))
+        if floor > cap:
+            raise UserError(f"{about}: min_k = {floor} is above max_k = {cap}")
+    if resolved["stand_in"] != "nothing" and resolved["renormalize"] != "model":
+        raise UserError(f"{about}: stand_in goes with renormalize = 'model', not {resolved['renormalize']!r}")
+    if num_layers is not None:
+        resolved["layers"] = _chosen_layers(about, resolved["layers"], num_layers)
+    return resolved | {"description": str(description)}
+
+
+def _chosen_null(config: Config) -> dict[str, Any]:
+    """The null of a configuration, which --p-values may have chosen, if it takes one."""
+    return {"p_values": config["p_values"]} if "p_values" in config else {}
+
+
+def with_own_k(name: str, config: Config, own_k: int) -> dict[str, Any]:
+    """A configuration of BUILT_IN, resolved, on a model whose own K is `own_k`: the baseline runs as many,
+    the others at most as many, so that static Top-K up to the model's own can be their measure."""
+    if name == BASELINE:
+        return {**config, "k": own_k, "description": f"Fixed Top-{own_k}, the baseline: the model's own K"}
+    if config["max_k"] <= own_k:
+        return dict(config)
+    words = f"{config['description']}; " if config["description"] else ""
+    return {**config, "max_k": own_k, "description": f"{words}at most {own_k}, the model's own K"}
 
 
 def is_routed(config: Config, layer_index: int) -> bool:
@@ -2076,6 +2086,25 @@ def needs_calibration(config: Config) -> bool:
 def configuration_cell(config: Config) -> str:
     """A resolved configuration as a table holds it: JSON, without the description."""
     return json.dumps({name: value for name, value in config.items() if name != "description"})
+
+
+def _best_experts(gates: Gates, number: int) -> Tensor:
+    """The experts with the `number` highest scores, best first, ties to the lower index: [..., number]."""
+    best = gates.scores.topk(number).indices
+    # Which of equal scores comes first, topk leaves open: tokens that have such are sorted.
+    is_tied = (gates.ranked[..., : number + 1].diff(dim=-1) == 0).any(-1)
+    if is_tied.any():
+        best[is_tied] = gates.scores[is_tied].argsort(dim=-1, descending=True, stable=True)[..., :number]
+    return best
+
+
+def _explain_nan_scores(router_logits: Tensor, temperature: float) -> None:
+    """UserError: which of the reasons there are makes scores NaN."""
+    if torch.isnan(router_logits).any() or torch.isposinf(router_logits).any():
+        raise UserError("router_logits must not contain NaN or +inf")
+    if torch.isneginf(router_logits).all(dim=-1).any():
+        raise UserError("router_logits has a token whose experts are all -inf; at least one must be allowed")
+    raise UserError(f"router_logits / temperature passes float32: temperature = {temperature} is too low")
 
 
 def benjamini_hochberg_routing(
@@ -2147,25 +2176,6 @@ def benjamini_hochberg_routing(
         "rejections": rejections,
     }
     return weights, experts, num_selected, statistics
-
-
-def _best_experts(gates: Gates, number: int) -> Tensor:
-    """The experts with the `number` highest scores, best first, ties to the lower index: [..., number]."""
-    best = gates.scores.topk(number).indices
-    # Which of equal scores comes first, topk leaves open: tokens that have such are sorted.
-    is_tied = (gates.ranked[..., : number + 1].diff(dim=-1) == 0).any(-1)
-    if is_tied.any():
-        best[is_tied] = gates.scores[is_tied].argsort(dim=-1, descending=True, stable=True)[..., :number]
-    return best
-
-
-def _explain_nan_scores(router_logits: Tensor, temperature: float) -> None:
-    """UserError: which of the reasons there are makes scores NaN."""
-    if torch.isnan(router_logits).any() or torch.isposinf(router_logits).any():
-        raise UserError("router_logits must not contain NaN or +inf")
-    if torch.isneginf(router_logits).all(dim=-1).any():
-        raise UserError("router_logits has a token whose experts are all -inf; at least one must be allowed")
-    raise UserError(f"router_logits / temperature passes float32: temperature = {temperature} is too low")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -3924,6 +3934,15 @@ def fit_linear_maps(
     return maps
 
 
+def calibration_tokens(
+    model: nn.Module, tokenizer: Any, seed: int, text: CalibrationText, sequences: int
+) -> Tensor:
+    """Token ids of calibration text, at most `sequences` of them: int64 [S, CALIBRATION_LENGTH]."""
+    if text.windows is None:
+        return sample_calibration_text(model, tokenizer, seed, sequences)
+    return text.take(sequences)
+
+
 def calibrate(
     model: nn.Module,
     tokenizer: Any,
@@ -3946,15 +3965,6 @@ def calibrate(
         tokens = calibration_tokens(model, tokenizer, seed, text, LINEAR_SEQUENCES)
         calibration.linear_maps = fit_linear_maps(model, tokens.split(4), linear_ranks)
     return calibration
-
-
-def calibration_tokens(
-    model: nn.Module, tokenizer: Any, seed: int, text: CalibrationText, sequences: int
-) -> Tensor:
-    """Token ids of calibration text, at most `sequences` of them: int64 [S, CALIBRATION_LENGTH]."""
-    if text.windows is None:
-        return sample_calibration_text(model, tokenizer, seed, sequences)
-    return text.take(sequences)
 
 
 MATCHING_ERROR = 0.05  # experts: a rule that misses its target by more jumps over it
@@ -4939,6 +4949,48 @@ class Frequencies:
         return cls(ids[number == 1], ids[before < number.sum() / 2])
 
 
+def _write_parquet(frames: Iterable[pd.DataFrame], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {str: pa.string(), int: pa.int32(), float: pa.float32()}
+    schema = pa.schema([(column.name, types[column.kind]) for column in TOKEN_LOG.columns])
+    with pq.ParquetWriter(path, schema) as writer:
+        for frame in frames:
+            writer.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
+
+
+def _write_csv_gz(frames: Iterable[pd.DataFrame], path: Path) -> None:
+    texts = [column.name for column in TOKEN_LOG.columns if column.kind is str]
+    # Without a name and a time in it the file is the same whenever the same is written.
+    with open(path, "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+        packed.write((",".join(f'"{name}"' for name in TOKEN_LOG.names) + "\n").encode())
+        for frame in frames:
+            safe = frame.assign(**{name: frame[name].map(_csv_cell) for name in texts})
+            lines = safe.to_csv(
+                index=False,
+                header=False,
+                quoting=csv.QUOTE_NONNUMERIC,
+                lineterminator="\n",
+                float_format="%.6f",
+            )
+            packed.write(lines.encode())
+
+
+def write_token_log(frames: Iterable[pd.DataFrame], folder: Path) -> Path:
+    """Write TOKEN_LOG, whole or not at all: as parquet where pyarrow is installed, else as csv.gz."""
+    parquet, csv_gz = TOKEN_LOG_FILES
+    has_pyarrow = importlib.util.find_spec("pyarrow") is not None
+    path = folder / (parquet if has_pyarrow else csv_gz)
+    with replacing(path) as part:
+        if has_pyarrow:
+            _write_parquet(frames, part)
+        else:
+            _write_csv_gz(frames, part)
+    logger.info(f"token log: {path}" + ("" if has_pyarrow else "; with pyarrow installed it is parquet"))
+    return path
+
+
 class TokenTables:
     """What each token of a run got: two tables and, on demand, a log with a row a token and layer.
 
@@ -5076,48 +5128,6 @@ class TokenTables:
         for name in (TOKEN_COUNTS.file, TOKEN_KINDS.file, *TOKEN_LOG_FILES):
             if folder / name not in written:
                 (folder / name).unlink(missing_ok=True)
-
-
-def _write_parquet(frames: Iterable[pd.DataFrame], path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    types = {str: pa.string(), int: pa.int32(), float: pa.float32()}
-    schema = pa.schema([(column.name, types[column.kind]) for column in TOKEN_LOG.columns])
-    with pq.ParquetWriter(path, schema) as writer:
-        for frame in frames:
-            writer.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
-
-
-def _write_csv_gz(frames: Iterable[pd.DataFrame], path: Path) -> None:
-    texts = [column.name for column in TOKEN_LOG.columns if column.kind is str]
-    # Without a name and a time in it the file is the same whenever the same is written.
-    with open(path, "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
-        packed.write((",".join(f'"{name}"' for name in TOKEN_LOG.names) + "\n").encode())
-        for frame in frames:
-            safe = frame.assign(**{name: frame[name].map(_csv_cell) for name in texts})
-            lines = safe.to_csv(
-                index=False,
-                header=False,
-                quoting=csv.QUOTE_NONNUMERIC,
-                lineterminator="\n",
-                float_format="%.6f",
-            )
-            packed.write(lines.encode())
-
-
-def write_token_log(frames: Iterable[pd.DataFrame], folder: Path) -> Path:
-    """Write TOKEN_LOG, whole or not at all: as parquet where pyarrow is installed, else as csv.gz."""
-    parquet, csv_gz = TOKEN_LOG_FILES
-    has_pyarrow = importlib.util.find_spec("pyarrow") is not None
-    path = folder / (parquet if has_pyarrow else csv_gz)
-    with replacing(path) as part:
-        if has_pyarrow:
-            _write_parquet(frames, part)
-        else:
-            _write_csv_gz(frames, part)
-    logger.info(f"token log: {path}" + ("" if has_pyarrow else "; with pyarrow installed it is parquet"))
-    return path
 
 
 def read_token_log(folder: str | Path) -> pd.DataFrame:
@@ -5765,25 +5775,15 @@ class Precision:
 PEAK = 1.25  # times its weights: the memory that a run of a model needs
 
 
-def choose_cpu_precision(outline: nn.Module) -> Precision:
-    """On a CPU: of float32 and bfloat16 what is faster at the width of the model's experts, if float32 fits
-    into memory. outline: the model without its weights, see `model_outline`.
-
-    That a CPU computes in bfloat16 says little: narrow experts are several times faster in float32, wide ones
-    in bfloat16.
-    """
-    needed = PEAK * 4 * sum(parameter.numel() for parameter in outline.parameters())
-    available = psutil.virtual_memory().available
-    if needed > available:
-        sizes = f"float32 needs {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are available"
-        return Precision(torch.bfloat16, sizes)
-    shapes = expert_shapes(outline)
-    if not shapes:
-        return Precision(choose_dtype(torch.device("cpu")), "the model has no stack of experts to time")
-    seconds = projection_seconds(shapes)
-    fastest = min(seconds, key=seconds.__getitem__)
-    times = " and ".join(f"{1e6 * spent:.0f} us in {name}" for name, spent in seconds.items())
-    return Precision(getattr(torch, fastest), f"one expert's projections of one token take {times}")
+@contextlib.contextmanager
+def computing_with(threads: int) -> Iterator[None]:
+    """PyTorch computes with so many threads inside the block; it is a setting of the whole process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def expert_shapes(model: nn.Module) -> list[torch.Size]:
@@ -5824,15 +5824,25 @@ def projection_seconds(shapes: Sequence[torch.Size], turns: int = 5) -> dict[str
     return seconds
 
 
-@contextlib.contextmanager
-def computing_with(threads: int) -> Iterator[None]:
-    """PyTorch computes with so many threads inside the block; it is a setting of the whole process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def choose_cpu_precision(outline: nn.Module) -> Precision:
+    """On a CPU: of float32 and bfloat16 what is faster at the width of the model's experts, if float32 fits
+    into memory. outline: the model without its weights, see `model_outline`.
+
+    That a CPU computes in bfloat16 says little: narrow experts are several times faster in float32, wide ones
+    in bfloat16.
+    """
+    needed = PEAK * 4 * sum(parameter.numel() for parameter in outline.parameters())
+    available = psutil.virtual_memory().available
+    if needed > available:
+        sizes = f"float32 needs {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are available"
+        return Precision(torch.bfloat16, sizes)
+    shapes = expert_shapes(outline)
+    if not shapes:
+        return Precision(choose_dtype(torch.device("cpu")), "the model has no stack of experts to time")
+    seconds = projection_seconds(shapes)
+    fastest = min(seconds, key=seconds.__getitem__)
+    times = " and ".join(f"{1e6 * spent:.0f} us in {name}" for name, spent in seconds.items())
+    return Precision(getattr(torch, fastest), f"one expert's projections of one token take {times}")
 
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # with one of them the user has chosen
@@ -5867,6 +5877,17 @@ def choose_threads(work: Callable[[], Any], turns: int = 5, seconds: float = 2.0
     times = f"{1000 * one:.1f} ms with one thread, {1000 * many:.1f} ms with {most}"
     logger.info(f"this machine is busy: a token takes {times}; computing with one")
     return 1
+
+
+@contextlib.contextmanager
+def _loading(model_name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever a damaged folder can raise
+        raise UserError(
+            f"--model {model_name} cannot be loaded: {_first_line(error)} (give a folder with config.json, "
+            "tokenizer and safetensors, or the name of a hub model; offline, use models/olmoe-mini)"
+        ) from error
 
 
 def load_model(
@@ -5905,17 +5926,6 @@ def model_outline(model_name: str, revision: str | None = None, trust_remote_cod
         config = transformers.AutoConfig.from_pretrained(model_name, **source)
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-
-
-@contextlib.contextmanager
-def _loading(model_name: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # whatever a damaged folder can raise
-        raise UserError(
-            f"--model {model_name} cannot be loaded: {_first_line(error)} (give a folder with config.json, "
-            "tokenizer and safetensors, or the name of a hub model; offline, use models/olmoe-mini)"
-        ) from error
 
 
 _ADAPTER_FIELDS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")  # of a layer of PEFT
@@ -6407,43 +6417,6 @@ def _only_harness_code() -> Iterator[None]:
         yield
 
 
-def load_tasks(
-    names: Sequence[str],
-    include_path: str | Path | None = None,
-    num_fewshot: int | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, Mapping[str, Any]]:
-    """Name -> tasks and groups of lm-evaluation-harness that it stands for. Raises UserError.
-
-    include_path: a folder with task files of your own, beside the harness's tasks; Python functions that they
-    name are refused without `trust_remote_code`. num_fewshot: examples in the context, instead of a task's
-    own number; one that says 0 keeps it.
-    """
-    with contextlib.ExitStack() as stack:
-        if trust_remote_code:
-            logger.warning("--trust-remote-code: Python code that task files name will be executed")
-        else:
-            stack.enter_context(_only_harness_code())
-        stack.enter_context(_sandboxed_templates())
-        return _find_tasks(names, include_path, num_fewshot)
-
-
-def _find_tasks(
-    names: Sequence[str], include_path: str | Path | None, num_fewshot: int | None
-) -> dict[str, Mapping[str, Any]]:
-    from lm_eval.tasks import TaskManager
-
-    if include_path is None:
-        return _load_tasks(TaskManager(), names, num_fewshot)
-    if not Path(include_path).is_dir():
-        raise UserError(f"--include-path {include_path}: there is no such folder")
-    # The index of the harness's own 14,000 tasks takes a while: it is read only where it is needed.
-    with contextlib.suppress(UserError):
-        own_tasks = TaskManager(include_path=str(include_path), include_defaults=False)
-        return _load_tasks(own_tasks, names, num_fewshot)
-    return _load_tasks(TaskManager(include_path=str(include_path)), names, num_fewshot)
-
-
 def _load_tasks(manager: Any, names: Sequence[str], num_fewshot: int | None) -> dict[str, Mapping[str, Any]]:
     loaded: dict[str, Mapping[str, Any]] = {}
     asked_by: dict[str, str] = {}  # task -> the name it was asked for by
@@ -6466,6 +6439,43 @@ def _load_tasks(manager: Any, names: Sequence[str], num_fewshot: int | None) -> 
             if fewshot is None or (num_fewshot is not None and fewshot != 0):
                 task.set_config("num_fewshot", num_fewshot or 0)
     return loaded
+
+
+def _find_tasks(
+    names: Sequence[str], include_path: str | Path | None, num_fewshot: int | None
+) -> dict[str, Mapping[str, Any]]:
+    from lm_eval.tasks import TaskManager
+
+    if include_path is None:
+        return _load_tasks(TaskManager(), names, num_fewshot)
+    if not Path(include_path).is_dir():
+        raise UserError(f"--include-path {include_path}: there is no such folder")
+    # The index of the harness's own 14,000 tasks takes a while: it is read only where it is needed.
+    with contextlib.suppress(UserError):
+        own_tasks = TaskManager(include_path=str(include_path), include_defaults=False)
+        return _load_tasks(own_tasks, names, num_fewshot)
+    return _load_tasks(TaskManager(include_path=str(include_path)), names, num_fewshot)
+
+
+def load_tasks(
+    names: Sequence[str],
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Mapping[str, Any]]:
+    """Name -> tasks and groups of lm-evaluation-harness that it stands for. Raises UserError.
+
+    include_path: a folder with task files of your own, beside the harness's tasks; Python functions that they
+    name are refused without `trust_remote_code`. num_fewshot: examples in the context, instead of a task's
+    own number; one that says 0 keeps it.
+    """
+    with contextlib.ExitStack() as stack:
+        if trust_remote_code:
+            logger.warning("--trust-remote-code: Python code that task files name will be executed")
+        else:
+            stack.enter_context(_only_harness_code())
+        stack.enter_context(_sandboxed_templates())
+        return _find_tasks(names, include_path, num_fewshot)
 
 
 @contextlib.contextmanager
@@ -6742,6 +6752,10 @@ class SuitePlan:
         return prompts | {f"score {text.id}": text.inputs for text in self.texts}
 
 
+class _Stopped(Exception):
+    """A row failed, and --fail-fast asks to stop there."""
+
+
 class _Saver:
     """Takes finished rows into the checkpoint, unless they are there; counts them, and says when to stop."""
 
@@ -6783,10 +6797,6 @@ class _Unit:
     name: str
     keys: list[Key]
     work: Callable[[], None]
-
-
-class _Stopped(Exception):
-    """A row failed, and --fail-fast asks to stop there."""
 
 
 def _millions(number: int) -> str:
@@ -7971,12 +7981,6 @@ class BHExperimentRunner:
             self.checkpoint.sync()
 
 
-def _unused_name(name: str, taken: Collection[str]) -> str:
-    """`name`, or one like it that no configuration has."""
-    candidates = itertools.chain([name, f"static_{name}"], (f"static_{name}_{n}" for n in itertools.count(2)))
-    return next(candidate for candidate in candidates if candidate not in taken)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # 13. Analysis
 # ---------------------------------------------------------------------------------------------------------
@@ -8785,6 +8789,15 @@ def unbeaten_rules(field: Mapping[str, Any]) -> dict[str, Unbeaten]:
 # Tasks, layers, hypotheses
 
 
+def _harness_numbers(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Metric -> value and standard error, from what the harness reports of one task."""
+    return {
+        key: {"value": value, "stderr": values.get(key.replace(",", "_stderr,", 1))}
+        for key, value in values.items()
+        if "," in key and "_stderr," not in key and isinstance(value, (int, float))
+    }
+
+
 def compare_tasks(tasks: pd.DataFrame, baseline: str, report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Tasks x configurations: what lm-evaluation-harness reports, and paired tests over the documents.
 
@@ -8818,15 +8831,6 @@ def compare_tasks(tasks: pd.DataFrame, baseline: str, report: Mapping[str, Any])
     tasks_in_order = distinct(task for task, _ in entries)
     keys = sorted(entries, key=lambda key: tasks_in_order.index(key[0]))
     return [{"task": task, "configuration": name, **entries[task, name]} for task, name in keys]
-
-
-def _harness_numbers(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Metric -> value and standard error, from what the harness reports of one task."""
-    return {
-        key: {"value": value, "stderr": values.get(key.replace(",", "_stderr,", 1))}
-        for key, value in values.items()
-        if "," in key and "_stderr," not in key and isinstance(value, (int, float))
-    }
 
 
 def first_kind(table: pd.DataFrame) -> pd.DataFrame:
@@ -9099,10 +9103,6 @@ def _two_axes(axes: Any, height: float = 4.2) -> Any:
     if axes is not None:
         return axes
     return plt.subplots(1, 2, figsize=(10, height), layout="constrained")[1]
-
-
-def amount(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def _owns_figure(ax: Any) -> bool:
@@ -12367,26 +12367,6 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """UserError for options that are out of range, mean nothing or contradict each other."""
-    if args.folders is not None:
-        return
-    given = {option.key: getattr(args, option.key) for option in OPTIONS if option.key in args.given}
-    for owner, allowed in ALONE.items():
-        others = [name for name in given if name not in (owner, *allowed)]
-        if owner in given and others:
-            other = others[0].replace("_", "-")
-            alone = owner.replace("_", "-")
-            raise UserError(f"--{other} means nothing beside --{alone}: leave one of them out")
-    for option in OPTIONS:
-        if option.key in given:
-            _check_option(option, given)
-    check_seed("--seed", args.seed)
-    _check_text(given)
-    _check_exclusions(args, given)
-    _check_ranges(given)
-
-
 def _check_option(option: Option, given: Mapping[str, Any]) -> None:
     """UserError where an option that was given is empty, too small, or lacks the one it needs."""
     if given[option.key] in ("", [""]):
@@ -12395,6 +12375,26 @@ def _check_option(option: Option, given: Mapping[str, Any]) -> None:
         check_least(f"--{option.name}", given[option.key], option.least)
     if option.needed and not any(name.replace("-", "_") in given for name in option.needed):
         raise UserError(f"--{option.name} needs --{' or --'.join(option.needed)}")
+
+
+def _check_text(given: Mapping[str, Any]) -> None:
+    """UserError where --text has an empty name, or no text and more, or options that need some text."""
+    text = given.get("text", ())
+    if "" in text:
+        raise UserError("--text is empty")
+    if NO_TEXT not in text:
+        return
+    if len(text) > 1:
+        others = " ".join(source for source in text if source != NO_TEXT)
+        raise UserError(f"--text {NO_TEXT} goes alone, without {others}; a file of this name is ./{NO_TEXT}")
+    about_text = ["window", "max_windows"]
+    if "dataset" not in given:
+        about_text += ["split", "text_column", "limit"]
+    for name in about_text:
+        if name in given:
+            raise UserError(
+                f"--{name.replace('_', '-')} means nothing beside --text {NO_TEXT}: no text is read"
+            )
 
 
 def only_scores(args: argparse.Namespace) -> bool:
@@ -12438,6 +12438,26 @@ def _check_ranges(given: Mapping[str, Any]) -> None:
     limit = given.get("task_limit", 1)
     if not (0 < limit < 1 or limit % 1 == 0 < limit):
         raise UserError(f"--task-limit {limit:g}: it must be a whole number, or a share below 1")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """UserError for options that are out of range, mean nothing or contradict each other."""
+    if args.folders is not None:
+        return
+    given = {option.key: getattr(args, option.key) for option in OPTIONS if option.key in args.given}
+    for owner, allowed in ALONE.items():
+        others = [name for name in given if name not in (owner, *allowed)]
+        if owner in given and others:
+            other = others[0].replace("_", "-")
+            alone = owner.replace("_", "-")
+            raise UserError(f"--{other} means nothing beside --{alone}: leave one of them out")
+    for option in OPTIONS:
+        if option.key in given:
+            _check_option(option, given)
+    check_seed("--seed", args.seed)
+    _check_text(given)
+    _check_exclusions(args, given)
+    _check_ranges(given)
 
 
 def read_routing_configs(path: Path) -> dict[str, dict[str, Any]]:
@@ -12510,26 +12530,6 @@ def choose_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if args.baseline is not None and keeps_names and not may_be_own:
         _choice("--baseline", args.baseline, tuple(configs))
     return configs
-
-
-def _check_text(given: Mapping[str, Any]) -> None:
-    """UserError where --text has an empty name, or no text and more, or options that need some text."""
-    text = given.get("text", ())
-    if "" in text:
-        raise UserError("--text is empty")
-    if NO_TEXT not in text:
-        return
-    if len(text) > 1:
-        others = " ".join(source for source in text if source != NO_TEXT)
-        raise UserError(f"--text {NO_TEXT} goes alone, without {others}; a file of this name is ./{NO_TEXT}")
-    about_text = ["window", "max_windows"]
-    if "dataset" not in given:
-        about_text += ["split", "text_column", "limit"]
-    for name in about_text:
-        if name in given:
-            raise UserError(
-                f"--{name.replace('_', '-')} means nothing beside --text {NO_TEXT}: no text is read"
-            )
 
 
 def choose_prompts(args: argparse.Namespace) -> Sequence[Prompt]:
