@@ -40,7 +40,7 @@ with static Top-K at the same compute, and reported.
     frame = runner.run_full_experiment_suite(max_new_tokens=50)
 
 Contents, in reading order
-    1   Settings                   what can be varied: suites of configurations
+    1   Settings                   what can be varied
     2   Prompts and texts          what is fed in
     3   Nulls                      score -> p-value -> critical scores
     4   Rules                      how many of a token's ranked experts run
@@ -3571,6 +3571,9 @@ def patched_routing(
 # ---------------------------------------------------------------------------------------------------------
 
 
+# How a model is made to write: here, and wherever it is measured
+
+
 def generation_settings(tokenizer: Any, new_tokens: int, **options: Any) -> Any:
     """Exactly `new_tokens` tokens: no early end of text, so that clocks compare equal work."""
     eos = tokenizer.eos_token_id
@@ -3610,6 +3613,9 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with _SEEDING, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+# What is calibrated on
 
 
 def sample_calibration_text(
@@ -6113,7 +6119,7 @@ class Processes:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 11. Measuring: generation, scores, tasks
+# 11. Measuring: generation, scores of text, scores of tasks
 # ---------------------------------------------------------------------------------------------------------
 #
 # Each of these measures a model as it is routed now, and knows nothing of configurations.
@@ -6634,7 +6640,7 @@ def run_task(
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 12. BHExperimentRunner
+# 12. BHExperimentRunner: configurations x prompts and texts -> rows
 # ---------------------------------------------------------------------------------------------------------
 
 THROUGHPUT_REPEATS = 3  # how often a batch is timed under each configuration, after one run that is not
@@ -7982,7 +7988,7 @@ class BHExperimentRunner:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 13. Analysis
+# 13. Analysis: rows -> paired tests, verdicts at equal compute
 # ---------------------------------------------------------------------------------------------------------
 
 # What an earlier attempt expected of OLMoE-1B-7B and never measured: configurations, quantity, low, high.
@@ -11512,7 +11518,7 @@ def terminal_paths(folder: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 16. Folders side by side
+# 16. Folders side by side: runs of several models, seeds or machines
 # ---------------------------------------------------------------------------------------------------------
 #
 # `compare`: what several runs measured, of several models, seeds or machines, in one table and one plot.

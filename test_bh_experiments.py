@@ -9006,11 +9006,11 @@ def test_oldest_versions_are_pinned_in_ci():
 
 
 def test_contents_match_rulers():
-    """Contents and rulers of the script agree in numbers, titles and order."""
-    contents = re.findall(r"^    (\d+) +(.+?)(?:  +.*)?$", bh.__doc__, re.M)
-    rulers = re.findall(r"^# -{90,}\n# (\d+)\. (.+?)(?:: .+)?\n# -{90,}$", SOURCE, re.M)
+    """Contents and rulers of the script agree in numbers, titles, subtitles and order."""
+    contents = re.findall(r"^    (\d+) +(.+?)(?:  +(.*))?$", bh.__doc__, re.M)
+    rulers = re.findall(r"^# -{90,}\n# (\d+)\. (.+?)(?:: (.+))?\n# -{90,}$", SOURCE, re.M)
     assert contents == rulers
-    assert [int(number) for number, _ in rulers] == list(range(1, len(rulers) + 1))
+    assert [int(number) for number, _, _ in rulers] == list(range(1, len(rulers) + 1))
 
 
 def test_one_idea_a_statement():
