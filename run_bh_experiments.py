@@ -5183,6 +5183,22 @@ def _shown_token(text: str) -> str:
     return "↵".join(html.escape(_visible(line)) for line in text.replace("\r\n", "\n").split("\n"))
 
 
+_VIEW_STYLE = (
+    ".bh-tokens{overflow-wrap:anywhere}"
+    ".bh-tokens p{margin:.2em 0 .8em}"
+    ".bh-tokens details{border-top:1px solid rgba(128,128,128,.4);padding:.4em 0}"
+    ".bh-tokens summary{cursor:pointer;font-weight:600}"
+    ".bh-tokens details p{white-space:pre-wrap;line-height:1.7;overflow:hidden}"
+    ".bh-tokens div,.bh-tokens .legend,.bh-tokens .choice{font-size:.9em}"
+    ".bh-tokens details div{margin:.5em 0 0}"
+    ".bh-tokens label{display:inline-block;margin-right:.8em}"
+    ".bh-tokens u{text-decoration:none;border-radius:2px}"
+    ".bh-tokens .legend span{white-space:nowrap}"
+    ".bh-tokens .legend u{border:solid rgba(128,128,128,.5);border-width:1px 0;border-radius:0}"
+    ".bh-tokens u[title]:hover{outline:1px solid}"
+)
+
+
 class _TokenView:
     """The HTML of `token_view_html`; all texts in it have the same scale of shades."""
 
@@ -5282,22 +5298,6 @@ class _TokenView:
         body = "".join(parts[name] for name in self.by_prompt if name in parts)
         head = self.style() + self.legend() + self.choice()
         return f'<div class="bh-tokens">\n{head}{body}{more}</div>\n'
-
-
-_VIEW_STYLE = (
-    ".bh-tokens{overflow-wrap:anywhere}"
-    ".bh-tokens p{margin:.2em 0 .8em}"
-    ".bh-tokens details{border-top:1px solid rgba(128,128,128,.4);padding:.4em 0}"
-    ".bh-tokens summary{cursor:pointer;font-weight:600}"
-    ".bh-tokens details p{white-space:pre-wrap;line-height:1.7;overflow:hidden}"
-    ".bh-tokens div,.bh-tokens .legend,.bh-tokens .choice{font-size:.9em}"
-    ".bh-tokens details div{margin:.5em 0 0}"
-    ".bh-tokens label{display:inline-block;margin-right:.8em}"
-    ".bh-tokens u{text-decoration:none;border-radius:2px}"
-    ".bh-tokens .legend span{white-space:nowrap}"
-    ".bh-tokens .legend u{border:solid rgba(128,128,128,.5);border-width:1px 0;border-radius:0}"
-    ".bh-tokens u[title]:hover{outline:1px solid}"
-)
 
 
 def token_view_html(texts: Sequence[ViewedText]) -> str:
