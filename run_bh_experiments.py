@@ -5371,12 +5371,10 @@ def row_key(row: Row) -> Key:
     return (row["kind"], *(row[column] for column in KEY_COLUMNS[row["kind"]]))
 
 
-def row_words(row: Row) -> str:
-    """What a row is about: configuration x item."""
+def item_words(row: Row) -> str:
+    """What a row measured its configuration on."""
     item = row_key(row)[2]
-    if row["kind"] == "throughput":
-        item = f"batch of {item}"
-    return f"{row['config_name']} x {item}"
+    return f"batch of {item}" if row["kind"] == "throughput" else item
 
 
 def _checked_row(line: bytes) -> dict[str, Any] | None:
@@ -7308,7 +7306,7 @@ class BHExperimentRunner:
     def _failed(self, row: dict[str, Any], error: Exception) -> dict[str, Any]:
         """The row of a failure, which the log says as well."""
         message = f"{type(error).__name__}: {error}"
-        logger.error(f"{row_words(row)} failed: {message}")
+        logger.error(f"{row['config_name']} x {item_words(row)} failed: {message}")
         logger.debug("where it failed", exc_info=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # after an out-of-memory error, start clean
@@ -7891,7 +7889,7 @@ class BHExperimentRunner:
             is_batch = kind == "throughput"  # its texts are in its key
             if name not in configs or not (is_batch or f"{kind} {item}" in inputs):
                 continue
-            where = f"{self.output_dir} holds {row_words(row)}"
+            where = f"{self.output_dir} holds {name} x {item_words(row)}"
             before = json.loads(row["configuration"])
             now = json.loads(configuration_cell(configs[name]))
             for field in {**before, **now}:
