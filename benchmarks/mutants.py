@@ -117,13 +117,13 @@ def mutate(source: str, mutant: dict) -> str:
 
 
 def make_copy(folder: Path) -> None:
-    """The project in a folder of its own: the two programs copied, all else linked."""
+    """The project in a folder of its own: its files copied, its folders linked."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     for path in HERE.iterdir():
-        if path.name in (SCRIPT, TESTS):
-            shutil.copy(path, folder)
+        if path.is_file():
+            shutil.copy(path, folder, follow_symlinks=False)
         elif path.name != ".git":
             (folder / path.name).symlink_to(path)
 
