@@ -636,23 +636,138 @@ def _dataset_source(option: str, dataset: str) -> tuple[str, tuple[str, ...], di
 
 
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+# What is held of a data set that is read: texts may be long, and a compressed file can unfold to anything.
+MAX_ROWS_CHARACTERS = 200_000_000
+MAX_PAGE_BYTES = 500_000_000
+PAGE_ROWS = 1024
+PARQUET_ROWS = 32  # read at a time
 
 
-def _refuse_endless_lines(option: str, dataset: str, rows: int) -> None:
-    """UserError where one of the first lines of a local compressed file unfolds to more than any prompt may
-    hold: the datasets library holds a line several times over."""
+@contextlib.contextmanager
+def _cells_up_to(characters: int) -> Iterator[None]:
+    """Python's csv module reads cells of that length inside the block; by itself it stops at 131,072."""
+    before = csv.field_size_limit(characters)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+class _UnfoldedLines:
+    """The lines of a compressed file. UserError where those of one row, which ends where `end_row` is called,
+    are more than any prompt may hold."""
+
+    def __init__(self, option: str, path: Path):
+        self.option = option
+        self.path = path
+        self.length = 0  # of the row so far
+
+    def end_row(self) -> None:
+        self.length = 0
+
+    def __iter__(self) -> Iterator[str]:
+        with COMPRESSED[self.path.suffix.lower()](self.path, "rb") as file:
+            while line := file.readline(MAX_CHARACTERS + 1):
+                self.length += len(line)
+                if self.length > MAX_CHARACTERS:
+                    why = f"a row has more than {MAX_CHARACTERS:,} characters"
+                    raise UserError(f"{self.option} {self.path}: {why}")
+                # Its lengths and quotes are looked at only; the csv module refuses the two others.
+                yield line.replace(b"\r", b" ").replace(b"\0", b" ").decode("latin-1")
+
+
+def _refuse_endless_rows(option: str, path: Path, rows: int) -> None:
+    """UserError where one of the first rows of a compressed file unfolds to more than any prompt may hold. A
+    row is a line, but for a quoted cell of CSV, which may span many."""
+    lines = _UnfoldedLines(option, path)
+    is_csv = Path(path.stem).suffix.lower() == ".csv"
+    with _cells_up_to(MAX_CHARACTERS):
+        for _ in itertools.islice(csv.reader(lines) if is_csv else lines, rows + 1):  # one may be names
+            lines.end_row()
+
+
+def _refuse_endless_files(option: str, dataset: str, rows: int) -> None:
+    """`_refuse_endless_rows` for the compressed files of a local folder: the datasets library holds a row
+    several times over."""
     path = Path(dataset)
     for file in sorted(path.rglob("*")) if path.is_dir() else []:
         if file.suffix.lower() in COMPRESSED and file.is_file():
-            with COMPRESSED[file.suffix.lower()](file, "rb") as lines:
-                for _ in range(rows + 1):  # one may name the columns
-                    line = lines.readline(MAX_CHARACTERS + 1)
-                    if len(line) > MAX_CHARACTERS:
-                        raise UserError(
-                            f"{option} {file}: a line has more than {MAX_CHARACTERS:,} characters"
-                        )
-                    if not line:
-                        break
+            _refuse_endless_rows(option, file, rows)
+
+
+def _num_characters(value: Any) -> int:
+    """How long the texts in a row are together."""
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_num_characters, value.values()))
+    return sum(map(_num_characters, value)) if isinstance(value, (list, tuple)) else 0
+
+
+class _NumberedRows:
+    """Numbers the rows of a data set as they are read. UserError before they fill the memory."""
+
+    def __init__(self, where: str, is_random: bool):
+        self.where = where
+        self.is_random = is_random
+        self.characters = 0
+
+    def __call__(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
+        self.characters += _num_characters(row)
+        if self.characters > MAX_ROWS_CHARACTERS:
+            way_out = f"--limit {number} takes fewer" if number else "shorten it"
+            if self.is_random:
+                way_out = f"--random-rows holds {SHUFFLE_BUFFER:,} rows at a time: leave it out"
+            why = f"its texts up to row {number} hold more than {MAX_ROWS_CHARACTERS:,} characters"
+            raise UserError(f"{self.where}: {why}; {way_out}")
+        return {"row": row, "number": number}
+
+
+def _refuse_endless_pages(option: str, path: str, group: Any) -> None:
+    """UserError where what is read at once of a row group of parquet unfolds to more than may be held.
+
+    That is a page of each column: as long as the writer liked, and with pyarrow, which looks at the length
+    every PAGE_ROWS rows only, the longer the longer the texts are. group: what pyarrow knows of it.
+    """
+    rows = min(group.num_rows, PAGE_ROWS)
+    unfolded = group.total_byte_size * rows // max(group.num_rows, 1)
+    if unfolded > MAX_PAGE_BYTES:
+        why = f"{rows:,} of its rows can only be read together, and unfold to {unfolded:,} bytes"
+        way_out = "write it with fewer rows in a row group"
+        raise UserError(f"{option} {path}: {why}, more than {MAX_PAGE_BYTES:,}; {way_out}")
+
+
+def _parquet_rows(option: str, files: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of local parquet files, of which few are held at a time."""
+    import pyarrow.parquet as pq
+
+    for path in files:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            for number in range(file.num_row_groups):
+                _refuse_endless_pages(option, path, file.metadata.row_group(number))
+                for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=[number]):
+                    yield from batch.to_pylist()
+
+
+def _streamed_splits(option: str, dataset: str) -> Mapping[str, Any]:
+    """The splits of a data set, whose rows are read when they are asked for.
+
+    The datasets library unfolds a whole row group of parquet to read its first row: local files, which may
+    hold anything, are read by pyarrow itself.
+    """
+    import datasets
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    _, source, files = _dataset_source(option, dataset)
+    builder = datasets.load_dataset_builder(*source, **files)
+    if not (Path(dataset).exists() and isinstance(builder, Parquet)):
+        return builder.as_streaming_dataset()
+    return {
+        str(split): datasets.IterableDataset.from_generator(
+            _parquet_rows, gen_kwargs={"option": option, "files": list(paths)}
+        )
+        for split, paths in builder.config.data_files.items()
+    }
 
 
 def _dataset_rows(
@@ -663,10 +778,10 @@ def _dataset_rows(
         raise UserError(f"{option} {dataset} needs the datasets library: pip install datasets")
     import datasets
 
-    _, source, files = _dataset_source(option, dataset)
+    is_random = random_seed is not None
     try:
-        _refuse_endless_lines(option, dataset, limit if random_seed is None else SHUFFLE_BUFFER)
-        splits = datasets.load_dataset(*source, **files, streaming=True)
+        _refuse_endless_files(option, dataset, SHUFFLE_BUFFER if is_random else limit)
+        splits = _streamed_splits(option, dataset)
         if split is None:
             split = "train" if "train" in splits or len(splits) > 1 else next(iter(splits))
             chosen = f"default --split of {dataset}"
@@ -674,11 +789,12 @@ def _dataset_rows(
             chosen = f"--split of {dataset}"
         rows = splits[_choice(chosen, split, tuple(splits))]
         # Numbered before they are shuffled: a row keeps its number, whichever rows are drawn.
-        columns = rows.column_names
-        rows = rows.map(lambda row, n: {"row": row, "number": n}, with_indices=True, remove_columns=columns)
-        if random_seed is not None:
+        numbered = _NumberedRows(f"{option} {dataset}", is_random)
+        rows = rows.map(numbered, with_indices=True, remove_columns=rows.column_names)
+        if is_random:
             rows = rows.shuffle(seed=random_seed, buffer_size=SHUFFLE_BUFFER)
-        taken = [(item["number"], item["row"]) for item in rows.take(limit)]
+        # Not `rows.take`, which reads one row more.
+        taken = [(item["number"], item["row"]) for item in itertools.islice(rows, limit)]
     except UserError:
         raise
     except (

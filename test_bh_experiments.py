@@ -11389,7 +11389,7 @@ def test_compressed_data_that_unfolds(kind, tmp_path):
         with gzip.open(folder / f"train.{kind}.gz", "wt", compresslevel=1) as file:
             file.write(lines[kind])
     assert sum(path.stat().st_size for path in folder.iterdir()) < 100_000
-    message = "10,000,001 characters, more than" if kind == "parquet" else "a line has more than 10,000,000"
+    message = "10,000,001 characters, more than" if kind == "parquet" else "a row has more than 10,000,000"
     with pytest.raises(bh.UserError, match=message):
         bh.load_dataset_prompts(str(folder))
 
@@ -12387,6 +12387,157 @@ def test_experts_that_ran_stand_for_the_effective_ones_of_an_older_folder(tmp_pa
     assert shares["bh_strict", "A"] == shares["bh_strict", "B"] < 1
     tests = {test["configuration"]: test for test in comparison["tests"]}
     assert (tests["bh_strict"]["n_pairs"], tests["bh_strict"]["mean_difference"]) == (12, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Data sets that would fill the memory
+# ---------------------------------------------------------------------------------------------------------
+
+
+READ_ROWS = """
+import re, sys
+import datasets.packaged_modules.parquet.parquet
+sys.path.insert(0, {here!r})
+import run_bh_experiments as bh
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
+
+before = peak()
+try:
+    print(len(bh.load_dataset_prompts(sys.argv[1], limit=5)), "prompts")
+except bh.UserError as error:
+    print(error)
+print(peak() - before)
+"""
+
+
+def read_in_child(path):
+    """What reading five rows of a data set gives: how many prompts, or why not; and the MB it takes."""
+    process = subprocess.run(
+        [sys.executable, "-c", READ_ROWS.format(here=str(HERE)), str(path)],
+        capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    *said, megabytes = process.stdout.splitlines()
+    return "\n".join(said), int(megabytes)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
+
+
+@needs_proc
+def test_few_rows_of_parquet_take_little_memory(tmp_path):
+    """A small file whose one row group unfolds to 600 MB, of which the first 5 rows are wanted."""
+    pytest.importorskip("datasets")
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = pyarrow.DictionaryArray.from_arrays(np.zeros(600, dtype=np.int32), ["b" * 1_000_000])
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, compression="zstd")
+    assert path.stat().st_size < 100_000
+    said, megabytes = read_in_child(path)
+    assert said == "5 prompts"
+    assert megabytes < 300
+
+
+@needs_proc
+def test_quoted_cell_of_many_lines_is_not_unfolded(tmp_path):
+    """A compressed CSV whose second row is a cell of 200,000 lines, 100 MB: pandas never holds it."""
+    pytest.importorskip("datasets")
+    import gzip
+
+    path = tmp_path / "train.csv.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(b'text\nfirst\n"' + (b"a" * 499 + b"\n") * 200_000 + b'"\n')
+    said, megabytes = read_in_child(tmp_path)
+    assert said == f"--dataset {path}: a row has more than 10,000,000 characters"
+    assert megabytes < 100
+
+
+def test_rows_of_compressed_csv_that_are_no_row_too_long(tmp_path, monkeypatch):
+    """Many lines in cells, a quote in the middle of one, odd line ends: short rows, however many; and the
+    csv module is as it was."""
+    pytest.importorskip("datasets")
+    import gzip
+
+    monkeypatch.setattr(bh, "MAX_CHARACTERS", 100)
+    lines = ["text", '"several', 'lines"', 'a 5" disk', *["short"] * 50, '"a ""quote"""', "with\rand\0"]
+    with gzip.open(tmp_path / "train.csv.gz", "wt", newline="") as file:
+        file.write("\n".join(lines) + "\n")
+    before = csv.field_size_limit()
+    prompts = bh.load_dataset_prompts(str(tmp_path), limit=53)
+    assert [prompt["text"] for prompt in prompts[:3]] == ["several\nlines", 'a 5" disk', "short"]
+    assert prompts[52]["text"] == 'a "quote"'
+    assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_rows_that_would_fill_the_memory(seed, tmp_path, monkeypatch):
+    """Refused with the number of rows that fit; rows drawn at random are held in a buffer besides."""
+    pytest.importorskip("datasets")
+    monkeypatch.setattr(bh, "MAX_ROWS_CHARACTERS", 999)
+    path = tmp_path / "rows.jsonl"
+    row = json.dumps({"text": "b" * 200, "more": {"of it": ["c" * 40, "d" * 10]}})
+    path.write_text(f"{row}\n" * 20)
+    way_out = "--limit 3 takes fewer" if seed is None else "--random-rows holds 10,000 rows at a time"
+    with pytest.raises(bh.UserError, match=f"its texts up to row 3 hold more than 999 characters; {way_out}"):
+        bh.load_dataset_prompts(str(path), limit=10, random_seed=seed)
+    assert len(bh.load_dataset_prompts(str(path), limit=3)) == 3
+    with pytest.raises(bh.UserError, match="--text .*its texts up to row 3"):
+        bh.load_text_documents([path])
+
+
+def test_parquet_that_can_only_be_read_in_long_parts(tmp_path, monkeypatch):
+    """Refused with the way out; the same rows in smaller groups are read, and a group nobody asks for is not
+    looked at."""
+    pytest.importorskip("datasets")
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setattr(bh, "MAX_PAGE_BYTES", 100_000)
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"text": ["short"] * 40 + [f"{n} " * 5000 for n in range(40)]})
+    pyarrow.parquet.write_table(table, path, row_group_size=40)
+    assert len(bh.load_dataset_prompts(str(path), limit=40)) == 40
+    way_out = "more than 100,000; write it with fewer rows in a row group"
+    with pytest.raises(bh.UserError, match=f"40 of its rows can only be read together, .*{way_out}"):
+        bh.load_dataset_prompts(str(path), limit=41)
+    pyarrow.parquet.write_table(table, path, row_group_size=5)
+    assert len(bh.load_dataset_prompts(str(path), limit=80)) == 80
+
+
+def test_local_parquet_is_read_as_the_datasets_library_reads_it(tmp_path, monkeypatch):
+    """Row for row, in all its files and splits, drawn at random too."""
+    datasets = pytest.importorskip("datasets")
+    import pyarrow
+    import pyarrow.parquet
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    monkeypatch.setattr(Parquet, "SLEEP_ON_THREADS_SHUTDOWNS", False, raising=False)  # 5 seconds
+
+    for name, first in (
+        ("train-00000-of-00002", 0),
+        ("train-00001-of-00002", 60),
+        ("test-00000-of-00001", 120),
+    ):
+        rows = range(first, first + 60)
+        table = pyarrow.table({
+            "number": list(rows),
+            "text": [f"row {row}" if row % 7 else None for row in rows],
+            "topic": pyarrow.array([f"t{row % 3}" for row in rows]).dictionary_encode(),
+            "more": [{"list": [row, None], "word": "w"} for row in rows],
+        })  # fmt: skip
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=25)
+    theirs = datasets.load_dataset(str(tmp_path), streaming=True)
+    for split in ("train", "test"):
+        ours = bh._dataset_rows("--dataset", str(tmp_path), split, 1000)[1]
+        assert ours == list(enumerate(theirs[split]))
+    drawn = bh._dataset_rows("--dataset", str(tmp_path), "train", 1000, random_seed=3)[1]
+    expected = (
+        theirs["train"].map(lambda row, n: {"n": n}, with_indices=True).shuffle(seed=3, buffer_size=10_000)
+    )
+    assert [number for number, _ in drawn] == [row["n"] for row in expected]
 
 
 if __name__ == "__main__":
