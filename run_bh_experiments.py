@@ -185,12 +185,15 @@ def strict_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+PART = ".part"  # what a file is called until it is whole
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to; it takes the place of `path` in one step, so that nobody ever sees half a file, and
     a power cut leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(path.name + PART)
     try:
         yield part
         with open(part, "r+b") as file:
@@ -200,6 +203,12 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror or str(error), str(error.filename or path)) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def discard(path: Path) -> None:
+    """Remove a file if it is there, and what a killed process left of writing it."""
+    path.unlink(missing_ok=True)
+    path.with_name(path.name + PART).unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -5249,7 +5258,7 @@ class TokenTables:
             written.append(write_token_log(self._log_frames(), folder))
         for name in (TOKEN_COUNTS.file, TOKEN_KINDS.file, *TOKEN_LOG_FILES):
             if folder / name not in written:
-                (folder / name).unlink(missing_ok=True)
+                discard(folder / name)
 
 
 def read_token_log(folder: str | Path) -> pd.DataFrame:
@@ -8041,7 +8050,7 @@ class BHExperimentRunner:
                     counted = self._counted(rows, configs, layer_tables, run_id)
                     write_table(table, counted, self.output_dir)
                 else:
-                    (self.output_dir / table.file).unlink(missing_ok=True)
+                    discard(self.output_dir / table.file)
             layer_tables.write(self.output_dir)
             kinds = ("generation", "score") if token_log else ("generation",)
             texts = functools.partial(self._routed_texts, checkpoint, keys, kinds)
@@ -9892,7 +9901,7 @@ def draw_plots(df: pd.DataFrame, output_dir: Path, analysis: Mapping[str, Any]) 
     data = plot_data(df, analysis, output_dir)
     drawn = DrawnPlots([], {})
     for name in PLOTS:  # no plot of an earlier run beside the report of this one
-        (output_dir / "plots" / f"{name}.png").unlink(missing_ok=True)
+        discard(output_dir / "plots" / f"{name}.png")
     readable = {name: plot for name, plot in PLOTS.items() if len(analysis["configurations"]) <= plot.most}
     wanted = {name: plot for name, plot in readable.items() if _has_data(plot, data)}
     style = sns.axes_style("whitegrid")
