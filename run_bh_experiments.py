@@ -5268,7 +5268,8 @@ def read_token_log(folder: str | Path) -> pd.DataFrame:
     if parquet.exists():
         if importlib.util.find_spec("pyarrow") is None:
             raise UserError(f"{parquet} needs pyarrow: pip install pyarrow")
-        return pd.read_parquet(parquet)
+        log = pd.read_parquet(parquet)
+        return log if list(log.columns) == TOKEN_LOG.names else fit_table(log, TOKEN_LOG)
     if not csv_gz.exists():
         raise UserError(f"{folder} holds no token log: run the experiments with --token-log")
     return fit_table(read_csv(csv_gz, TOKEN_LOG.columns), TOKEN_LOG)

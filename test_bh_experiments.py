@@ -3535,20 +3535,35 @@ def when_writing(name, fault):
     def replacing(path):
         with real(path) as part:
             if path.name == name:
-                fault(path)
-            yield part
+                with fault(path):
+                    yield part
+            else:
+                yield part
 
     bh.replacing = replacing
 
 
+@contextlib.contextmanager
 def no_file_above(limit, is_killed):
-    """From now on no file of this process gets longer than `limit` bytes: its disk is full there, or the
+    """No file of this process gets longer than `limit` bytes inside the block: its disk is full there, or the
     system kills it there, which no handler sees either."""
     import resource  # POSIX only
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL if is_killed else signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def without_folder(folder):
+    """The folder has just been removed."""
+    shutil.rmtree(folder)
+    yield
 
 
 def in_child(work, stderr=None):
@@ -4005,10 +4020,10 @@ class FileFaults:
         happens = {
             "killed": lambda _: no_file_above(limit, is_killed=True),
             "full disk": lambda _: no_file_above(limit, is_killed=False),
-            "removed folder": lambda _: shutil.rmtree(self.outputs[command]),
+            "removed folder": lambda _: without_folder(self.outputs[command]),
         }[fault.split(",")[0]]
         if "none before" in fault:
-            path.unlink()
+            path.unlink(missing_ok=True)
         code = ended(self.start(command, lambda: when_writing(path.name, happens)))
         return self.look(command, code)
 
@@ -12777,6 +12792,69 @@ def test_local_parquet_is_read_as_the_datasets_library_reads_it(tmp_path, monkey
         theirs["train"].map(lambda row, n: {"n": n}, with_indices=True).shuffle(seed=3, buffer_size=10_000)
     )
     assert [number for number, _ in drawn] == [row["n"] for row in expected]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files of versions before and after this one
+# ---------------------------------------------------------------------------------------------------------
+
+
+def of_another_version(path, table):
+    """Take a column from a table that a run left, and give it one that nobody knows; returns its name."""
+    lacking = [column.name for column in table.columns if column.metric is None and column.kind is str][-1]
+    is_parquet = path.suffix == ".parquet"
+    frame = pd.read_parquet(path) if is_parquet else pd.read_csv(path, keep_default_na=False)
+    frame = frame.drop(columns=lacking).assign(of_tomorrow="=1+1")
+    if is_parquet:
+        frame.to_parquet(path)
+    else:
+        frame.to_csv(path, index=False)
+    return lacking
+
+
+@pytest.fixture(scope="module")
+def small_log(tmp_path_factory):
+    """The folder of a small run with a token log."""
+    folder = tmp_path_factory.mktemp("small-log")
+    run_suite(small_mock(), folder, SMALL, SCORED_PROMPTS, token_log=True)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv.gz"])
+def test_token_log_of_another_version(kind, small_log, tmp_path):
+    """What it lacks is empty, and what is foreign goes, in both formats."""
+    whole = bh.read_token_log(small_log)
+    path = tmp_path / f"token_log.{kind}"
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+        whole.to_parquet(path)
+    else:
+        whole.to_csv(path, index=False)
+    lacking = of_another_version(path, bh.TOKEN_LOG)
+    read = bh.read_token_log(tmp_path)
+    assert list(read.columns) == bh.TOKEN_LOG.names
+    assert (read[lacking] == "").all()
+    expected = whole.assign(**{lacking: ""})
+    pd.testing.assert_frame_equal(read, expected, check_dtype=False)
+
+
+def test_report_and_comparison_of_another_version(small_log, tmp_path, monkeypatch):
+    """Tables that a script of another day wrote are reported on and compared; they stay as they are."""
+    monkeypatch.setattr(bh, "PLOTS", {})
+    folder = tmp_path / "run"
+    shutil.copytree(small_log, folder)
+    tables = (bh.GENERATION, bh.SCORES, bh.LAYER_STATISTICS, bh.EXPERT_USAGE, bh.EXPERT_COUNTS,
+              bh.TOKEN_COUNTS, bh.TOKEN_KINDS)  # fmt: skip
+    paths = [folder / table.file for table in tables]
+    for path, table in zip(paths, tables, strict=True):
+        of_another_version(path, table)
+    before = [path.read_bytes() for path in paths]
+    assert bh.main(["--analyze-only", "--output", str(folder)]) == 0
+    assert bh.main(["compare", str(small_log), str(folder), "--output", str(tmp_path / "out")]) == 0
+    assert [path.read_bytes() for path in paths] == before
+    pages = [folder / "REPORT.md", folder / "report.html", tmp_path / "out" / "COMPARISON.md"]
+    for page in pages:
+        assert "of_tomorrow" not in page.read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":
