@@ -111,12 +111,13 @@ import time
 import unicodedata
 import warnings
 import weakref
+import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import IO, Any, ClassVar, NoReturn, TypeVar
 
 import filelock
 import numpy as np
@@ -650,6 +651,8 @@ MAX_ROWS_CHARACTERS = 200_000_000
 MAX_PAGE_BYTES = 500_000_000
 PAGE_ROWS = 1024
 PARQUET_ROWS = 32  # read at a time
+CSV_ROWS = 10_000  # read at a time, or less where the first ones have more than ...
+CSV_CHARACTERS = 20_000_000
 
 
 @contextlib.contextmanager
@@ -663,45 +666,73 @@ def _cells_up_to(characters: int) -> Iterator[None]:
 
 
 class _UnfoldedLines:
-    """The lines of a compressed file. UserError where those of one row, which ends where `end_row` is called,
-    are more than any prompt may hold."""
+    """The lines of a file. UserError where those of one row, which ends where `end_row` is called, have more
+    than `most` bytes."""
 
-    def __init__(self, option: str, path: Path):
-        self.option = option
-        self.path = path
+    def __init__(self, where: str, file: IO[bytes], most: int):
+        self.where = where
+        self.file = file
+        self.most = most
         self.length = 0  # of the row so far
 
-    def end_row(self) -> None:
+    def end_row(self) -> int:
+        """Returns how long it was."""
+        length = self.length
         self.length = 0
+        return length
 
     def __iter__(self) -> Iterator[str]:
-        with COMPRESSED[self.path.suffix.lower()](self.path, "rb") as file:
-            while line := file.readline(MAX_CHARACTERS + 1):
-                self.length += len(line)
-                if self.length > MAX_CHARACTERS:
-                    why = f"a row has more than {MAX_CHARACTERS:,} characters"
-                    raise UserError(f"{self.option} {self.path}: {why}")
-                # Its lengths and quotes are looked at only; the csv module refuses the two others.
-                yield line.replace(b"\r", b" ").replace(b"\0", b" ").decode("latin-1")
+        while line := self.file.readline(self.most + 1):
+            self.length += len(line)
+            if self.length > self.most:
+                raise UserError(f"{self.where}: a row has more than {self.most:,} characters")
+            # Its lengths and quotes are looked at only; the csv module refuses the two others.
+            yield line.replace(b"\r", b" ").replace(b"\0", b" ").decode("latin-1")
+
+
+def _row_lengths(where: str, file: IO[bytes], is_csv: bool, most: int) -> Iterator[int]:
+    """The length of each row of a file, in bytes. A row is a line, but for a quoted cell of CSV, which may
+    span many. UserError: see `_UnfoldedLines`."""
+    lines = _UnfoldedLines(where, file, most)
+    with _cells_up_to(most):
+        for _ in csv.reader(lines) if is_csv else lines:
+            yield lines.end_row()
 
 
 def _refuse_endless_rows(option: str, path: Path, rows: int) -> None:
-    """UserError where one of the first rows of a compressed file unfolds to more than any prompt may hold. A
-    row is a line, but for a quoted cell of CSV, which may span many."""
-    lines = _UnfoldedLines(option, path)
-    is_csv = Path(path.stem).suffix.lower() == ".csv"
-    with _cells_up_to(MAX_CHARACTERS):
-        for _ in itertools.islice(csv.reader(lines) if is_csv else lines, rows + 1):  # one may be names
-            lines.end_row()
+    """UserError where one of the first rows of a compressed file, or of one in an archive, unfolds to more
+    than any prompt may hold: the datasets library holds a row several times over."""
+    with contextlib.ExitStack() as stack:
+        if path.suffix.lower() == ".zip":
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            unfolded = {name: stack.enter_context(archive.open(name)) for name in archive.namelist()}
+        else:
+            unfolded = {path.stem: stack.enter_context(COMPRESSED[path.suffix.lower()](path, "rb"))}
+        for name, file in unfolded.items():
+            is_csv = Path(name).suffix.lower() == ".csv"
+            lengths = _row_lengths(f"{option} {path}", file, is_csv, MAX_CHARACTERS)
+            for _ in itertools.islice(lengths, rows + 1):  # one may name the columns
+                pass
 
 
 def _refuse_endless_files(option: str, dataset: str, rows: int) -> None:
-    """`_refuse_endless_rows` for the compressed files of a local folder: the datasets library holds a row
-    several times over."""
+    """`_refuse_endless_rows` for the compressed files of a local folder."""
     path = Path(dataset)
     for file in sorted(path.rglob("*")) if path.is_dir() else []:
-        if file.suffix.lower() in COMPRESSED and file.is_file():
+        if file.suffix.lower() in (*COMPRESSED, ".zip") and file.is_file():
             _refuse_endless_rows(option, file, rows)
+
+
+def _csv_rows(option: str, path: Path) -> int:
+    """How many rows of a local CSV file are read at a time: CSV_ROWS, or less where they are long."""
+    characters = 0
+    with COMPRESSED.get(path.suffix.lower(), open)(path, "rb") as file:
+        lengths = _row_lengths(f"{option} {path}", file, is_csv=True, most=MAX_ROWS_CHARACTERS)
+        for number, length in enumerate(itertools.islice(lengths, CSV_ROWS + 1)):  # from the names of columns
+            characters += length
+            if characters > CSV_CHARACTERS:
+                return max(number - 1, 1)
+    return CSV_ROWS
 
 
 def _num_characters(value: Any) -> int:
@@ -761,22 +792,29 @@ def _parquet_rows(option: str, files: Sequence[str]) -> Iterator[dict[str, Any]]
 def _streamed_splits(option: str, dataset: str) -> Mapping[str, Any]:
     """The splits of a data set, whose rows are read when they are asked for.
 
-    The datasets library unfolds a whole row group of parquet to read its first row: local files, which may
-    hold anything, are read by pyarrow itself.
+    The datasets library reads 10,000 rows of CSV to give the first, and unfolds a whole row group of parquet:
+    of local files, which may hold anything, fewer rows are read together, and parquet by pyarrow itself.
     """
     import datasets
+    from datasets.packaged_modules.csv.csv import Csv
     from datasets.packaged_modules.parquet.parquet import Parquet
 
     _, source, files = _dataset_source(option, dataset)
     builder = datasets.load_dataset_builder(*source, **files)
-    if not (Path(dataset).exists() and isinstance(builder, Parquet)):
+    if not Path(dataset).exists():
         return builder.as_streaming_dataset()
-    return {
-        str(split): datasets.IterableDataset.from_generator(
-            _parquet_rows, gen_kwargs={"option": option, "files": list(paths)}
-        )
-        for split, paths in builder.config.data_files.items()
-    }
+    if isinstance(builder, Parquet):
+        return {
+            str(split): datasets.IterableDataset.from_generator(
+                _parquet_rows, gen_kwargs={"option": option, "files": list(paths)}
+            )
+            for split, paths in builder.config.data_files.items()
+        }
+    if isinstance(builder, Csv):
+        paths = [Path(path) for of_split in builder.config.data_files.values() for path in of_split]
+        known = [path for path in paths if path.suffix.lower() in (".csv", *COMPRESSED)]
+        builder.config.chunksize = min((_csv_rows(option, path) for path in known), default=CSV_ROWS)
+    return builder.as_streaming_dataset()
 
 
 def _dataset_rows(
@@ -808,7 +846,7 @@ def _dataset_rows(
         raise
     except (
         *(OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError),
-        *(EOFError, lzma.LZMAError, zlib.error),  # of a damaged compressed file
+        *(EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile),  # of a damaged compressed file
     ) as error:
         kinds = "csv, json, jsonl or parquet" if option == "--dataset" else "txt, csv, json, jsonl or parquet"
         way_out = f"(give a local file or folder of {kinds}, or a data set of the hub)"

@@ -3990,7 +3990,7 @@ class FileFaults:
             prepare()
             return self.main(command)
 
-        self.said.unlink(missing_ok=True)
+        self.said.write_text("")
         return in_child(work, stderr=self.said)
 
     def state(self, command):
@@ -12644,7 +12644,7 @@ def test_experts_that_ran_stand_for_the_effective_ones_of_an_older_folder(tmp_pa
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Data sets that would fill the memory
+# 26. Data sets that would fill the memory
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -12658,63 +12658,85 @@ def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
 
 before = peak()
-try:
-    print(len(bh.load_dataset_prompts(sys.argv[1], limit=5)), "prompts")
-except bh.UserError as error:
-    print(error)
-print(peak() - before)
+for path in sys.argv[1:]:
+    try:
+        print(len(bh.load_dataset_prompts(path, limit=5)), "prompts", end="; ")
+    except bh.UserError as error:
+        print(error, end="; ")
+    print(peak() - before)
 """
 
 
-def read_in_child(path):
-    """What reading five rows of a data set gives: how many prompts, or why not; and the MB it takes."""
-    process = subprocess.run(
-        [sys.executable, "-c", READ_ROWS.format(here=str(HERE)), str(path)],
-        capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    *said, megabytes = process.stdout.splitlines()
-    return "\n".join(said), int(megabytes)
-
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
-
-
-@needs_proc
-def test_few_rows_of_parquet_take_little_memory(tmp_path):
-    """A small file whose one row group unfolds to 600 MB, of which the first 5 rows are wanted."""
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
+def test_few_rows_take_little_memory(tmp_path):
+    """The first 5 rows of three files: a small one of parquet, whose one row group unfolds to 600 MB; 200 MB
+    of CSV; and a compressed CSV whose second row is a cell of 200,000 lines, 100 MB."""
     pytest.importorskip("datasets")
     import pyarrow
     import pyarrow.parquet
 
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    paths = [tmp_path / "rows.parquet", tmp_path / "rows.csv", folder / "train.csv.gz"]
     texts = pyarrow.DictionaryArray.from_arrays(np.zeros(600, dtype=np.int32), ["b" * 1_000_000])
-    path = tmp_path / "rows.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, compression="zstd")
-    assert path.stat().st_size < 100_000
-    said, megabytes = read_in_child(path)
-    assert said == "5 prompts"
-    assert megabytes < 300
-
-
-@needs_proc
-def test_quoted_cell_of_many_lines_is_not_unfolded(tmp_path):
-    """A compressed CSV whose second row is a cell of 200,000 lines, 100 MB: pandas never holds it."""
-    pytest.importorskip("datasets")
-    import gzip
-
-    path = tmp_path / "train.csv.gz"
-    with gzip.open(path, "wb", compresslevel=1) as file:
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), paths[0], compression="zstd")
+    with paths[1].open("wb") as file:
+        file.write(b"text\n")
+        for _ in range(200):
+            file.write(b"b" * 1_000_000 + b"\n")
+    with gzip.open(paths[2], "wb", compresslevel=1) as file:
         file.write(b'text\nfirst\n"' + (b"a" * 499 + b"\n") * 200_000 + b'"\n')
-    said, megabytes = read_in_child(tmp_path)
-    assert said == f"--dataset {path}: a row has more than 10,000,000 characters"
-    assert megabytes < 100
+    assert max(paths[0].stat().st_size, paths[2].stat().st_size) < 2_000_000
+    code = READ_ROWS.format(here=str(HERE))
+    process = subprocess.run(
+        [sys.executable, "-c", code, *map(str, (*paths[:2], folder))],
+        capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    said = [line.rpartition("; ")[0] for line in process.stdout.splitlines()]
+    too_long = f"--dataset {paths[2]}: a row has more than 10,000,000 characters"
+    assert said == ["5 prompts", "5 prompts", too_long]
+    megabytes = [int(line.rpartition("; ")[2]) for line in process.stdout.splitlines()]
+    assert max(megabytes) < 280, megabytes
+
+
+@pytest.mark.parametrize("length", [10, 2_000])
+def test_rows_of_csv_read_together(length, tmp_path, monkeypatch):
+    """As many as the datasets library takes, or as hold so many characters; it makes no difference."""
+    pytest.importorskip("datasets")
+    monkeypatch.setattr(bh, "CSV_CHARACTERS", 20_000)
+    rows = [f"{number} {'a' * length}" for number in range(60)]
+    path = tmp_path / "rows.csv"
+    path.write_text("text\n" + "\n".join(rows) + "\n")
+    assert bh._csv_rows("--dataset", path) == (bh.CSV_ROWS if length == 10 else 9)
+    assert [prompt["text"] for prompt in bh.load_dataset_prompts(str(path), limit=50)] == rows[:50]
+
+
+def test_long_row_in_an_archive(tmp_path, monkeypatch):
+    """It is refused before it is unfolded, in whichever of its files; and a damaged archive is one line."""
+    pytest.importorskip("datasets")
+    import zipfile
+
+    monkeypatch.setattr(bh, "MAX_CHARACTERS", 100)
+    path = tmp_path / "rows" / "train.zip"
+    path.parent.mkdir()
+    for last, message in ((b"b" * 50, None), (b"b" * 101, f"{path}: a row has more than 100 characters")):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.jsonl", '{"text": "short"}\n')
+            archive.writestr("b.jsonl", b'{"text": "' + last + b'"}\n')
+        if message is None:
+            assert len(bh.load_dataset_prompts(str(path.parent))) == 2
+        else:
+            with pytest.raises(bh.UserError, match=re.escape(message)):
+                bh.load_dataset_prompts(str(path.parent))
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(bh.UserError, match="cannot be read"):
+        bh.load_dataset_prompts(str(path.parent))
 
 
 def test_rows_of_compressed_csv_that_are_no_row_too_long(tmp_path, monkeypatch):
     """Many lines in cells, a quote in the middle of one, odd line ends: short rows, however many; and the
     csv module is as it was."""
     pytest.importorskip("datasets")
-    import gzip
-
     monkeypatch.setattr(bh, "MAX_CHARACTERS", 100)
     lines = ["text", '"several', 'lines"', 'a 5" disk', *["short"] * 50, '"a ""quote"""', "with\rand\0"]
     with gzip.open(tmp_path / "train.csv.gz", "wt", newline="") as file:
@@ -12795,7 +12817,7 @@ def test_local_parquet_is_read_as_the_datasets_library_reads_it(tmp_path, monkey
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Files of versions before and after this one
+# 27. Files of versions before and after this one
 # ---------------------------------------------------------------------------------------------------------
 
 
