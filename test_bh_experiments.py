@@ -6171,6 +6171,7 @@ def test_paired_test_against_direct_computation():
     assert test["equivalence_p_value"] < 0.05 < bh.paired_test(x, margin=0.001)["equivalence_p_value"]
     shift = test["smallest_detectable"] / error  # its power by the noncentral t
     assert stats.nct.sf(stats.t.ppf(0.975, 29), 29, shift) == pytest.approx(0.80, abs=0.01)
+    assert shift == pytest.approx(stats.t.ppf(0.975, 29) + stats.t.ppf(0.80, 29))
 
 
 @pytest.mark.parametrize(
@@ -10684,7 +10685,7 @@ def test_texts_of_tokens_of_byte_level_bpe():
     ("text", "before", "kind"),
     [(" word", "x", "word_start"), ("word", "", "word_start"), ("Word", "(", "word_start"),
      ("word", " ", "word_start"), ("ing", " walk", "word_continuation"), ("'s", " it", "word_continuation"),
-     ("b", "1", "word_continuation"), (" 12", "x", "digits"), ("½", "", "digits"), (".", "x", "punctuation"),
+     ("b", "1", "word_continuation"), ("b", " a", "word_continuation"), (" 12", "x", "digits"), ("½", "", "digits"), (".", "x", "punctuation"),
      (" (", "x", "punctuation"), ("\n\n", ".", ""), (" ", "a", ""), ("", "a", "")],
 )  # fmt: skip
 def test_kind_of_a_word(text, before, kind):
@@ -11807,6 +11808,27 @@ def test_error_rates_of_whole_runs(monkeypatch):
             assert 1 - at_most(1 - 0.93) <= found["rate"] <= at_most(0.97), name
         elif name.endswith("all"):  # of one alone the adjustment finds fewer
             assert found["rate"] >= 1 - at_most(1 - 0.80), name
+
+
+@pytest.mark.parametrize("name", bh.RULES)
+def test_no_knob_takes_a_negative_number(name):
+    """The lower bound of what each rule's knob admits is 0 at least."""
+    knob = bh.RULES[name].knob
+    for value in (-1, -0.5, 0):
+        with pytest.raises(bh.UserError, match=re.escape(f"{knob.name} = {value}")):
+            bh.resolve_config("x", {"method": name, knob.name: value})
+
+
+@pytest.mark.parametrize("cell", ["{", "[1]", '{"1": "x"}'])
+def test_a_cell_that_no_older_script_wrote(cell, tmp_path):
+    """It is refused in one line, whatever is wrong with it."""
+    source = HERE / "testdata" / "6894e3a" / bh.GENERATION.file
+    rows = pd.read_csv(source, dtype=str, keep_default_na=False)
+    rows.loc[rows["static_nll"] != "", "static_nll"] = cell
+    rows.to_csv(tmp_path / bh.GENERATION.file, index=False)
+    with pytest.raises(bh.UserError, match="is not a results CSV") as refused:
+        bh.Results.read(tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 # ---------------------------------------------------------------------------------------------------------
