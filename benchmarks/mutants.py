@@ -41,7 +41,7 @@ SCRIPT = "run_bh_experiments.py"
 TESTS = "test_bh_experiments.py"
 SECTIONS = ("Nulls", "Rules", "Routers", "The seam", "Calibration", "Tables", "Checkpoints", "Analysis")
 # Of the tests: what takes minutes, or runs in processes of its own.
-SKIPPED = "not embedded and not notebook and not killed_at"
+SKIPPED = "not embedded and not notebook_runs and not notebook_snippets and not killed_at"
 
 
 def sections(source: str) -> dict[str, range]:
