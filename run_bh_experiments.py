@@ -8354,6 +8354,17 @@ def summarize_categories(results: Results) -> dict[str, dict[str, Any]]:
     }
 
 
+def documents_of(frame: pd.DataFrame, kind: str = "scores") -> pd.Series:
+    """Item -> the document it is of, of a table in KINDS: what tests count as independent units.
+
+    Older scripts named no document: their items are documents of their own.
+    """
+    columns = KINDS[kind].items
+    rows = frame.drop_duplicates(columns.item).set_index(columns.item, drop=False)
+    documents = rows[columns.document]
+    return documents.where(documents != "", rows[columns.item])
+
+
 def compare_with_baseline(results: Results, baseline: str) -> dict[str, dict[str, dict[str, Any]]]:
     """Configuration -> metric -> `paired_comparison` with the baseline, BH-adjusted over all of them.
 
@@ -8367,7 +8378,7 @@ def compare_with_baseline(results: Results, baseline: str) -> dict[str, dict[str
     frame = getattr(results, kind)
     columns = KINDS[kind].items
     metrics = list(KINDS[kind].metrics)
-    documents = frame.drop_duplicates(columns.item).set_index(columns.item, drop=False)[columns.document]
+    documents = documents_of(frame, kind)
     items = {
         name: rows.groupby(columns.item, sort=False)[metrics].mean()
         for name, rows in frame.groupby("config_name", sort=False)
@@ -8391,10 +8402,7 @@ def noise_floor(results: Results) -> dict[str, dict[str, Any]]:
         frame = getattr(results, kind)
         twice = frame[frame[repeat].notna()]
         means = twice.groupby(KINDS[kind].items.item, sort=False)[[column, repeat]].mean()
-        documents = None
-        if kind == "scores":  # windows of a document are not independent
-            documents = twice.drop_duplicates("item_id").set_index("item_id")["document"]
-        floors[column] = paired_comparison(means[column], means[repeat], documents)
+        floors[column] = paired_comparison(means[column], means[repeat], documents_of(twice, kind))
     return floors
 
 
@@ -8550,8 +8558,7 @@ def quality_verdicts(
     Returns configuration -> numbers; plain static ones have no equal-compute test and verdict None.
     """
     by_config = scored_items(scores)
-    documents = scores.drop_duplicates("item_id").set_index("item_id")["document"]
-    documents = documents.where(documents != "", documents.index.to_series())
+    documents = documents_of(scores)
     curve = static_curve(by_config, configs)
     nothing = scores[:0].set_index("item_id")
     base = by_config.get(baseline, nothing)
@@ -8613,7 +8620,7 @@ def shuffle_effects(scores: pd.DataFrame, configs: Configs) -> dict[str, Any]:
     documents with `unshuffled`, BH-adjusted over all of them.
     """
     by_config = scored_items(scores)
-    documents = scores.drop_duplicates("item_id").set_index("item_id")["document"]
+    documents = documents_of(scores)
     effects = {}
     for name, config in configs.items():
         for twin, other in configs.items():
@@ -8856,7 +8863,7 @@ def compare_field(
     ladders = ladders_of(by_config, configs, items) if len(items) else []
     if sum(not ladder.rule.is_static for ladder in ladders) < 2:
         return {}
-    documents = scores.drop_duplicates("item_id").set_index("item_id")["document"]
+    documents = documents_of(scores)
     own = by_config[own_names[0]].loc[items, "nll"]
     most = max(ladder.experts[-1] for ladder in ladders)
     curves = {
@@ -10541,7 +10548,7 @@ def machine(row: Row) -> str:
 
 def scored_words(results: Results, analysis: Mapping[str, Any]) -> str:
     """How much text was scored, and under what: what was asked for, and the static curve beside it."""
-    documents = amount(deciding_scores(results.finished().scores)["document"].nunique(), "document")
+    documents = amount(documents_of(deciding_scores(results.finished().scores)).nunique(), "document")
     names = distinct(results.scores["config_name"])
     asked = distinct(results.generation["config_name"])
     static = [name for name in names if static_k(analysis["configurations"][name]) is not None]
@@ -11771,7 +11778,7 @@ def _folder_row(folder: ResultsFolder) -> dict[str, Any]:
         "baseline": folder.baseline,
         "n_prompts": results.generation["prompt_id"].nunique(),
         "n_windows": results.scores["item_id"].nunique(),
-        "n_documents": results.scores["document"].nunique(),
+        "n_documents": documents_of(results.scores).nunique(),
         "n_task_documents": results.tasks["document"].nunique(),
     }
 
@@ -11949,9 +11956,7 @@ def _tests_between(
     first: ResultsFolder, other: ResultsFolder, shared: SharedItems, names: Sequence[str]
 ) -> list[dict[str, Any]]:
     """`paired_comparison` of another folder minus the first, of everything that both measured."""
-    columns = KINDS[shared.kind].items
-    frame = getattr(first.results, shared.kind)
-    documents = frame.drop_duplicates(columns.item).set_index(columns.item, drop=False)[columns.document]
+    documents = documents_of(getattr(first.results, shared.kind), shared.kind)
     of_other = {measured.title: measured.values for measured in _measured(other, shared)}
     tests = []
     for measured in _measured(first, shared):

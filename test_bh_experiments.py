@@ -12901,6 +12901,62 @@ def test_report_and_comparison_of_another_version(small_log, tmp_path, monkeypat
         assert "of_tomorrow" not in page.read_text(encoding="utf-8")
 
 
+# Analysis: what is compared with what, and of how many independent units
+
+
+def undocumented(scores):
+    """Scores as an older script left them, and the same ones with every item as its own document."""
+    return scores.assign(document=""), scores.assign(document=scores["item_id"])
+
+
+def everything_tested(scores):
+    """All that the analysis tests of scored text."""
+    results = bh.Results(bh.EMPTY_RESULTS.generation, scores, bh.EMPTY_RESULTS.tasks)
+    configs = bh.configurations(results)
+    return {
+        "verdicts": bh.quality_verdicts(scores, configs, "topk_8"),
+        "shuffles": bh.shuffle_effects(scores, configs),
+        "tests": bh.compare_with_baseline(results, "topk_8"),
+        "field": bh.compare_field(scores, configs, 8),
+        "noise": bh.noise_floor(results),
+    }
+
+
+def test_items_that_name_no_document_are_documents_of_their_own():
+    """Else all windows of an older table would be one unit, with which nothing can be tested."""
+    scores, _ = simulated_field(3, {"threshold": 0.01, "min_p": 0.0}, 12, 1)
+    is_twin = scores["config_name"] == "threshold_0"
+    config = json.loads(scores.loc[is_twin, "configuration"].iloc[0]) | {"shuffle": True}
+    twin = scores[is_twin].assign(config_name="shuffled", configuration=json.dumps(config))
+    scores = more_rows(scores, twin.assign(nll=twin["nll"] + np.linspace(0, 0.1, len(twin))))
+    is_own = scores["config_name"] == "topk_8"
+    scores["repeat_nll"] = (scores["nll"] + np.linspace(0, 1e-3, len(scores))).where(is_own)
+    older, alone = map(everything_tested, undocumented(scores))
+    assert older == alone
+    assert older["field"]["n_units"] == older["noise"]["nll"]["n_units"] == 12
+    assert (
+        older["shuffles"]["shuffled"]["n_units"]
+        == older["tests"]["min_p_0"]["avg_experts_per_token"]["n_units"]
+        == 12
+    )
+
+
+def test_folders_whose_items_name_no_document_are_compared_item_by_item(tmp_path):
+    def compared(place):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        folders = two_folders(folder, shifted)
+        for path in folders:
+            results = bh.Results.read(path)
+            write_results(dataclasses.replace(results, scores=undocumented(results.scores)[place]), path)
+        return bh.compare_results(folders, folder / "out")
+
+    older, alone = compared(0), compared(1)
+    assert older["tests"] == alone["tests"]
+    assert older["tests"][0]["n_units"] == 12
+    assert [row["n_documents"] for row in older["folders"]] == [12, 12]
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write-manual"]:
         write_manual()
