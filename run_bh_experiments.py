@@ -6420,6 +6420,11 @@ class PromptRun:
 # Scores of text
 
 
+def perplexity(nll: float | None) -> float | None:
+    """exp of a mean NLL, in nats a token; None where that is not known or larger than a float holds."""
+    return math.exp(nll) if nll is not None and nll < 700 else None
+
+
 class ScoredBatch:
     """Texts that are teacher-forced together, and what the model's own routing says of them.
 
@@ -6523,7 +6528,7 @@ class ScoredBatch:
                 "nll": nll[place],
                 "num_tokens": tokens,
                 "num_bytes": item.num_bytes,
-                "perplexity": math.exp(nll[place]) if nll[place] < 700 else None,
+                "perplexity": perplexity(nll[place]),
                 "bits_per_byte": bits_per_byte,
                 "batch_size": len(self.items),
                 "routing": routing,
@@ -8187,7 +8192,8 @@ def paired_test(
     differences: one for each independent unit (document, prompt). cohens_d is mean over standard deviation
     (d_z for paired samples; Lakens 2013, eq. 6). smallest_detectable is the effect that a two-sided 5 %
     t-test finds with 80 % power: (t_.975 + t_.80) sd / sqrt(n). With a margin, equivalence to zero by two
-    one-sided t-tests (TOST; Schuirmann 1987): equivalence_p_value is the larger of the two.
+    one-sided t-tests (TOST; Schuirmann 1987): equivalence_p_value is the larger of the two. Units without
+    any spread have no p-value; for those see `equivalence_without_spread`.
 
     Where the test has nothing to say its entries are None and `reason` says why, decided before it is
     called. Differences below 1e-12 `scale` are rounding. Nothing is claimed here: see `adjust_p_values`.
@@ -8217,6 +8223,18 @@ def paired_test(
         below = stats.ttest_1samp(x, margin, alternative="less").pvalue
         result["equivalence_p_value"] = float(max(above, below))
     return result
+
+
+def equivalence_without_spread(test: Mapping[str, Any], margin: float) -> bool | None:
+    """Whether units that all differ by the same amount are equivalent to zero; None where that is tested, or
+    where there are fewer than two units.
+
+    Identical on every unit is equivalent by construction: there is nothing to estimate, hence no p-value, and
+    none enters an adjustment. In general the limit of TOST as the spread goes to 0: within the margin or not.
+    """
+    if test["n_units"] < 2 or test["reason"] is None:
+        return None
+    return abs(test["mean_difference"]) < margin
 
 
 _Values = TypeVar("_Values", pd.Series, pd.DataFrame)
@@ -8525,24 +8543,90 @@ def equal_compute(rows: pd.DataFrame, items: pd.Index, curve: Curve) -> EqualCom
     return NotComparable("no item was scored by it, the baseline and its static neighbours")
 
 
-def difference_to_static(rows: pd.DataFrame, mixture: StaticMixture, curve: Curve) -> pd.Series:
-    """NLL of each item minus that of the static mixture with the same mean experts.
+def comparable_static(
+    rows: pd.DataFrame, items: pd.Index, curve: Curve, config: Config
+) -> EqualCompute | NotComparable:
+    """`equal_compute` of a configuration; plain static Top-K is the curve, and is not compared with it."""
+    if static_k(config) is not None:
+        return NotComparable("static Top-K: it is the curve")
+    return equal_compute(rows, items, curve)
 
-    The share of the mixture is itself estimated from these items, so each gets its first-order term (delta
+
+def mixed(low: pd.DataFrame, high: pd.DataFrame, share: float, column: str) -> pd.Series:
+    """A column of each item where a share of the tokens gets what `high` runs, the others what `low` does."""
+    return (1 - share) * low[column] + share * high[column]
+
+
+def worth_of_experts(low: pd.DataFrame, high: pd.DataFrame, surplus: pd.Series) -> pd.Series:
+    """By how much the NLL of each item changes for a `surplus` of experts, on the line from `low` to `high`.
+
+    The share of a mixture is itself estimated from its items, so each gets this first-order term (delta
     method): slope x (item's experts - mean), whose mean is zero. Without it a rule whose experts vary by item
     is found different from its equal far too often, or hardly ever.
     """
-    low = curve[mixture.k_low].loc[rows.index]
-    high = curve[mixture.k_high].loc[rows.index]
-    static_nll = (1 - mixture.share) * low["nll"] + mixture.share * high["nll"]
     step = token_mean(high, COMPUTE) - token_mean(low, COMPUTE)
     slope = (high["nll"] - low["nll"]).mean() / step if step else 0.0
+    weight = low["num_tokens"] / low["num_tokens"].mean()
+    return slope * surplus * weight
+
+
+def difference_to_static(rows: pd.DataFrame, mixture: StaticMixture, curve: Curve) -> pd.Series:
+    """NLL of each item minus that of the static mixture with the same mean experts."""
+    low = curve[mixture.k_low].loc[rows.index]
+    high = curve[mixture.k_high].loc[rows.index]
+    static_nll = mixed(low, high, mixture.share, "nll")
     surplus = rows[COMPUTE] - token_mean(rows, COMPUTE)
-    weight = rows["num_tokens"] / rows["num_tokens"].mean()
-    return rows["nll"] - static_nll - slope * surplus * weight
+    return rows["nll"] - static_nll - worth_of_experts(low, high, surplus)
 
 
 _TEST_NUMBERS = ("ci95_low", "ci95_high", "p_value", "cohens_d", "smallest_detectable")
+
+
+def _verdict_numbers(
+    rows: pd.DataFrame,
+    base: pd.DataFrame,
+    compared: EqualCompute | NotComparable,
+    curve: Curve,
+    documents: pd.Series,
+    margin: float,
+) -> dict[str, Any]:
+    """What `quality_verdicts` says of one configuration before anything is adjusted; `rows` are its scores
+    of the items that are compared, `base` those of the baseline."""
+    differences = rows["nll"] - base["nll"].loc[rows.index]
+    to_baseline = paired_test(item_units(differences, documents), margin)
+    if isinstance(compared, EqualCompute):
+        differences = difference_to_static(rows, compared.mixture, curve)
+        at_equal_compute = paired_test(item_units(differences, documents), margin)
+    else:
+        at_equal_compute = dict.fromkeys((*_TEST_NUMBERS, "mean_difference"))
+        at_equal_compute["reason"] = compared.reason
+    return {
+        "mean_experts": token_mean(rows, COMPUTE),
+        "kept_experts": token_mean(rows, "avg_experts_per_token"),
+        "delta_nll": at_equal_compute["mean_difference"],
+        **{key: at_equal_compute[key] for key in _TEST_NUMBERS},
+        "static_mixture": vars(compared.mixture) if isinstance(compared, EqualCompute) else None,
+        "delta_to_baseline": to_baseline["mean_difference"],
+        "delta_to_baseline_ci95_low": to_baseline["ci95_low"],
+        "delta_to_baseline_ci95_high": to_baseline["ci95_high"],
+        "equivalence_p_value": to_baseline["equivalence_p_value"],
+        "equivalent_untested": equivalence_without_spread(to_baseline, margin),
+        "n_items": len(rows),
+        "n_units": to_baseline["n_units"],
+        "n_left_out": len(documents) - len(rows),
+        "perplexity": perplexity(token_mean(rows, "nll")),
+        "kl_to_own": token_mean(rows, "kl_to_own"),
+        "top1_agreement": token_mean(rows, "top1_agreement"),
+        "reason": at_equal_compute["reason"],
+    }
+
+
+def _verdict_word(row: Mapping[str, Any], is_claimed: bool | None) -> str | None:
+    if row["delta_nll"] is None:
+        return None
+    if not is_claimed:
+        return "undecided"
+    return "better" if row["delta_nll"] < 0 else "worse"
 
 
 def quality_verdicts(
@@ -8553,63 +8637,32 @@ def quality_verdicts(
     delta_nll is its NLL minus that of the static mixture with its own mean experts, a mean over the items
     which it, the baseline and both static neighbours have; all its other numbers are over the same items.
     "better" or "worse": p, BH-adjusted over all configurations, is below SIGNIFICANCE_LEVEL; "equivalent"
-    likewise.
+    likewise, or by construction: see `equivalence_without_spread`.
 
-    Returns configuration -> numbers; plain static ones have no equal-compute test and verdict None.
+    Returns configuration -> numbers. The verdict is None where nothing was compared: for plain static Top-K
+    (is_static), and where `reason` says why there is no delta_nll.
     """
     by_config = scored_items(scores)
     documents = documents_of(scores)
     curve = static_curve(by_config, configs)
     nothing = scores[:0].set_index("item_id")
     base = by_config.get(baseline, nothing)
-
-    def tested(differences: pd.Series) -> dict[str, Any]:
-        return paired_test(item_units(differences, documents), margin)
-
     verdicts = {}
     for name in distinct(scores["config_name"]):
         rows = by_config.get(name, nothing)
         items = rows.index.intersection(base.index)
-        compared = NotComparable("static Top-K: it is the curve")
-        if static_k(configs[name]) is None:
-            compared = equal_compute(rows, items, curve)
+        compared = comparable_static(rows, items, curve, configs[name])
         if isinstance(compared, EqualCompute):
             items = compared.items
-        rows = rows.loc[items]
-        to_baseline = tested(rows["nll"] - base["nll"].loc[items])
-        at_equal_compute = dict.fromkeys((*_TEST_NUMBERS, "mean_difference"))
-        if isinstance(compared, EqualCompute):
-            at_equal_compute = tested(difference_to_static(rows, compared.mixture, curve))
-            reason = at_equal_compute["reason"]
-        else:
-            reason = compared.reason
-        mean_nll = token_mean(rows, "nll")
-        verdicts[name] = {
-            "mean_experts": token_mean(rows, COMPUTE),
-            "kept_experts": token_mean(rows, "avg_experts_per_token"),
-            "delta_nll": at_equal_compute["mean_difference"],
-            **{key: at_equal_compute[key] for key in _TEST_NUMBERS},
-            "static_mixture": vars(compared.mixture) if isinstance(compared, EqualCompute) else None,
-            "delta_to_baseline": to_baseline["mean_difference"],
-            "delta_to_baseline_ci95_low": to_baseline["ci95_low"],
-            "delta_to_baseline_ci95_high": to_baseline["ci95_high"],
-            "equivalence_p_value": to_baseline["equivalence_p_value"],
-            "n_items": len(items),
-            "n_units": to_baseline["n_units"],
-            "n_left_out": len(documents) - len(items),
-            "perplexity": None if mean_nll is None else math.exp(mean_nll),
-            "kl_to_own": token_mean(rows, "kl_to_own"),
-            "top1_agreement": token_mean(rows, "top1_agreement"),
-            "reason": reason,
-        }
+        verdicts[name] = _verdict_numbers(rows.loc[items], base, compared, curve, documents, margin)
     adjust_p_values(list(verdicts.values()))
     adjust_p_values(list(verdicts.values()), "equivalence_p_value", "equivalent_to_baseline")
     for name, row in verdicts.items():
-        is_claimed = row.pop("significant")
-        word = "undecided"
-        if is_claimed:
-            word = "better" if row["delta_nll"] < 0 else "worse"
-        row["verdict"] = word if static_k(configs[name]) is None else None
+        untested = row.pop("equivalent_untested")
+        if name != baseline and row["equivalent_to_baseline"] is None:
+            row["equivalent_to_baseline"] = untested
+        row["is_static"] = static_k(configs[name]) is not None
+        row["verdict"] = _verdict_word(row, is_claimed=row.pop("significant"))
     return verdicts
 
 
@@ -8696,18 +8749,14 @@ class Ladder:
 
     def at(self, experts: float) -> pd.Series:
         """NLL of each item at this compute, between the two neighbours, never beyond: with the first-order
-        term of what each item spends more or less, as in `difference_to_static`."""
+        term of what each item spends more or less, see `worth_of_experts`."""
         high = int(np.clip(np.searchsorted(self.experts, experts), 1, len(self.experts) - 1))
         low = high - 1
-        step = self.experts[high] - self.experts[low]
-        share = (experts - self.experts[low]) / step
+        share = (experts - self.experts[low]) / (self.experts[high] - self.experts[low])
         below = self.members[low]
         above = self.members[high]
-        nll = (1 - share) * below["nll"] + share * above["nll"]
-        spent = (1 - share) * below[COMPUTE] + share * above[COMPUTE]
-        slope = (above["nll"] - below["nll"]).mean() / step
-        weight = below["num_tokens"] / below["num_tokens"].mean()
-        return nll - slope * (spent - experts) * weight
+        spent = mixed(below, above, share, COMPUTE)
+        return mixed(below, above, share, "nll") - worth_of_experts(below, above, spent - experts)
 
 
 def ladders_of(by_config: Mapping[str, pd.DataFrame], configs: Configs, items: pd.Index) -> list[Ladder]:
@@ -8750,7 +8799,7 @@ def fewest_experts(ladder: Ladder, own: pd.Series, documents: pd.Series, margin:
     if units.shape[1] < 2:  # nothing to test with
         return {"fewest": None, "ci95_low": None, "ci95_high": None}
     mean = units.mean(1)
-    error = stats.sem(units, axis=1)  # 0 at the model's own routing itself
+    error = stats.sem(units, axis=1)  # 0 at the model's own routing: see `equivalence_without_spread`
     df = units.shape[1] - 1
     half = stats.t.ppf(0.975, df) * error
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -9875,8 +9924,7 @@ def verdict_frame(analysis: Mapping[str, Any]) -> pd.DataFrame:
     rows = []
     for name, verdict in analysis["verdict"].items():
         config = json.dumps(analysis["configurations"][name])
-        about = {"config_name": name, "configuration": config, "is_static": verdict["verdict"] is None}
-        about["is_unbeaten"] = name in unbeaten_names
+        about = {"config_name": name, "configuration": config, "is_unbeaten": name in unbeaten_names}
         rows.append(about | verdict)
     frame = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["is_static", "delta_to_baseline"])
     numbers = [name for name in frame if name.startswith(("mean_", "delta_", "ci95_"))]
@@ -10187,7 +10235,7 @@ def names_of(names: Iterable[str]) -> str:
 
 def is_static(verdict: Row) -> bool:
     """Whether a row of `quality_verdicts` is plain Top-K: part of the static curve, not compared with it."""
-    return verdict["verdict"] is None
+    return verdict["is_static"]
 
 
 def verdict_sentence(analysis: Mapping[str, Any]) -> str:
@@ -10650,7 +10698,8 @@ def quality_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name, verdict in analysis["verdict"].items():
         left_out = f" ({verdict['n_left_out']} left out)" if verdict["n_left_out"] else ""
         shown = {"configuration": name, "items": f"{verdict['n_items']}{left_out}"}
-        rows.append(verdict | shown | {"verdict": verdict["verdict"] or "static"})
+        word = "static" if is_static(verdict) else verdict["verdict"]
+        rows.append(verdict | shown | {"verdict": word})
     return rows
 
 
@@ -11808,7 +11857,6 @@ def _configuration_row(folder: ResultsFolder, name: str) -> dict[str, Any]:
         row["verdict"] = f"own Top-{k}" if k == folder.own_k else f"Top-{k}"
         row["reason"] = None
     elif row["delta_nll"] is None:
-        row["verdict"] = None
         row["reason"] = row["reason"] or "no text was scored"
     return row
 
@@ -11897,9 +11945,7 @@ def _equal_compute_differences(folder: ResultsFolder, items: pd.Index) -> dict[s
     curve = static_curve(by_config, folder.configs)
     differences = {}
     for name, rows in by_config.items():
-        compared: EqualCompute | NotComparable = NotComparable("static Top-K: it is the curve")
-        if static_k(folder.configs[name]) is None:
-            compared = equal_compute(rows, rows.index, curve)
+        compared = comparable_static(rows, rows.index, curve, folder.configs[name])
         if isinstance(compared, EqualCompute):
             differences[name] = difference_to_static(rows.loc[compared.items], compared.mixture, curve)
     return differences

@@ -6764,7 +6764,8 @@ def test_verdicts_that_cannot_be_given_say_why():
     assert "measured at 4.00 to 5.00" in rows["bh_high"]["reason"]
     assert rows["bh_high"]["delta_to_baseline"] is not None
     assert rows["bh_failed"]["n_items"] == 0
-    assert rows["bh_high"]["verdict"] == rows["bh_failed"]["verdict"] == "undecided"
+    assert rows["bh_high"]["verdict"] is rows["bh_failed"]["verdict"] is None  # nothing was tested
+    assert [name for name, row in rows.items() if row["is_static"]] == ["topk_4", "topk_5"]
     assert rows["bh"]["p_value_adjusted"] == rows["bh"]["p_value"]  # the only test of the family
     json.dumps(bh.strict_json(rows), allow_nan=False)
 
@@ -7292,9 +7293,9 @@ NOTHING_DIFFERS = dict.fromkeys(("ci95_low", "ci95_high", "p_value", "p_value_ad
 
 
 def a_verdict(word="better", **entries):
-    usual = {"verdict": word, "mean_experts": 5.25, "delta_nll": -0.012, "ci95_low": -0.02,
-             "ci95_high": -0.004, "p_value_adjusted": 0.01, "n_items": 40, "n_units": 40, "reason": None,
-             "equivalent_to_baseline": False}  # fmt: skip
+    usual = {"verdict": word, "is_static": word is None, "mean_experts": 5.25, "delta_nll": -0.012,
+             "ci95_low": -0.02, "ci95_high": -0.004, "p_value_adjusted": 0.01, "n_items": 40, "n_units": 40,
+             "reason": None, "equivalent_to_baseline": False}  # fmt: skip
     return usual | entries
 
 
@@ -7325,7 +7326,7 @@ def a_task(name, **entries):
 
 
 STATIC = a_verdict(None, delta_nll=None, reason="static Top-K: it is the curve")
-NOT_COMPARABLE = a_verdict("undecided", delta_nll=None, reason="9.00 experts, but ...")
+NOT_COMPARABLE = a_verdict(None, is_static=False, delta_nll=None, reason="9.00 experts, but ...")
 CLOCK = a_test(median_ratio=1.1, mean_difference=0.2)
 TWICE = {"inference_time_sec": a_test(median_ratio=1.012, ci95_low=-0.01, ci95_high=0.02),
          "nll": a_test(mean_difference=-0.00002)}  # fmt: skip
@@ -12955,6 +12956,68 @@ def test_folders_whose_items_name_no_document_are_compared_item_by_item(tmp_path
     assert older["tests"] == alone["tests"]
     assert older["tests"][0]["n_units"] == 12
     assert [row["n_documents"] for row in older["folders"]] == [12, 12]
+
+
+def test_a_score_beyond_any_float_has_no_perplexity_and_ends_nothing(tmp_path):
+    """A broken static point may score hundreds of nats: its NLL stands, exp of it does not."""
+    assert bh.perplexity(None) is None
+    assert bh.perplexity(710.0) is None
+    assert bh.perplexity(0.0) == 1.0
+    frame = simulated(2)
+    frame["nll"] += 800.0 * (frame["config_name"] == "topk_4")
+    row = verdicts_of(frame)["topk_4"]
+    assert (row["perplexity"], row["verdict"]) == (None, None)
+    assert row["delta_to_baseline"] == pytest.approx(800, abs=0.1)
+    assert verdicts_of(frame)["bh"]["perplexity"] > 1
+
+
+def test_what_cannot_be_compared_has_no_verdict_anywhere():
+    """Undecided is the word for a test that finds nothing, not for none."""
+    frame = simulated(4)
+    frame = more_rows(frame, copies_of_bh(frame, "bh_high").assign(avg_experts_per_token=9.0))
+    verdicts = verdicts_of(frame)
+    analysis = {"verdict": verdicts, "configurations": configs_of(frame), "baseline": "topk_5"}
+    shown = {row["configuration"]: row["verdict"] for row in bh.quality_rows(analysis)}
+    assert shown == {"topk_4": "static", "topk_5": "static", "bh": "undecided", "bh_high": None}
+    assert bh.reason_sentences(analysis)[0].startswith("`bh_high` has no test at equal compute: 9.00 experts")
+    drawn = bh.verdict_frame(analysis).set_index("config_name")
+    assert drawn["is_static"].to_dict() == {"topk_4": True, "topk_5": True, "bh": False, "bh_high": False}
+    ax = bh.plot_delta_at_equal_compute(bh.verdict_frame(analysis))
+    assert "not comparable" in [text.get_text() for text in ax.texts]
+    bh.plt.close("all")
+
+
+def test_what_is_identical_to_the_baseline_is_equivalent_by_construction():
+    """It has no p-value, and does not make other claims easier: the adjustment is over what was tested."""
+    frame = simulated(2)
+    own = frame[frame["config_name"] == "topk_5"]
+    same = copies_of_bh(frame, "bh_wide", own["nll"].to_numpy()).assign(avg_experts_per_token=5.0)
+    moved = same.assign(config_name="bh_moved", nll=same["nll"] + 0.02)
+    verdicts = verdicts_of(more_rows(frame, same, moved))
+    before = verdicts_of(frame)
+    assert verdicts["bh_wide"]["equivalent_to_baseline"] is True
+    assert verdicts["bh_wide"]["equivalence_p_value"] is None
+    assert verdicts["bh_moved"]["equivalent_to_baseline"] is False  # by 2 % everywhere
+    assert verdicts["topk_5"]["equivalent_to_baseline"] is None  # the baseline itself
+    for name in ("topk_4", "bh"):
+        key = "equivalence_p_value_adjusted"
+        assert verdicts[name][key] == before[name][key]
+    analysis = {"verdict": verdicts, "baseline": "topk_5", "quality_margin": bh.QUALITY_MARGIN}
+    assert any("`bh_wide`" in sentence for sentence in bh.quality_sentences(analysis))
+
+
+def test_fewest_experts_and_verdicts_call_the_same_thing_equivalent():
+    """A ladder that is the model's own routing at its top is equivalent there, as the verdict says."""
+    scores, configs = simulated_field(2, {"threshold": 0.0, "min_p": 0.0}, documents=30)
+    own = scores[scores["config_name"] == "topk_8"]
+    for name in ("threshold_3", "min_p_3"):
+        top = scores["config_name"] == name
+        for column in ("nll", "avg_experts_per_token", "effective_experts"):
+            scores.loc[top, column] = own[column].to_numpy()
+    verdicts = bh.quality_verdicts(scores, configs, "topk_8")
+    assert verdicts["threshold_3"]["equivalent_to_baseline"] is True
+    ladders = {ladder["label"]: ladder for ladder in bh.compare_field(scores, configs, 8)["ladders"]}
+    assert ladders["threshold"]["within"]["1 %"]["fewest"] <= 8.0
 
 
 if __name__ == "__main__":
