@@ -8305,18 +8305,34 @@ def distinct(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
+def _read_configuration(cell: str, where: str) -> dict[str, Any]:
+    """The configuration in a cell of a table; empty where an older script described none."""
+    try:
+        config = json.loads(cell or "{}")
+    except (ValueError, TypeError):
+        config = None
+    if not isinstance(config, dict) or not isinstance(config.get("method", ""), str):
+        raise UserError(
+            f"{where} is described by {str(cell)[:60]!r}, not by a JSON object with a method: restore this "
+            "table, or run the configuration again"
+        )
+    return config
+
+
 def configurations(results: Results) -> dict[str, dict[str, Any]]:
     """Name -> configuration as it was run; empty for one that no row describes.
 
-    A field that an older script did not know has its default.
+    A field that an older script did not know has its default. Raises UserError for a cell that holds none.
     """
-    rows = pd.concat([frame[["config_name", "configuration"]] for frame in results])
-    configs = {}
-    for row in rows.drop_duplicates("config_name").to_dict("records"):
-        config = json.loads(row["configuration"] or "{}")
-        rule = RULES.get(config.get("method"))
-        defaults = {field.name: field.default for field in rule.fields} if rule else {}
-        configs[row["config_name"]] = {"method": config["method"], **defaults, **config} if rule else config
+    configs: dict[str, dict[str, Any]] = {}
+    for table, frame in zip(KINDS.values(), results, strict=True):
+        for row in frame.drop_duplicates("config_name").to_dict("records"):
+            name = row["config_name"]
+            if name not in configs:
+                config = _read_configuration(row["configuration"], f"{table.file}: configuration {name!r}")
+                rule = RULES.get(config.get("method"))
+                defaults = {field.name: field.default for field in rule.fields} if rule else {}
+                configs[name] = {"method": config["method"], **defaults, **config} if rule else config
     return configs
 
 
@@ -8741,6 +8757,8 @@ class Ladder:
     label: str
     stand_in: str
     rule: Rule
+    is_plain: bool  # plain static Top-K, what the others are shown against
+    names: list[str]  # the configurations of this rule that were scored
     experts: list[float]  # compute of each member, ascending
     members: list[pd.DataFrame]  # their scores, indexed by item_id
 
@@ -8759,11 +8777,34 @@ class Ladder:
         return mixed(below, above, share, "nll") - worth_of_experts(below, above, spent - experts)
 
 
+def scored_families(by_config: Mapping[str, pd.DataFrame], configs: Configs) -> dict[str, list[str]]:
+    """`families` of the configurations that have scores."""
+    return families({name: config for name, config in configs.items() if name in by_config})
+
+
+def items_of_most(own: pd.Index, members: Iterable[pd.DataFrame]) -> pd.Index:
+    """The items of the model's own routing on which ladders are compared: those that all members have, except
+    for members that lack so many that fewer scores would be left in all than without them.
+
+    From the most complete member on, as many are taken as keep the most scores: members x shared items. So
+    one that has hardly begun is left out, where a few failed items are left out under all.
+    """
+    held = [own[own.isin(rows.index)] for rows in members]
+    items = own
+    best = own
+    most = 0
+    for number, items_of_member in enumerate(sorted(held, key=len, reverse=True), start=1):
+        items = items[items.isin(items_of_member)]
+        if number * len(items) >= most:
+            best = items
+            most = number * len(items)
+    return best
+
+
 def ladders_of(by_config: Mapping[str, pd.DataFrame], configs: Configs, items: pd.Index) -> list[Ladder]:
-    """The ladders of at least two configurations, on the items that all of their members have."""
+    """The ladders of at least two configurations that have all of these items."""
     ladders = []
-    scored = {name: config for name, config in configs.items() if name in by_config}
-    for label, names in families(scored).items():
+    for label, names in scored_families(by_config, configs).items():
         tables = [by_config[name].loc[items] for name in names if items.isin(by_config[name].index).all()]
         points = sorted(((token_mean(table, COMPUTE), place) for place, table in enumerate(tables)))
         points = [
@@ -8773,11 +8814,13 @@ def ladders_of(by_config: Mapping[str, pd.DataFrame], configs: Configs, items: p
             config = configs[names[0]]
             ladders.append(
                 Ladder(
-                    label,
-                    config.get("stand_in", "nothing"),
-                    RULES[config["method"]],
-                    [experts for experts, _ in points],
-                    [tables[place] for _, place in points],
+                    label=label,
+                    stand_in=config.get("stand_in", "nothing"),
+                    rule=RULES[config["method"]],
+                    is_plain=any(static_k(configs[name]) is not None for name in names),
+                    names=names,
+                    experts=[experts for experts, _ in points],
+                    members=[tables[place] for _, place in points],
                 )
             )
     return ladders
@@ -8845,18 +8888,14 @@ def compared_numbers(own_k: int, most: float) -> list[float]:
 def _pair_tests(ladders: Sequence[Ladder], curves: Curves, documents: pd.Series) -> list[dict[str, Any]]:
     """Every two ladders at every compared number of experts that both reach: a `paired_test`, BH-adjusted."""
     numbers = sorted({number for _, number in curves})
-    differences = {
-        (first.label, second.label, experts): curves[first.label, experts] - curves[second.label, experts]
-        for first, second in itertools.combinations(ladders, 2)
-        for experts in numbers
-        if (first.label, experts) in curves and (second.label, experts) in curves
-    }
-    # All at once: one by one takes half a minute where there are fifty ladders.
-    units = item_units(pd.DataFrame(differences), documents)
-    pairs = [
-        {"first": first, "second": second, "experts": experts, **paired_test(values)}
-        for (first, second, experts), values in units.items()
-    ]
+    # `item_units` is linear: the units of a difference are the difference of the units.
+    units = {key: item_units(nll, documents) for key, nll in curves.items()}
+    pairs = []
+    for first, second in itertools.combinations([ladder.label for ladder in ladders], 2):
+        for experts in numbers:
+            if (first, experts) in units and (second, experts) in units:
+                test = paired_test(units[first, experts] - units[second, experts])
+                pairs.append({"first": first, "second": second, "experts": experts, **test})
     adjust_p_values(pairs)
     return pairs
 
@@ -8893,27 +8932,43 @@ def _differences(
     return differences
 
 
+def own_routing(names: Iterable[str], configs: Configs, own_k: int | None) -> str | None:
+    """Which of these configurations is the model's own routing: plain static Top-K of its own k."""
+    is_known = own_k is not None
+    return next((name for name in names if is_known and static_k(configs[name]) == own_k), None)
+
+
 def compare_field(
     scores: pd.DataFrame, configs: Configs, own_k: int | None, margins: Mapping[str, float] = FIELD_MARGINS
 ) -> dict[str, Any]:
     """Is it this rule, or would any do? Every ladder against every other, at each compared number of experts
-    that both reach: paired by item, tested over documents, BH-adjusted over all pairs.
+    that both reach: paired by item, tested over documents, BH-adjusted over all pairs. Items: see
+    `items_of_most`; configurations in no ladder have no say in them.
 
-    Returns ladders: label, stand_in, is_bound (no rule: it is compared with none), low and high (experts), at
-    (see `_differences`), within (margin -> `fewest_experts`), beaten_by (ladders with the same stand-in);
-    pairs; experts (the compared numbers that more than half of the ladders reach); n_items, n_units. Empty
-    where fewer than two rules have a ladder.
+    Returns ladders: label, members (the scored configurations of the rule), stand_in, is_bound (no rule: it
+    is compared with none), low and high (experts), at (see `_differences`), within (margin ->
+    `fewest_experts`), beaten_by (ladders with the same stand-in); pairs; experts (the compared numbers that
+    more than half of the ladders reach); n_items, n_units; n_own_items, those of the model's own routing;
+    left_out, the members that lack some of the items -> how many of n_own_items they have. Empty where fewer
+    than two rules have a ladder.
     """
     by_config = scored_items(scores)
-    own_names = [name for name in by_config if own_k is not None and static_k(configs[name]) == own_k]
-    if not own_names:
+    own_name = own_routing(by_config, configs, own_k)
+    if own_name is None:
         return {}
-    items = functools.reduce(pd.Index.intersection, (rows.index for rows in by_config.values()))
+    own_items = by_config[own_name].index
+    members = {
+        name: by_config[name]
+        for names in scored_families(by_config, configs).values()
+        for name in names
+        if len(names) > 1
+    }
+    items = items_of_most(own_items, members.values())
     ladders = ladders_of(by_config, configs, items) if len(items) else []
     if sum(not ladder.rule.is_static for ladder in ladders) < 2:
         return {}
     documents = documents_of(scores)
-    own = by_config[own_names[0]].loc[items, "nll"]
+    own = by_config[own_name].loc[items, "nll"]
     most = max(ladder.experts[-1] for ladder in ladders)
     curves = {
         (ladder.label, experts): ladder.at(experts)
@@ -8923,7 +8978,7 @@ def compare_field(
     }
     compared = [ladder for ladder in ladders if not ladder.rule.uses_outputs]
     pairs = _pair_tests(compared, curves, documents)
-    static = next((x.label for x in ladders if x.rule.is_static and x.stand_in == "nothing"), "")
+    static = next((ladder.label for ladder in ladders if ladder.is_plain), "")
     rows = []
     for ladder in ladders:
         alike = [other for other in compared if other.stand_in == ladder.stand_in]
@@ -8932,6 +8987,7 @@ def compare_field(
         rows.append(
             {
                 "label": ladder.label,
+                "members": ladder.names,
                 "stand_in": ladder.stand_in,
                 "is_bound": ladder.rule.uses_outputs,
                 "low": ladder.experts[0],
@@ -8948,6 +9004,12 @@ def compare_field(
         "experts": sorted(experts for experts, number in reached.items() if 2 * number > len(ladders)),
         "n_items": len(items),
         "n_units": documents[items].nunique(),
+        "n_own_items": len(own_items),
+        "left_out": {
+            name: int(own_items.isin(rows.index).sum())
+            for name, rows in members.items()
+            if not items.isin(rows.index).all()
+        },
     }
 
 
@@ -8962,21 +9024,34 @@ def higher_is_better(task: str, metric: str, report: Mapping[str, Any]) -> bool:
     return not metric.startswith("bits_per_")
 
 
+def asked_the_same(rows: pd.DataFrame, base: pd.DataFrame) -> pd.Series:
+    """Which rows of a task were not asked anything else than `base` was of the same document: where the data
+    of a task were edited between runs its documents keep their names. Older scripts did not record it."""
+    of_base = rows["document"].map(base.set_index("document")["input_hash"]).fillna("")
+    return (rows["input_hash"] == of_base) | (rows["input_hash"] == "") | (of_base == "")
+
+
 def compare_field_on_tasks(
     tasks: pd.DataFrame, configs: Configs, own_k: int | None, report: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Task -> `compare_field` of its documents' scores, where rules have ladders: perplexity alone can pick
     the wrong setting. A score that is better high counts as its negative, so that lower is better in all of
     it; `sign` times a difference is one of scores. No margin: a score has no perplexity to be within 1 % of.
+    Scores of a document that was asked something else than of the model's own routing are left out:
+    n_other_inputs says how many.
     """
     fields = {}
     with_metric = tasks[tasks["metric"] != ""]
     for task, rows in with_metric.groupby("task", sort=False):
         sign = -1 if higher_is_better(task, rows["metric"].iloc[0], report) else 1
-        losses = rows.assign(item_id=rows["document"], nll=sign * rows["score"], num_tokens=1)
+        own_name = own_routing(distinct(rows["config_name"]), configs, own_k)
+        is_alike = asked_the_same(rows, rows[rows["config_name"] == own_name])
+        alike = rows[is_alike]
+        losses = alike.assign(item_id=alike["document"], nll=sign * alike["score"], num_tokens=1)
         field = compare_field(losses, configs, own_k, margins={})
         if field:
-            fields[task] = field | {"sign": sign, "metric": rows["metric"].iloc[0]}
+            field |= {"sign": sign, "metric": rows["metric"].iloc[0]}
+            fields[task] = field | {"n_other_inputs": int((~is_alike).sum())}
     return fields
 
 
@@ -9026,22 +9101,24 @@ def compare_tasks(tasks: pd.DataFrame, baseline: str, report: Mapping[str, Any])
     """Tasks x configurations: what lm-evaluation-harness reports, and paired tests over the documents.
 
     A dict each with task, configuration, metric, what `paired_comparison` with the baseline gives for the
-    documents' scores, BH-adjusted over all of them, experts (mean per token and layer) and `harness`: metric
-    -> value and standard error. Tasks are tested one by one: their scores differ in meaning and direction. A
+    documents' scores, BH-adjusted over all of them, n_other_inputs (documents that are left out, as they were
+    asked something else than of the baseline), experts (mean per token and layer) and `harness`: metric ->
+    value and standard error. Tasks are tested one by one: their scores differ in meaning and direction. A
     group of tasks has what the harness reports only. Empty where no task was run. report: task_results.json.
     """
     entries: dict[tuple[str, str], dict[str, Any]] = {}
     with_metric = tasks[tasks["metric"] != ""]
-    scores = {
-        key: rows.set_index("document")
-        for key, rows in with_metric.groupby(["task", "config_name"], sort=False)
-    }
+    scores = dict(list(with_metric.groupby(["task", "config_name"], sort=False)))
     for (task, name), rows in scores.items():
         entry = {"metric": rows["metric"].iloc[0], "experts": rows["avg_experts_per_token"].mean()}
         if name == baseline:
             entry |= {"n_documents": len(rows), "mean": rows["score"].mean()}
         elif (task, baseline) in scores:
-            entry |= paired_comparison(scores[task, baseline]["score"], rows["score"])
+            base = scores[task, baseline]
+            is_alike = asked_the_same(rows, base)
+            own = rows[is_alike].set_index("document")["score"]
+            entry |= paired_comparison(base.set_index("document")["score"], own)
+            entry["n_other_inputs"] = int((~is_alike).sum())
         else:
             entry |= paired_comparison([], [])
         entries[task, name] = entry
@@ -9267,11 +9344,11 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
     for name in configs:
         check_name(name)
     baseline = choose_baseline(done, baseline)
-    tests = compare_with_baseline(done, baseline)
+    scores = deciding_scores(results.scores)
+    tests = compare_with_baseline(dataclasses.replace(results, scores=scores).finished(), baseline)
     runs = set().union(*map(run_ids, results))
     task_report = read_side_file(folder / TASK_RESULTS, runs)
     own_k = own_k_of(results)
-    scores = deciding_scores(results.scores)
     analysis = {
         "baseline": baseline,
         "own_k": own_k,
@@ -9919,8 +9996,12 @@ def verdict_frame(analysis: Mapping[str, Any]) -> pd.DataFrame:
     unbeaten = {
         label for found in unbeaten_rules(analysis.get("field", {})).values() for label in found.labels
     }
-    members = families({name: analysis["configurations"][name] for name in analysis["verdict"]})
-    unbeaten_names = {name for label in unbeaten for name in members.get(label, ())}
+    unbeaten_names = {
+        name
+        for ladder in analysis.get("field", {}).get("ladders", ())
+        if ladder["label"] in unbeaten
+        for name in ladder["members"]
+    }
     rows = []
     for name, verdict in analysis["verdict"].items():
         config = json.dumps(analysis["configurations"][name])
@@ -10282,6 +10363,17 @@ def task_sentence(analysis: Mapping[str, Any]) -> str:
     )
 
 
+def other_input_sentences(analysis: Mapping[str, Any]) -> list[str]:
+    """Which configurations were asked something else in a task than the baseline was."""
+    return [
+        f"`{entry['configuration']}` on {markdown_text(entry['task'])}: "
+        f"{amount(entry['n_other_inputs'], 'document')} left out, whose input was not "
+        f"`{analysis['baseline']}`'s."
+        for entry in analysis["tasks"]
+        if entry.get("n_other_inputs")
+    ]
+
+
 def field_sentences(analysis: Mapping[str, Any]) -> list[str]:
     """For each stand-in: which rules no other beats, and whether BH is among them."""
     sentences = []
@@ -10295,6 +10387,25 @@ def field_sentences(analysis: Mapping[str, Any]) -> list[str]:
             f"{words}, of {unbeaten.n_compared} rules these are beaten by no other at any compared number of "
             f"experts (adjusted p below {SIGNIFICANCE_LEVEL:g}): {named}{among}."
         )
+    return sentences
+
+
+def left_out_sentences(field: Mapping[str, Any]) -> list[str]:
+    """Which scores a comparison of rules is without, and why."""
+    if not field:
+        return []
+    sentences = [
+        f"`{name}` is left out: it has only {number} of the {field['n_own_items']} items of the "
+        "model's own routing."
+        for name, number in field["left_out"].items()
+    ]
+    if field["n_items"] < field["n_own_items"]:
+        sentences.append(
+            f"Compared are the {field['n_items']} of {field['n_own_items']} items that all the others have."
+        )
+    if field.get("n_other_inputs"):
+        scores = amount(field["n_other_inputs"], "score")
+        sentences.append(f"Left out: {scores} of documents whose input was not the model's own routing's.")
     return sentences
 
 
@@ -10978,11 +11089,15 @@ lower is better. Difference: to `{{ baseline }}`, paired by document; interval a
 adjusted over all rows of this table; d: mean difference over its standard deviation; significant: \
 adjusted p below {{ level }}.
 
+{{ bullets(other_inputs) }}
+
 {{ few_units(tasks) }}
 {% endif %}
 
-{% for task, (metric, league) in task_leagues.items() %}
+{% for task, (metric, league, left_out) in task_leagues.items() %}
 ### Every rule on {{ task }}
+
+{{ bullets(left_out) }}
 
 {{ league }}
 
@@ -11210,10 +11325,15 @@ def report_context(
         "findings": [*name_sentences(analysis), *baseline_sentences(analysis), *finding_sentences(analysis)],
         "tasks": task_rows(analysis),
         "quality": quality_rows(analysis),
-        "field": field_sentences(analysis),
+        "other_inputs": other_input_sentences(analysis),
+        "field": [*field_sentences(analysis), *left_out_sentences(analysis["field"])],
         "league": league_table(analysis["field"]),
         "task_leagues": {
-            markdown_text(task): (markdown_text(field["metric"]), league_table(field))
+            markdown_text(task): (
+                markdown_text(field["metric"]),
+                league_table(field),
+                left_out_sentences(field),
+            )
             for task, field in analysis["task_fields"].items()
         },
         "scored_text": text_sentences(done.scores),

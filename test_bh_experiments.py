@@ -13020,6 +13020,124 @@ def test_fewest_experts_and_verdicts_call_the_same_thing_equivalent():
     assert ladders["threshold"]["within"]["1 %"]["fewest"] <= 8.0
 
 
+def lone(scores, name, items, **fields):
+    """The first few scores of a configuration under another name, with other fields."""
+    rows = scores[scores["config_name"] == name].head(items)
+    config = json.loads(rows["configuration"].iloc[0]) | fields
+    return rows.assign(config_name="lone", configuration=json.dumps(config))
+
+
+def field_of(scores):
+    return bh.compare_field(scores, configs_of(scores), 8)
+
+
+def test_a_configuration_in_no_ladder_has_no_say_in_what_rules_are_compared_on():
+    scores, _ = simulated_field(3, {"threshold": 0.01, "min_p": 0.0}, 12, 2)
+    expected = field_of(scores)
+    assert (expected["n_items"], expected["left_out"]) == (24, {})
+    assert field_of(more_rows(scores, lone(scores, "threshold_0", 1, shuffle=True))) == expected
+
+
+def test_an_unfinished_member_is_left_out_and_named():
+    """A few failed items are left out under all members, one that has hardly begun is left out itself."""
+    scores, _ = simulated_field(3, {"threshold": 0.01, "min_p": 0.0}, 12, 2)
+    knob = bh.RULES["threshold"].knob
+    begun = lone(scores, "threshold_0", 1, **{knob.name: knob.default * 1.5})
+    field = field_of(more_rows(scores, begun))
+    assert (field["n_items"], field["n_own_items"], field["left_out"]) == (24, 24, {"lone": 1})
+    assert field["pairs"] == field_of(scores)["pairs"]
+    (sentence,) = bh.left_out_sentences(field)
+    assert sentence.startswith("`lone` is left out: it has only 1 of the 24 items")
+    is_failed = (scores["config_name"] == "min_p_1") & (scores["item_id"] == "d0:0")
+    field = field_of(scores.assign(status=np.where(is_failed, "error", "ok")))
+    assert (field["n_items"], field["left_out"]) == (23, {})
+    assert bh.left_out_sentences(field) == ["Compared are the 23 of 24 items that all the others have."]
+
+
+def test_a_configuration_that_failed_wholly_changes_no_label_in_the_plot():
+    """Labels say what differs among what was scored: the plot takes the members from the comparison."""
+    scores, _ = simulated_field(3, {"threshold": -0.02, "min_p": 0.0}, 20, 2)
+    failed = lone(scores, "threshold_0", 40, max_k=16).assign(status="error", nll=math.nan)
+    scores = more_rows(scores, failed)
+    configs = configs_of(scores)
+    analysis = {"field": field_of(scores), "configurations": configs, "baseline": "topk_8",
+                "verdict": bh.quality_verdicts(scores, configs, "topk_8")}  # fmt: skip
+    frame = bh.verdict_frame(bh.strict_json(analysis))
+    unbeaten = frame.loc[frame["is_unbeaten"], "config_name"]
+    assert {f"threshold_{place}" for place in range(4)} <= set(unbeaten)
+    assert "lone" not in set(unbeaten)
+
+
+def test_rules_are_shown_against_plain_static_topk_whatever_stands_first():
+    scores, _ = simulated_field(3, {"threshold": 0.01, "min_p": 0.0}, 12, 2)
+    static = scores[scores["config_name"].str.startswith("topk_")]
+    cells = static["configuration"].map(lambda cell: json.dumps(json.loads(cell) | {"renormalize": "none"}))
+    scaled = static.assign(
+        config_name="scaled_" + static["config_name"], configuration=cells, nll=static["nll"] + 1
+    )
+    field = field_of(more_rows(scaled, scores))
+    at = {ladder["label"]: ladder["at"][3]["to_static"] for ladder in field["ladders"]}
+    assert at["topk, none"] == pytest.approx(1, abs=0.01)
+    assert at["threshold, model"] == pytest.approx(0.01, abs=0.01)
+
+
+def test_units_of_a_difference_are_the_difference_of_units():
+    random = np.random.default_rng(0)
+    items = [f"w{i}" for i in range(60)]
+    documents = pd.Series([f"d{i // 7}" for i in range(60)], index=items)
+    one, other = (pd.Series(random.normal(3, 1, 60), index=items) for _ in range(2))
+    apart = bh.item_units(one, documents) - bh.item_units(other, documents)
+    assert apart.to_numpy() == pytest.approx(bh.item_units(one - other, documents).to_numpy(), abs=1e-14)
+
+
+@pytest.mark.parametrize("cell", ["oops", "[1]", '{"method": ["bh"]}'])
+def test_a_damaged_configuration_is_named_with_its_table(cell, tmp_path):
+    results = invented_results(("topk_8", "bh_strict"), 4)
+    is_one = results.scores["config_name"] == "topk_4"
+    scores = results.scores.assign(configuration=results.scores["configuration"].mask(is_one, cell))
+    with pytest.raises(
+        bh.UserError, match="text_scores.csv: configuration 'topk_4' is described by '"
+    ) as error:
+        analysis_of(dataclasses.replace(results, scores=scores), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_where_all_generation_failed_tests_are_of_the_text_and_not_of_references_too(tmp_path):
+    results = invented_results(("topk_8", "bh_strict"), 6)
+    references = results.scores.assign(
+        source="reference", item_id="r" + results.scores["item_id"], document="r" + results.scores["document"]
+    )
+    scores = more_rows(results.scores.assign(source="text"), references)
+    failed = results.generation.assign(status="error")
+    analysis = analysis_of(bh.Results(failed, scores, results.tasks), tmp_path)
+    tests = analysis["statistical_tests"]["bh_strict"]
+    assert {test["n_pairs"] for test in tests.values()} == {6}
+
+
+def test_documents_of_tasks_that_were_asked_something_else_are_not_paired():
+    scores, configs = simulated_field(0, {"threshold": -0.03, "min_p": 0.0}, 40, 1, (2.5, 3.5, 4.5))
+    tasks = scores.assign(
+        task="quiz", metric="bits_per_byte", score=scores["nll"], document=scores["item_id"]
+    )
+    tasks["input_hash"] = "old " + tasks["document"]
+    edited = (tasks["config_name"] == "min_p_1") & tasks["document"].isin(["d0:0", "d1:0", "d2:0"])
+    tasks.loc[edited, "input_hash"] = "new"
+    tasks = bh.fit_table(tasks, bh.TASKS)
+    entries = bh.compare_tasks(tasks, "topk_8", {})
+    paired = {
+        entry["configuration"]: (entry.get("n_pairs"), entry.get("n_other_inputs")) for entry in entries
+    }
+    assert paired["min_p_1"] == (37, 3)
+    assert paired["min_p_0"] == (40, 0)
+    (sentence,) = bh.other_input_sentences({"tasks": entries, "baseline": "topk_8"})
+    assert sentence == "`min_p_1` on quiz: 3 documents left out, whose input was not `topk_8`'s."
+    field = bh.compare_field_on_tasks(tasks, configs, 8, {})["quiz"]
+    assert (field["n_other_inputs"], field["n_items"], field["left_out"]) == (3, 40, {"min_p_1": 37})
+    assert "3 scores of documents whose input was not" in bh.left_out_sentences(field)[-1]
+    older = bh.compare_tasks(tasks.assign(input_hash=""), "topk_8", {})
+    assert {entry["n_pairs"] for entry in older if "n_pairs" in entry} == {40}
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write-manual"]:
         write_manual()
