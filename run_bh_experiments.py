@@ -4519,6 +4519,7 @@ KINDS = {table.frame: table for table in MEASURED if table.items}  # frame of `R
 _KIND = Column("kind", str, "what the tokens belong to: `generation`, `score` or `task`")
 _LAYER = Column("layer", int, "MoE layer, from 0")
 _RUN_ID = Column("run_id", str, "the run that wrote it")
+DOCUMENTS_OF_CATEGORY = 200  # so many are kept one by one, for the permutation test: the first ones
 LAYER_STATISTICS = Table(
     "layer_statistics.csv",
     "a configuration, a kind of measurement and a MoE layer",
@@ -4532,8 +4533,9 @@ LAYER_STATISTICS = Table(
                "Jensen-Shannon divergence of the use of experts between categories; 0 when all use the same "
                "ones"),
         Column("category_p_value", float,
-               "permutation test of that divergence, categories permuted over documents; empty with one "
-               "category or fewer than two documents in one"),
+               "permutation test of that divergence, categories permuted over documents, "
+               f"the first {DOCUMENTS_OF_CATEGORY} of each; empty with one category or fewer than two "
+               "documents in one"),
         _RUN_ID,
     ),
 )  # fmt: skip
@@ -4903,59 +4905,107 @@ def results_of_older_script(folder: Path) -> Results:
 EMPTY_RESULTS = Results(**{table.frame: fit_table(pd.DataFrame(), table) for table in MEASURED})
 
 
+def divergence_bits(use: np.ndarray) -> np.ndarray:
+    """Jensen-Shannon divergence of the categories' use of experts [categories, L, E], bits: [L]."""
+    shares = use / use.sum(2, keepdims=True)
+    entropy_of_mean = special.entr(shares.mean(0)).sum(-1)
+    mean_entropy = special.entr(shares).mean(0).sum(-1)
+    return (entropy_of_mean - mean_entropy) / math.log(2)
+
+
+class FirstDocuments:
+    """Of the first documents of each category the use of experts, for the permutation test.
+
+    They are DOCUMENTS_OF_CATEGORY at most; fewer where there are many categories, so that no more than
+    MAX_DOCUMENTS are held, but always two.
+    """
+
+    MAX_DOCUMENTS = 2000
+    PERMUTATIONS = 199
+    ROUNDING = 1e-12  # bits; categories that swap their documents diverge as before, but for this much
+
+    def __init__(self) -> None:
+        self.use: dict[tuple[str, str], np.ndarray] = {}  # (category, document) -> [L, E]
+        self.num_kept: collections.Counter[str] = collections.Counter()  # by category
+
+    def add(self, category: str, document: str, use: np.ndarray) -> None:
+        """Add the use of experts [L, E] in a document, or in a part of it."""
+        if category not in self.num_kept:
+            self.num_kept[category] = 0
+            self._trim()
+        key = (category, document)
+        if key not in self.use:
+            if self.num_kept[category] >= self._quota():
+                return
+            self.num_kept[category] += 1
+        total = self.use.get(key, 0) + use
+        self.use[key] = total.astype(np.min_scalar_type(total.max()))  # there may be thousands: as few bytes
+
+    def _quota(self) -> int:
+        """How many documents of each category are kept."""
+        return max(2, min(DOCUMENTS_OF_CATEGORY, self.MAX_DOCUMENTS // len(self.num_kept)))
+
+    def _trim(self) -> None:
+        """Let go what the quota, with one category more, has no room for: the last documents of each."""
+        quota = self._quota()
+        if max(self.num_kept.values()) <= quota:
+            return
+        for key in reversed(list(self.use)):
+            category, _ = key
+            if self.num_kept[category] > quota:
+                del self.use[key]
+                self.num_kept[category] -= 1
+
+    @property
+    def can_be_compared(self) -> bool:
+        """Whether there are two categories, and two documents in each."""
+        return len(self.num_kept) > 1 and min(self.num_kept.values()) > 1
+
+    def p_values(self) -> np.ndarray:
+        """Is it chance that the categories use different experts? A permutation test for each layer: [L]."""
+        labels, categories = pd.factorize(np.array([category for category, _ in self.use]))
+        use = np.stack(list(self.use.values())).astype(float)  # [documents, L, E]
+
+        def divergence(order: np.ndarray) -> np.ndarray:
+            is_in = np.eye(len(categories))[labels[order]]  # [documents, categories]
+            return divergence_bits(np.einsum("dc,dle->cle", is_in, use))
+
+        generator = np.random.default_rng(0)
+        observed = divergence(np.arange(len(labels)))
+        permuted = [divergence(generator.permutation(len(labels))) for _ in range(self.PERMUTATIONS)]
+        as_large = (np.stack(permuted) >= observed - self.ROUNDING).sum(0)
+        return (1 + as_large) / (1 + self.PERMUTATIONS)
+
+
 class LayerTables:
     """What the routers of every layer did, summed by configuration, kind and category: three CSV files."""
-
-    MAX_DOCUMENTS = 2000  # whose use of experts is kept one by one, for the permutation test
-    PERMUTATIONS = 199
 
     def __init__(self, layers: Sequence[MoELayer], run_id: str):
         self.routers = {layer.index: layer.name for layer in layers}
         self.run_id = run_id
         # (configuration, kind) -> category -> what the routers did
         self.sums: dict[tuple[str, str], dict[str, RoutingStatistics]] = collections.defaultdict(dict)
-        # (configuration, kind) -> document -> its category and use of experts [L, E]
-        self.documents: dict[tuple[str, str], dict[str, tuple[str, np.ndarray]]]
-        self.documents = collections.defaultdict(dict)
+        self.documents: dict[tuple[str, str], FirstDocuments] = collections.defaultdict(FirstDocuments)
 
     def add(self, name: str, kind: str, category: str, document: str, routing: RoutingStatistics) -> None:
         """Count what the routers did with one document, or a part of it."""
         sums = self.sums[name, kind]
         sums[category] = sums[category] + routing if category in sums else routing
-        documents = self.documents[name, kind]
-        if document in documents:
-            documents[document] = (category, documents[document][1] + routing.use)
-        elif len(documents) < self.MAX_DOCUMENTS:
-            documents[document] = (category, routing.use)
+        self.documents[name, kind].add(category, document, routing.use)
 
-    def _divergence(self, documents: Mapping[str, tuple[str, np.ndarray]]) -> pd.DataFrame:
+    def _divergence(self, name: str, kind: str) -> pd.DataFrame:
         """Do categories use different experts? One row a layer; none where there is nothing to compare."""
-        labels, categories = pd.factorize(np.array([category for category, _ in documents.values()]))
-        if len(categories) < 2 or np.bincount(labels).min() < 2:
+        documents = self.documents[name, kind]
+        if not documents.can_be_compared:
             return pd.DataFrame({"category_divergence_bits": [], "category_p_value": []})
-        use = np.stack([use for _, use in documents.values()]).astype(float)  # [documents, L, E]
-
-        def divergence(order: np.ndarray) -> np.ndarray:
-            """Jensen-Shannon divergence of the categories' use of experts, bits: [L]."""
-            is_in = np.eye(len(categories))[labels[order]]  # [documents, categories]
-            shares = np.einsum("dc,dle->cle", is_in, use)
-            shares /= shares.sum(2, keepdims=True)
-            entropy_of_mean = special.entr(shares.mean(0)).sum(-1)
-            mean_entropy = special.entr(shares).mean(0).sum(-1)
-            return (entropy_of_mean - mean_entropy) / math.log(2)
-
-        generator = np.random.default_rng(0)
-        observed = divergence(np.arange(len(labels)))
-        permuted = [divergence(generator.permutation(len(labels))) for _ in range(self.PERMUTATIONS)]
-        as_large = (np.stack(permuted) >= observed).sum(0)
-        p_values = (1 + as_large) / (1 + self.PERMUTATIONS)
-        columns = {"category_divergence_bits": observed, "category_p_value": p_values}
+        use = np.stack([routing.use for routing in self.sums[name, kind].values()])  # [categories, L, E]
+        columns = {"category_divergence_bits": divergence_bits(use), "category_p_value": documents.p_values()}
         return pd.DataFrame(columns, index=list(self.routers))
 
     def _layer_rows(self) -> Iterator[Row]:
         for (name, kind), by_category in self.sums.items():
             total = functools.reduce(RoutingStatistics.__add__, by_category.values()).by_layer()
-            table = total.join(self._divergence(self.documents[name, kind]))
+            table = total.join(self._divergence(name, kind))
             about = {"config_name": name, "kind": kind, "run_id": self.run_id}
             for layer, row in zip(table.index, table.to_dict("records"), strict=True):
                 yield about | {"layer": layer, "router": self.routers[layer]} | strict_json(row)

@@ -63,6 +63,7 @@ import torch
 import tqdm.auto
 from hypothesis import HealthCheck, given, settings, strategies
 from scipy import stats
+from scipy.spatial import distance
 from torch import nn
 
 import run_bh_experiments as bh
@@ -3147,12 +3148,13 @@ def test_categories_that_differ_diverge(spoken, monkeypatch):
 def test_categories_that_are_alike_do_not_diverge():
     """Under the null the permutation test rejects in about 5 % of cases."""
     generator = np.random.default_rng(0)
-    tables = bh.LayerTables([SimpleNamespace(index=0, name="one")], "run")
     small = 0
     for _ in range(40):
         use = generator.integers(0, 9, (8, 1, 6))
-        documents = {str(n): ("ab"[n % 2], use[n]) for n in range(8)}
-        small += tables._divergence(documents)["category_p_value"][0] <= 0.05
+        documents = bh.FirstDocuments()
+        for n in range(8):
+            documents.add("ab"[n % 2], str(n), use[n])
+        small += documents.p_values()[0] <= 0.05
     assert small <= 7
 
 
@@ -12899,6 +12901,95 @@ def test_report_and_comparison_of_another_version(small_log, tmp_path, monkeypat
     pages = [folder / "REPORT.md", folder / "report.html", tmp_path / "out" / "COMPARISON.md"]
     for page in pages:
         assert "of_tomorrow" not in page.read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 28. Tables by layer, figures and report: what a second reading found
+# ---------------------------------------------------------------------------------------------------------
+
+# Do categories use different experts?
+
+
+def test_categories_that_swap_their_names_are_a_tie():
+    """Of the 90 ways to give six documents three categories, two each, 6 are the measured one with other
+    names: of 199 permutations drawn, 13. No difference is so large that p is smaller."""
+    random = np.random.default_rng(0)
+    p_values = []
+    for _ in range(20):
+        documents = bh.FirstDocuments()
+        for n in range(6):
+            use = random.integers(1, 50, (2, 5))
+            use[:, n // 2] += 100
+            documents.add("abc"[n // 2], str(n), use)
+        p_values += documents.p_values().tolist()
+    assert set(p_values) == {(1 + 13) / 200}
+
+
+def used(use):
+    """What the routers did, as far as tables of categories ask: the use of experts [L, E]."""
+    layers = tuple(SimpleNamespace(index=index, own_k=2) for index in range(len(use)))
+    counts = np.zeros((len(use), use.shape[1] + 1), dtype=np.int64)
+    counts[:, 2] = use.sum(1) // 2
+    config = bh.resolve_config("topk_2", {"method": "topk", "k": 2})
+    return bh.RoutingStatistics(counts, use, counts[:, 0], counts[:, 2], config, layers)
+
+
+def layer_tables(*categories):
+    """Two layers under one configuration; categories: name, number of documents, the expert they favour."""
+    random = np.random.default_rng(0)
+    tables = bh.LayerTables([SimpleNamespace(index=index, name=f"l{index}") for index in range(2)], "run")
+    for category, number, favoured in categories:
+        for n in range(number):
+            use = random.integers(1, 9, (2, 4))
+            use[:, favoured] += 9
+            tables.add("a", "task", category, f"{category}:{n}", used(use))
+    return tables
+
+
+def test_a_long_category_before_another_leaves_it_room(monkeypatch):
+    """Tasks come one after the other: of each some documents are kept."""
+    monkeypatch.setattr(bh, "DOCUMENTS_OF_CATEGORY", 30)
+    rows = list(layer_tables(("long", 70, 0), ("other", 40, 1), ("short", 2, 2))._layer_rows())
+    assert [row["category_p_value"] for row in rows] == [0.005, 0.005]
+    assert all(row["category_divergence_bits"] > 0.1 for row in rows)
+    rows = list(layer_tables(("long", 70, 0), ("single", 1, 1))._layer_rows())
+    assert [row["category_p_value"] for row in rows] == [None, None]
+
+
+def test_divergence_is_of_all_documents(monkeypatch):
+    """As `expert_usage.csv` has them; the permutation test alone is of the first ones."""
+    tables = layer_tables(("x", 25, 0), ("y", 9, 1))
+    shares = pd.DataFrame(tables._usage_rows()).set_index(["layer", "category"])
+    expected = []
+    for layer in range(2):
+        x, y = (shares.loc[(layer, category), "share"].to_numpy() for category in "xy")
+        expected.append(distance.jensenshannon(x, y, base=2) ** 2)
+    for quota in (200, 3):
+        monkeypatch.setattr(bh, "DOCUMENTS_OF_CATEGORY", quota)
+        rows = layer_tables(("x", 25, 0), ("y", 9, 1))._layer_rows()
+        assert [row["category_divergence_bits"] for row in rows] == pytest.approx(expected)
+
+
+def test_documents_kept_for_the_permutation_test_are_few_and_small(monkeypatch):
+    """The first of each category, in parts or whole; fewer the more categories there are, but always two."""
+    monkeypatch.setattr(bh, "DOCUMENTS_OF_CATEGORY", 4)
+    monkeypatch.setattr(bh.FirstDocuments, "MAX_DOCUMENTS", 9)
+    documents = bh.FirstDocuments()
+    use = np.full((1, 2), 200)
+    kept = []
+    for category in "abcdef":
+        for n in (0, 1, 0, 2, 3, 4):
+            documents.add(category, str(n), use)
+        documents.add("a", "3", use)  # once it has gone it does not come back
+        assert collections.Counter(category for category, _ in documents.use) == documents.num_kept
+        kept.append(list(documents.num_kept.values()))
+    assert kept == [[4], [4, 4], [3, 3, 3], [2] * 4, [2] * 5, [2] * 6]
+    assert list(documents.use) == [(category, str(n)) for category in "abcdef" for n in range(2)]
+    assert {key[1]: (total.dtype, total[0, 0]) for key, total in documents.use.items()} == {
+        "0": (np.uint16, 400),
+        "1": (np.uint8, 200),
+    }
+    assert documents.can_be_compared
 
 
 if __name__ == "__main__":
