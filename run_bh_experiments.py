@@ -5495,10 +5495,12 @@ class _TokenView:
     def html(self) -> str:
         """Prompts in order; the first of each category is open. Where there is not room for all, each
         category has its share."""
-        category = {name: texts[0].category for name, texts in self.by_prompt.items()}
         rank: dict[str, int] = {}  # of a prompt in its category
-        for name in self.by_prompt:
-            rank[name] = sum(category[other] == category[name] for other in rank)
+        num_seen: collections.Counter[str] = collections.Counter()  # by category
+        for name, texts in self.by_prompt.items():
+            category = texts[0].category
+            rank[name] = num_seen[category]
+            num_seen[category] += 1
         parts: dict[str, str] = {}
         room = VIEW_LIMIT
         for name in sorted(self.by_prompt, key=rank.__getitem__):
@@ -8379,12 +8381,16 @@ def _describe(values: pd.Series) -> dict[str, Any]:
     return measures | {"n": len(known)}
 
 
+SPREAD = "std_experts_per_token"  # summarized like a metric, but nothing that configurations are tested by
+
+
 def summarize(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
-    """Configuration -> metric -> mean, std, median, min, max, n; each metric from the first table with it."""
+    """Configuration -> metric, or SPREAD -> mean, std, median, min, max, n; each from the first table with
+    it."""
     summary: dict[str, dict[str, dict[str, Any]]] = collections.defaultdict(dict)
     for table, frame in zip(KINDS.values(), results, strict=True):
         for name, rows in frame.groupby("config_name", sort=False):
-            for metric in table.metrics:
+            for metric in (*table.metrics, SPREAD):
                 if metric not in summary[name]:
                     summary[name][metric] = _describe(rows[metric])
     return dict(summary)
@@ -9941,7 +9947,8 @@ def plot_data(df: pd.DataFrame, analysis: Mapping[str, Any], output_dir: Path) -
     cells = {name: json.dumps(config) for name, config in analysis["configurations"].items()}
 
     def by_layer(table: Table) -> pd.DataFrame:
-        rows = first_kind(read_side_table(table, output_dir, runs))
+        rows = read_side_table(table, output_dir, runs)
+        rows = first_kind(rows[rows["config_name"].isin(cells)])  # the folder may hold more than is analysed
         return rows.assign(configuration=rows["config_name"].map(cells))
 
     counts = by_layer(EXPERT_COUNTS)
@@ -10459,7 +10466,8 @@ INTERVALS_HOLD_FROM = 50  # independent units: from here on 93 to 97 %, unless t
 
 
 def few_units_sentence(tests: Iterable[Mapping[str, Any]]) -> str:
-    """What to think of the intervals of a table when they are over few units; empty where they hold."""
+    """What to think of the intervals of a table, its tests, when they are over few units; empty where they
+    hold."""
     units = [test["n_units"] for test in tests if test.get("ci95_low") is not None]
     if not units or min(units) >= INTERVALS_HOLD_FROM:
         return ""
@@ -10539,12 +10547,14 @@ def may_adapt(config: Config) -> bool:
 
 
 def constancy_sentences(analysis: Mapping[str, Any]) -> list[str]:
-    """Adaptive configurations that gave every prompt, or every text, the same number of experts."""
+    """Adaptive configurations that gave every token in every layer the same number of experts."""
     sentences = []
     for name, summary in analysis["summary_by_config"].items():
         spread = summary["avg_experts_per_token"]
+        is_same_between_texts = spread["n"] > 1 and spread["min"] == spread["max"]
+        is_same_within_texts = summary[SPREAD]["max"] == 0  # None where the table is of a script without it
         config = analysis["configurations"][name]
-        if may_adapt(config) and spread["n"] > 1 and spread["min"] == spread["max"]:
+        if may_adapt(config) and is_same_between_texts and is_same_within_texts:
             advice = f"choose another `{RULES[config['method']].knob.name}`"
             if config.get("p_values") == "softmax":
                 advice = "with `p_values` = softmax that is certain (see `SoftmaxNull` in the script)"
@@ -10613,8 +10623,8 @@ def subject_sentence(results: Results, analysis: Mapping[str, Any]) -> str:
         tokens = ""
         if not pd.isna(first["max_new_tokens"]):
             tokens = f" with {amount(int(first['max_new_tokens']), 'new token')} each"
-        time = duration(done.generation["inference_time_sec"].sum())
-        amounts.append(f"{names} x {prompts}{tokens}, {time} of inference")
+        took = duration(done.generation["inference_time_sec"].sum())
+        amounts.append(f"{names} x {prompts}{tokens}, {took} of inference")
     if len(done.scores):
         amounts.append(scored_words(results, analysis))
     if len(done.tasks):
@@ -10632,12 +10642,12 @@ def suite_time_sentence(results: Results) -> str:
     done = results.finished().generation
     if not len(done):
         return ""
-    time = duration(done["inference_time_sec"].sum())
+    took = duration(done["inference_time_sec"].sum())
     expected = [
         f"{low} to {high} minutes on {where}" for where, (low, high) in EXPECTED_SUITE_MINUTES.items()
     ]
     return (
-        f"Suite time: {time} of inference here, {machine(done.iloc[0])}; expected for OLMoE-1B-7B: "
+        f"Suite time: {took} of inference here, {machine(done.iloc[0])}; expected for OLMoE-1B-7B: "
         f"{'; '.join(expected)}."
     )
 
@@ -11031,6 +11041,8 @@ Noise floor, the model's own routing against itself:
 Does it matter which token gets many experts?
 
 {{ bullets(shuffles) }}
+
+{{ few_units(shuffled) if few_units(shuffled) != few_units(quality) }}
 {% endif %}
 {% endif %}
 
@@ -11052,8 +11064,9 @@ Kolmogorov-Smirnov distance from uniform, by layer: {{ distances }}.
 {{ table("summary", summary) }}
 
 Experts: mean and standard deviation over {{ item }}s of the mean over tokens and layers; range: fewest and \
-most experts that any token got in any layer. At floor, at cap, no rejection: shares of all (token, layer) \
-decisions of the rules that have them.{% if is_timed %} Times are medians over prompts.{% endif %}
+most experts that any token got in any layer. At floor, at cap, no rejection: of the rules that have them, \
+shares of the (token, layer) decisions of a {{ item }}, a mean over {{ item }}s.{% if is_timed %} Times are \
+medians over prompts.{% endif %}
 
 {% if compute %}
 ## Compute
@@ -11192,7 +11205,6 @@ def report_context(
     kind = main_kind(done)
     measured = getattr(done, kind)
     layers = layer_rows(analysis)
-    shuffled = analysis["shuffle_effects"].values()
     diagnostics = analysis["null_diagnostics"] or {}
     drawn = [name for name in PLOTS if (folder / "plots" / f"{name}.png").exists()]
     first = FIRST_PLOT if FIRST_PLOT in drawn else None
@@ -11214,6 +11226,7 @@ def report_context(
         "untested": reason_sentences(analysis),
         "noise": noise_sentences(analysis),
         "shuffles": shuffle_sentences(analysis),
+        "shuffled": list(analysis["shuffle_effects"].values()),
         "nulls": null_rows(analysis),
         "diagnostics": diagnostics,
         "null_origin": null_origin(diagnostics),
@@ -11251,7 +11264,7 @@ def report_context(
         "model": show(measured.iloc[0], "model_name"),
         "level": f"{SIGNIFICANCE_LEVEL:g}",
         "margin": f"{100 * math.expm1(analysis['quality_margin']):.0f} %",
-        "few_units": lambda tests: few_units_sentence([*tests, *shuffled]),
+        "few_units": few_units_sentence,
         "bullets": lambda sentences: "\n".join(f"- {sentence}" for sentence in sentences),
         "table": lambda name, rows: markdown_table(rows, REPORT_TABLES[name]),
     }
@@ -11638,7 +11651,8 @@ def configuration_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
         generated = summary.get("avg_experts_per_token", {}).get("mean")
         tests = analysis["statistical_tests"].get(name, {})
         clock = tests.get("inference_time_sec", {})
-        row = verdict | {"configuration": name, "experts": verdict.get("mean_experts", generated)}
+        scored = verdict.get("mean_experts")
+        row = verdict | {"configuration": name, "experts": generated if scored is None else scored}
         row["time"] = clock.get("median_ratio")
         row["verdict"] = "baseline" if name == base else verdict.get("verdict")
         rows.append(row)

@@ -6488,8 +6488,8 @@ def test_every_metric_is_summarized_and_tested(tmp_path):
     """Of the declared metrics, each from the table that has it; the static ladder is not tested."""
     results = invented_results()
     analysis = analysis_of(results, tmp_path)
-    assert set(analysis["summary_by_config"]["bh_loose"]) == set(bh.GENERATION.metrics)
-    assert set(analysis["summary_by_config"]["topk_4"]) == set(bh.SCORES.metrics)
+    assert set(analysis["summary_by_config"]["bh_loose"]) == {*bh.GENERATION.metrics, bh.SPREAD}
+    assert set(analysis["summary_by_config"]["topk_4"]) == {*bh.SCORES.metrics, bh.SPREAD}
     assert {name: set(tests) for name, tests in analysis["statistical_tests"].items()} == dict.fromkeys(
         ("bh_strict", "bh_loose"), set(bh.GENERATION.metrics)
     )
@@ -7332,8 +7332,11 @@ CLOCK = a_test(median_ratio=1.1, mean_difference=0.2)
 TWICE = {"inference_time_sec": a_test(median_ratio=1.012, ci95_low=-0.01, ci95_high=0.02),
          "nll": a_test(mean_difference=-0.00002)}  # fmt: skip
 SHUFFLED = a_test(unshuffled="bh_strict", mean_difference=0.03, ci95_low=0.02, ci95_high=0.04)
-CONSTANT = {"avg_experts_per_token": {"mean": 4.0, "min": 4.0, "max": 4.0, "n": 12}}
-VARYING = {"avg_experts_per_token": {"mean": 4.0, "min": 3.0, "max": 5.0, "n": 12}}
+CONSTANT = {"avg_experts_per_token": {"mean": 4.0, "min": 4.0, "max": 4.0, "n": 12},
+            "std_experts_per_token": {"mean": 0.0, "min": 0.0, "max": 0.0, "n": 12}}  # fmt: skip
+VARYING = CONSTANT | {"avg_experts_per_token": {"mean": 4.0, "min": 3.0, "max": 5.0, "n": 12}}
+SPREAD_WITHIN = CONSTANT | {"std_experts_per_token": {"mean": 0.5, "min": 0.0, "max": 1.97, "n": 12}}
+SPREAD_UNKNOWN = CONSTANT | {"std_experts_per_token": dict.fromkeys(("mean", "min", "max")) | {"n": 0}}
 SOFTMAX = own_config("bh_strict", bh.ROUTING_CONFIGS["bh_strict"] | {"p_values": "softmax"})[0]
 FIXED = own_config("bh_loose", bh.ROUTING_CONFIGS["bh_loose"] | {"min_k": 4, "max_k": 4})[0]
 
@@ -7624,12 +7627,17 @@ SENTENCES = {
             ["`soft` ran 4.00 experts everywhere: it does not adapt; with `p_values` = softmax that is "
              "certain (see `SoftmaxNull` in the script)."],
         ),
-        "no claim": (an_analysis(summary_by_config={"bh_strict": VARYING}), []),
+        "no claim": (
+            an_analysis(summary_by_config={"bh_strict": VARYING, "bh_loose": SPREAD_WITHIN,
+                                           "top_p": SPREAD_UNKNOWN}),
+            [],
+        ),
         "nothing to say": (  # of what cannot adapt, and of one prompt
             an_analysis(
                 summary_by_config={
                     "topk_4": CONSTANT, "fixed": CONSTANT,
-                    "bh_loose": {"avg_experts_per_token": CONSTANT["avg_experts_per_token"] | {"n": 1}},
+                    "bh_loose": CONSTANT
+                    | {"avg_experts_per_token": CONSTANT["avg_experts_per_token"] | {"n": 1}},
                 },
                 configurations=an_analysis()["configurations"] | {"fixed": FIXED},
             ),
@@ -7999,7 +8007,7 @@ def test_report_says_where_intervals_hold(tmp_path):
 def test_advice_fits_the_method(tmp_path):
     """A constant count is told of rules that could adapt, with their own knob, and of nothing else."""
     results = invented_results(("topk_8", "bh_strict", "bh_loose"), 4)
-    constant = results.generation.assign(avg_experts_per_token=4.0)
+    constant = results.generation.assign(avg_experts_per_token=4.0, std_experts_per_token=0.0)
     results = dataclasses.replace(results, generation=constant)
     for weights in ("model", "sum"):
         fields = {"method": "topk", "k": 4, "renormalize": weights}
@@ -12990,6 +12998,110 @@ def test_documents_kept_for_the_permutation_test_are_few_and_small(monkeypatch):
         "1": (np.uint8, 200),
     }
     assert documents.can_be_compared
+
+
+# The report
+
+
+FEW_UNITS = r"\(here as few as (\d+)\)"
+
+
+@pytest.mark.parametrize(
+    ("documents", "units", "told"),
+    [(60, 12, ["12"]),  # of the shuffled counts alone: the tables say nothing of them
+     (20, 12, ["20", "12", "20"]),  # the table of quality, the shuffled counts, the table of tests
+     (20, 20, ["20", "20"])],  # once for quality and the shuffled counts, which are of the same
+)  # fmt: skip
+def test_few_units_are_told_of_the_table_they_are_in(documents, units, told, tmp_path):
+    effect = a_test(n_units=units, mean_difference=0.03, unshuffled="bh_strict")
+    results = invented_results(("topk_8", "bh_strict"), documents)
+    report = report_of(results, tmp_path, shuffle_effects={"s": effect})
+    assert re.findall(FEW_UNITS, report) == told
+    shuffles = report.index("the counts of `bh_strict` given to other tokens")
+    if documents > units:
+        assert report.index(f"as few as {units})") > shuffles
+
+
+def test_the_report_does_not_contradict_its_own_summary(tmp_path):
+    """The same mean in every prompt says nothing of the tokens in it."""
+    results = invented_results(("topk_8", "bh_strict"), 4)
+    same_means = dataclasses.replace(results, generation=results.generation.assign(avg_experts_per_token=4.0))
+    assert "does not adapt" not in report_of(same_means, tmp_path)
+
+
+def test_the_summary_says_what_its_shares_are(tmp_path):
+    """A mean over prompts: a short one counts like a long one."""
+    results = invented_results(("topk_8", "bh_strict"), 2)
+    is_bh = results.generation["config_name"] == "bh_strict"
+    frame = results.generation
+    frame.loc[is_bh, "floor_frac"] = [0.1, 0.4]
+    frame.loc[is_bh, "num_output_tokens"] = [1, 1000]
+    report = report_of(dataclasses.replace(results, generation=frame), tmp_path)
+    assert "shares of the (token, layer) decisions of a prompt, a mean over prompts." in report
+    assert re.search(r"\| `bh_strict` \| .* \| 25\.0% \|", sections_of(report)["Summary by configuration"])
+
+
+# Some configurations of a folder
+
+
+def test_plots_of_some_configurations_of_a_folder(tmp_path, monkeypatch):
+    """Also where nothing was scored: the tables by layer hold the others too."""
+    results = dataclasses.replace(
+        write_run(tmp_path, ("topk_8", "bh_strict", "bh_loose"), 3, tasks=False),
+        scores=bh.EMPTY_RESULTS.scores,
+    )
+    write_results(results, tmp_path)
+    some = results.generation[results.generation["config_name"].isin(["topk_8", "bh_strict"])]
+    data = bh.plot_data(some, bh.analyze_results(some, tmp_path), tmp_path)
+    for frame in (data.layers, data.usage, data.counts):
+        assert set(frame["config_name"]) == {"topk_8", "bh_strict"}
+        assert frame["configuration"].map(json.loads).map(len).all()
+    only_plots(monkeypatch, "expert_counts")
+    assert [path.stem for path in bh.create_visualizations(some, tmp_path)] == ["expert_counts"]
+
+
+# The view of many texts
+
+
+class Counted(str):
+    """A word that counts how often such words are compared."""
+
+    comparisons = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        Counted.comparisons += 1
+        return str.__eq__(self, other)
+
+
+def test_view_of_many_texts_looks_at_each_once(monkeypatch):
+    """Which prompt of its category a prompt is, is not found by looking at all the others."""
+    monkeypatch.setattr(bh, "VIEW_LIMIT", 1000)
+    monkeypatch.setattr(Counted, "comparisons", 0)
+    texts = [viewed(["a", "b"], f"p{n}", Counted(f"c{n % 2}")) for n in range(300)]
+    page = bh.token_view_html(texts)
+    assert Counted.comparisons < 5 * len(texts)
+    shown = re.findall(r"<summary>c(\d): p(\d+)</summary>", page)
+    assert shown[:2] == [("0", "0"), ("1", "1")]
+    assert f"{len(texts) - len(shown)} more prompts are in" in page
+
+
+# The answer on the terminal
+
+
+def test_terminal_shows_experts_of_what_was_generated_alone(tmp_path):
+    """Where a configuration's scores all failed, the experts of its texts stand in their place."""
+    results = invented_results(("topk_8", "bh_strict"), 6)
+    scores = results.scores
+    failed = scores["config_name"] == "bh_strict"
+    scores.loc[failed, ["nll", "avg_experts_per_token", "effective_experts"]] = math.nan
+    scores.loc[failed, "status"] = "error"
+    analysis = analysis_of(dataclasses.replace(results, scores=scores), tmp_path)
+    assert analysis["verdict"]["bh_strict"]["mean_experts"] is None
+    rows = bh.configuration_rows(analysis)
+    generated = results.generation.set_index("config_name").loc["bh_strict", "avg_experts_per_token"]
+    assert rows[1]["experts"] == pytest.approx(generated.mean())
+    assert rows[1]["saved"] == pytest.approx(1 - generated.mean() / 8)
 
 
 if __name__ == "__main__":
