@@ -6864,17 +6864,19 @@ PHASES = {  # kind of row -> what is done when it is there
     "score": "scores of text computed",
 }
 AUTO_BATCH_TOKENS = 8192  # what --batch-size auto begins with; halved whenever memory does not suffice
+ANALYSIS = "analysis_summary.json"
+REPORT = "REPORT.md"
+REPORT_PAGE = "report.html"
 # What a run leaves in its folder, in the words of the manual. These are set aside together:
 RUN_FILES: dict[str, str] = {
     **{table.file: f"a row: {table.row}" for table in TABLES},
     **TOKEN_LOG_FILES,
     TASK_RESULTS: "with --tasks: what lm-evaluation-harness reports, by configuration and task",
     NULL_DIAGNOSTICS: "do the nulls hold on the scored text?",
-    "analysis_summary.json": "summaries, tests and verdicts; strict JSON, null with a reason where a test "
-    "says nothing",
-    "REPORT.md": "the report: answer, tables, tests, plots, what an earlier attempt expected beside what was "
+    ANALYSIS: "summaries, tests and verdicts; strict JSON, null with a reason where a test says nothing",
+    REPORT: "the report: answer, tables, tests, plots, what an earlier attempt expected beside what was "
     "measured",
-    "report.html": "the report in one file, its plots inside: to be sent, and opened anywhere",
+    REPORT_PAGE: "the report in one file, its plots inside: to be sent, and opened anywhere",
     "plots": "the plots, PNG at 300 DPI",
     "checkpoints": f"what is finished: `{CHECKPOINT_FILE}` and a file of each further process; settings, and "
     "a `results` list of rows, each with a checksum and what its routers did",
@@ -9240,24 +9242,8 @@ def results_beside(df: pd.DataFrame, output_dir: Path) -> Results:
     return Results(generation, *beside)
 
 
-def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | None = None) -> dict[str, Any]:
-    """Summaries and paired tests of what a run measured; also in `analysis_summary.json`, strict JSON.
-
-    df: rows of generation, as `run_full_experiment_suite` returns them; the other tables of the same run are
-    taken from `output_dir`. Rows whose status is not "ok" are counted and left out. Pairs are formed by the
-    item's name, never by row order. baseline: the configuration that the others are compared with, see
-    `choose_baseline`.
-
-    Returns a dict with baseline, own_k, n_rows, n_failed, n_prompts, configurations, summary_by_config,
-    summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), compute
-    (`summarize_compute`), throughput (`summarize_throughput`), verdict (`quality_verdicts`), shuffle_effects,
-    field (`compare_field`), task_fields (`compare_field_on_tasks`), quality_margin, noise_floor, tasks
-    (`compare_tasks`), null_diagnostics, layers (`summarize_layers`),
-    token_kinds (`compare_token_kinds`) and hypotheses. Raises UserError for a table that is none of this
-    script's, for a baseline that is not in it, and when no row is left.
-    """
-    folder = Path(output_dir)
-    results = results_beside(df, folder)
+def analyze_tables(results: Results, folder: Path, baseline: str | None = None) -> dict[str, Any]:
+    """`analyze_results` of the tables of a run that have been read."""
     done = results.finished()
     n_rows = sum(map(len, results))
     n_done = sum(map(len, done))
@@ -9296,8 +9282,28 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
         "token_kinds": compare_token_kinds(read_side_table(TOKEN_KINDS, folder, runs), configs),
     }
     analysis = strict_json(analysis | {"hypotheses": check_hypotheses(analysis)})
-    write_json(folder / "analysis_summary.json", analysis)
+    write_json(folder / ANALYSIS, analysis)
     return analysis
+
+
+def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | None = None) -> dict[str, Any]:
+    """Summaries and paired tests of what a run measured; also in `analysis_summary.json`, strict JSON.
+
+    df: rows of generation, as `run_full_experiment_suite` returns them; the other tables of the same run are
+    taken from `output_dir`. Rows whose status is not "ok" are counted and left out. Pairs are formed by the
+    item's name, never by row order. baseline: the configuration that the others are compared with, see
+    `choose_baseline`.
+
+    Returns a dict with baseline, own_k, n_rows, n_failed, n_prompts, configurations, summary_by_config,
+    summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), compute
+    (`summarize_compute`), throughput (`summarize_throughput`), verdict (`quality_verdicts`), shuffle_effects,
+    field (`compare_field`), task_fields (`compare_field_on_tasks`), quality_margin, noise_floor, tasks
+    (`compare_tasks`), null_diagnostics, layers (`summarize_layers`),
+    token_kinds (`compare_token_kinds`) and hypotheses. Raises UserError for a table that is none of this
+    script's, for a baseline that is not in it, and when no row is left.
+    """
+    folder = Path(output_dir)
+    return analyze_tables(results_beside(df, folder), folder, baseline)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -9934,14 +9940,13 @@ def verdict_frame(analysis: Mapping[str, Any]) -> pd.DataFrame:
     return frame
 
 
-def plot_data(df: pd.DataFrame, analysis: Mapping[str, Any], output_dir: Path) -> PlotData:
+def plot_data(results: Results, analysis: Mapping[str, Any], output_dir: Path) -> PlotData:
     """What the plots of a run are drawn from. Somebody's words are shown as they are, not as formulas."""
 
     def shown(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
         literal = {name: frame[name].map(_visible).str.replace("$", r"\$", regex=False) for name in columns}
         return frame.assign(**literal)
 
-    results = results_beside(df, output_dir)
     done = results.finished()
     runs = set().union(*map(run_ids, results))
     cells = {name: json.dumps(config) for name, config in analysis["configurations"].items()}
@@ -9991,10 +9996,10 @@ def _save_figure(path: Path) -> None:
         figure.savefig(part, format="png", dpi=300, metadata={"Software": None})
 
 
-def draw_plots(df: pd.DataFrame, output_dir: Path, analysis: Mapping[str, Any]) -> DrawnPlots:
+def draw_plots(results: Results, output_dir: Path, analysis: Mapping[str, Any]) -> DrawnPlots:
     """Draw every plot in PLOTS that has data. One that fails is left out and named: it must not lose the
     report."""
-    data = plot_data(df, analysis, output_dir)
+    data = plot_data(results, analysis, output_dir)
     drawn = DrawnPlots([], {})
     for name in PLOTS:  # no plot of an earlier run beside the report of this one
         discard(output_dir / "plots" / f"{name}.png")
@@ -10028,8 +10033,9 @@ def create_visualizations(
 
     df, baseline: see `analyze_results`. A plot that cannot be drawn is left out, and named in the log.
     """
-    analysis = analyze_results(df, output_dir, baseline)
-    return draw_plots(df, Path(output_dir), analysis).paths
+    folder = Path(output_dir)
+    results = results_beside(df, folder)
+    return draw_plots(results, folder, analyze_tables(results, folder, baseline)).paths
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -10094,6 +10100,20 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[ReportCo
             is_numbers = all(cell == NOTHING_TO_SHOW or re.match(r"[-+<]? ?\d", cell) for cell in cells)
             shown.append([column.title, "---:" if place and is_numbers else "---", *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*shown, strict=True))
+
+
+def render_markdown(
+    template: str, context: Mapping[str, Any], tables: Mapping[str, Sequence[ReportColumn]]
+) -> str:
+    """A template filled with `context`, which may say bullets(sentences) and table(name of one of `tables`,
+    rows). What is missing in it raises."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = environment.from_string(template).render(
+        context,
+        bullets=lambda sentences: "\n".join(f"- {sentence}" for sentence in sentences),
+        table=lambda name, rows: markdown_table(rows, tables[name]),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 _CONFIGURATION = ReportColumn("configuration", "configuration", "code")
@@ -11265,9 +11285,15 @@ def report_context(
         "level": f"{SIGNIFICANCE_LEVEL:g}",
         "margin": f"{100 * math.expm1(analysis['quality_margin']):.0f} %",
         "few_units": few_units_sentence,
-        "bullets": lambda sentences: "\n".join(f"- {sentence}" for sentence in sentences),
-        "table": lambda name, rows: markdown_table(rows, REPORT_TABLES[name]),
     }
+
+
+def report_text(
+    results: Results, analysis: Mapping[str, Any], folder: Path, failed_plots: Mapping[str, str]
+) -> str:
+    """The text of REPORT.md in `folder`; see `generate_markdown_report`."""
+    context = report_context(results, analysis, folder, failed_plots)
+    return render_markdown(REPORT_TEMPLATE, context, REPORT_TABLES)
 
 
 def generate_markdown_report(
@@ -11282,10 +11308,7 @@ def generate_markdown_report(
     """
     path = Path(output_path)
     results = results_beside(df, path.parent)
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    context = report_context(results, analysis, path.parent, failed_plots or {})
-    text = environment.from_string(REPORT_TEMPLATE).render(context)
-    write_whole(path, re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+    write_whole(path, report_text(results, analysis, path.parent, failed_plots or {}))
     return path
 
 
@@ -11524,8 +11547,8 @@ def page_html(report_markdown: str, plots_folder: Path, sections: Sequence[str] 
 
 def write_page(folder: Path, sections: Sequence[str] = ()) -> Path:
     """Write report.html from the REPORT.md and the plots that lie in `folder`; sections: see `page_html`."""
-    markdown = (folder / "REPORT.md").read_text(encoding="utf-8")
-    path = folder / "report.html"
+    markdown = (folder / REPORT).read_text(encoding="utf-8")
+    path = folder / REPORT_PAGE
     write_whole(path, page_html(markdown, folder / "plots", sections))
     return path
 
@@ -11541,11 +11564,12 @@ def write_report(df: pd.DataFrame, output_dir: str | Path, baseline: str | None 
     """Analysis, plots and report of a run, into `output_dir`; see `analyze_results` for the arguments."""
     folder = Path(output_dir)
     start = time.perf_counter()
-    analysis = analyze_results(df, folder, baseline)
+    results = results_beside(df, folder)
+    analysis = analyze_tables(results, folder, baseline)
     logger.info(f"analysed in {duration(time.perf_counter() - start)}")
-    drawn = draw_plots(df, folder, analysis)
-    generate_markdown_report(df, analysis, folder / "REPORT.md", drawn.failed)
-    tokens = token_view(results_beside(df, folder), folder)
+    drawn = draw_plots(results, folder, analysis)
+    write_whole(folder / REPORT, report_text(results, analysis, folder, drawn.failed))
+    tokens = token_view(results, folder)
     sections = [f'<h2 id="tokens">Token by token</h2>\n{tokens}'] if tokens else []
     write_page(folder, sections)
     return WrittenReport(drawn.paths, drawn.failed, analysis)
@@ -11735,7 +11759,7 @@ def terminal_answer(analysis: Mapping[str, Any]) -> str:
 def terminal_paths(folder: Path) -> str:
     """Where to read on: the report as a page and as Markdown, the plots, and the tables of the run."""
     lines = []
-    reports = [folder / "report.html", folder / "REPORT.md"]
+    reports = [folder / REPORT_PAGE, folder / REPORT]
     tables = [folder / table.file for table in TABLES]
     for title, paths in (("report", reports), ("plots", [folder / "plots"]), ("tables", tables)):
         there = [path for path in paths if path.exists()]
@@ -12314,8 +12338,6 @@ def _comparison_context(comparison: Mapping[str, Any]) -> dict[str, Any]:
         "tests": [test | {"is_significant": significance(test)} for test in comparison["tests"]],
         "first": comparison["folders"][0]["folder"],
         "level": f"{SIGNIFICANCE_LEVEL:g}",
-        "bullets": lambda sentences: "\n".join(f"- {sentence}" for sentence in sentences),
-        "table": lambda name, rows: markdown_table(rows, COMPARISON_TABLES[name]),
     }
 
 
@@ -12353,9 +12375,8 @@ def compare_results(folders: Sequence[str | Path], output_dir: str | Path) -> di
             _save_figure(folder / "plots" / "comparison.png")
         finally:
             plt.close("all")
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = environment.from_string(COMPARISON_TEMPLATE).render(_comparison_context(comparison))
-    write_whole(folder / "COMPARISON.md", re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+    text = render_markdown(COMPARISON_TEMPLATE, _comparison_context(comparison), COMPARISON_TABLES)
+    write_whole(folder / "COMPARISON.md", text)
     return comparison
 
 
@@ -12917,7 +12938,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     with log_to(args.output / LOG_FILE):
         written = write_report(results.generation, args.output, args.baseline)
-        logger.debug(f"report: {args.output / 'REPORT.md'}")
+        logger.debug(f"report: {args.output / REPORT}")
     say(f"\n{terminal_answer(written.analysis)}\n\n{terminal_paths(args.output)}")
     return 1 if written.failed or results.num_failed else 0
 

@@ -7054,7 +7054,7 @@ def invented_run(request, tmp_path_factory):
     configs = SUITES[request.param]
     results = write_run(folder, configs, 6)
     analysis = bh.analyze_results(results.generation, folder)
-    data = bh.plot_data(results.generation, analysis, folder)
+    data = bh.plot_data(results, analysis, folder)
     return SimpleNamespace(configs=configs, results=results, analysis=analysis, data=data)
 
 
@@ -7191,7 +7191,7 @@ def test_a_configuration_has_one_colour_in_all_plots(tmp_path, as_drawn):
     """Whatever a plot leaves out."""
     names = ("topk_4", "topk_8", "bh_strict", "bh_loose")
     results = write_run(tmp_path, names, 3, tasks=False)
-    data = bh.plot_data(results.generation, bh.analyze_results(results.generation, tmp_path), tmp_path)
+    data = bh.plot_data(results, bh.analyze_results(results.generation, tmp_path), tmp_path)
     palette = bh._palette(results.generation, names)
     for name in ("expert_counts", "experts_vs_latency"):
         ax = bh.PLOTS[name].draw(bh.PLOTS[name].data(data))
@@ -7231,7 +7231,7 @@ def test_the_baseline_is_shown_first(tmp_path, as_drawn):
     results = write_run(tmp_path, names, 3, tasks=False)
     for baseline, first in ((None, "topk_8"), ("min_p", "min_p")):
         analysis = bh.analyze_results(results.generation, tmp_path, baseline)
-        data = bh.plot_data(results.generation, analysis, tmp_path)
+        data = bh.plot_data(results, analysis, tmp_path)
         axes = bh.plot_expert_usage_heatmap(data.usage)
         titles = [ax.get_title(loc="left") for ax in axes]
         others = [name for name in names if name != first]
@@ -7974,7 +7974,7 @@ def test_a_key_that_is_missing_raises(tmp_path, monkeypatch):
     analysis = analysis_of(results, tmp_path) | diagnostics
     context = bh.report_context(results, analysis, tmp_path, {"layer_profile": "no width"})
     shown = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(bh.REPORT_TEMPLATE))
-    assert shown == set(context)
+    assert shown == set(context) | {"bullets", "table"}
     # With something in every conditional part, so that each is looked at.
     rows = {name: [{"configuration": "x"}] for name in ("tasks", "layers", "failures")}
     rows |= {name: [{"configuration": "x"}] for name in ("compute", "phases", "throughput")}
@@ -13041,6 +13041,23 @@ def test_the_summary_says_what_its_shares_are(tmp_path):
     assert re.search(r"\| `bh_strict` \| .* \| 25\.0% \|", sections_of(report)["Summary by configuration"])
 
 
+def test_a_report_reads_the_measured_tables_once(tmp_path, monkeypatch):
+    """They are large: analysis, plots, report and view share what was read."""
+    only_plots(monkeypatch, "expert_counts")
+    results = write_run(tmp_path, ("topk_8", "bh_strict"), 3)
+    read = collections.Counter()
+    read_csv = bh.read_csv
+
+    def counting(path, columns):
+        read[path.name] += 1
+        return read_csv(path, columns)
+
+    monkeypatch.setattr(bh, "read_csv", counting)
+    bh.write_report(results.generation, tmp_path)
+    tables = (bh.GENERATION, bh.SCORES, bh.TASKS)
+    assert [read[table.file] for table in tables] == [1, 1, 1]
+
+
 # Some configurations of a folder
 
 
@@ -13052,7 +13069,7 @@ def test_plots_of_some_configurations_of_a_folder(tmp_path, monkeypatch):
     )
     write_results(results, tmp_path)
     some = results.generation[results.generation["config_name"].isin(["topk_8", "bh_strict"])]
-    data = bh.plot_data(some, bh.analyze_results(some, tmp_path), tmp_path)
+    data = bh.plot_data(bh.results_beside(some, tmp_path), bh.analyze_results(some, tmp_path), tmp_path)
     for frame in (data.layers, data.usage, data.counts):
         assert set(frame["config_name"]) == {"topk_8", "bh_strict"}
         assert frame["configuration"].map(json.loads).map(len).all()
