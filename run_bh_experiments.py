@@ -4519,6 +4519,7 @@ KINDS = {table.frame: table for table in MEASURED if table.items}  # frame of `R
 _KIND = Column("kind", str, "what the tokens belong to: `generation`, `score` or `task`")
 _LAYER = Column("layer", int, "MoE layer, from 0")
 _RUN_ID = Column("run_id", str, "the run that wrote it")
+DOCUMENTS_OF_CATEGORY = 200  # so many are kept one by one, for the permutation test: the first ones
 LAYER_STATISTICS = Table(
     "layer_statistics.csv",
     "a configuration, a kind of measurement and a MoE layer",
@@ -4532,8 +4533,9 @@ LAYER_STATISTICS = Table(
                "Jensen-Shannon divergence of the use of experts between categories; 0 when all use the same "
                "ones"),
         Column("category_p_value", float,
-               "permutation test of that divergence, categories permuted over documents; empty with one "
-               "category or fewer than two documents in one"),
+               "permutation test of that divergence, categories permuted over documents, "
+               f"the first {DOCUMENTS_OF_CATEGORY} of each; empty with one category or fewer than two "
+               "documents in one"),
         _RUN_ID,
     ),
 )  # fmt: skip
@@ -4903,59 +4905,107 @@ def results_of_older_script(folder: Path) -> Results:
 EMPTY_RESULTS = Results(**{table.frame: fit_table(pd.DataFrame(), table) for table in MEASURED})
 
 
+def divergence_bits(use: np.ndarray) -> np.ndarray:
+    """Jensen-Shannon divergence of the categories' use of experts [categories, L, E], bits: [L]."""
+    shares = use / use.sum(2, keepdims=True)
+    entropy_of_mean = special.entr(shares.mean(0)).sum(-1)
+    mean_entropy = special.entr(shares).mean(0).sum(-1)
+    return (entropy_of_mean - mean_entropy) / math.log(2)
+
+
+class FirstDocuments:
+    """Of the first documents of each category the use of experts, for the permutation test.
+
+    They are DOCUMENTS_OF_CATEGORY at most; fewer where there are many categories, so that no more than
+    MAX_DOCUMENTS are held, but always two.
+    """
+
+    MAX_DOCUMENTS = 2000
+    PERMUTATIONS = 199
+    ROUNDING = 1e-12  # bits; categories that swap their documents diverge as before, but for this much
+
+    def __init__(self) -> None:
+        self.use: dict[tuple[str, str], np.ndarray] = {}  # (category, document) -> [L, E]
+        self.num_kept: collections.Counter[str] = collections.Counter()  # by category
+
+    def add(self, category: str, document: str, use: np.ndarray) -> None:
+        """Add the use of experts [L, E] in a document, or in a part of it."""
+        if category not in self.num_kept:
+            self.num_kept[category] = 0
+            self._trim()
+        key = (category, document)
+        if key not in self.use:
+            if self.num_kept[category] >= self._quota():
+                return
+            self.num_kept[category] += 1
+        total = self.use.get(key, 0) + use
+        self.use[key] = total.astype(np.min_scalar_type(total.max()))  # there may be thousands: as few bytes
+
+    def _quota(self) -> int:
+        """How many documents of each category are kept."""
+        return max(2, min(DOCUMENTS_OF_CATEGORY, self.MAX_DOCUMENTS // len(self.num_kept)))
+
+    def _trim(self) -> None:
+        """Let go what the quota, with one category more, has no room for: the last documents of each."""
+        quota = self._quota()
+        if max(self.num_kept.values()) <= quota:
+            return
+        for key in reversed(list(self.use)):
+            category, _ = key
+            if self.num_kept[category] > quota:
+                del self.use[key]
+                self.num_kept[category] -= 1
+
+    @property
+    def can_be_compared(self) -> bool:
+        """Whether there are two categories, and two documents in each."""
+        return len(self.num_kept) > 1 and min(self.num_kept.values()) > 1
+
+    def p_values(self) -> np.ndarray:
+        """Is it chance that the categories use different experts? A permutation test for each layer: [L]."""
+        labels, categories = pd.factorize(np.array([category for category, _ in self.use]))
+        use = np.stack(list(self.use.values())).astype(float)  # [documents, L, E]
+
+        def divergence(order: np.ndarray) -> np.ndarray:
+            is_in = np.eye(len(categories))[labels[order]]  # [documents, categories]
+            return divergence_bits(np.einsum("dc,dle->cle", is_in, use))
+
+        generator = np.random.default_rng(0)
+        observed = divergence(np.arange(len(labels)))
+        permuted = [divergence(generator.permutation(len(labels))) for _ in range(self.PERMUTATIONS)]
+        as_large = (np.stack(permuted) >= observed - self.ROUNDING).sum(0)
+        return (1 + as_large) / (1 + self.PERMUTATIONS)
+
+
 class LayerTables:
     """What the routers of every layer did, summed by configuration, kind and category: three CSV files."""
-
-    MAX_DOCUMENTS = 2000  # whose use of experts is kept one by one, for the permutation test
-    PERMUTATIONS = 199
 
     def __init__(self, layers: Sequence[MoELayer], run_id: str):
         self.routers = {layer.index: layer.name for layer in layers}
         self.run_id = run_id
         # (configuration, kind) -> category -> what the routers did
         self.sums: dict[tuple[str, str], dict[str, RoutingStatistics]] = collections.defaultdict(dict)
-        # (configuration, kind) -> document -> its category and use of experts [L, E]
-        self.documents: dict[tuple[str, str], dict[str, tuple[str, np.ndarray]]]
-        self.documents = collections.defaultdict(dict)
+        self.documents: dict[tuple[str, str], FirstDocuments] = collections.defaultdict(FirstDocuments)
 
     def add(self, name: str, kind: str, category: str, document: str, routing: RoutingStatistics) -> None:
         """Count what the routers did with one document, or a part of it."""
         sums = self.sums[name, kind]
         sums[category] = sums[category] + routing if category in sums else routing
-        documents = self.documents[name, kind]
-        if document in documents:
-            documents[document] = (category, documents[document][1] + routing.use)
-        elif len(documents) < self.MAX_DOCUMENTS:
-            documents[document] = (category, routing.use)
+        self.documents[name, kind].add(category, document, routing.use)
 
-    def _divergence(self, documents: Mapping[str, tuple[str, np.ndarray]]) -> pd.DataFrame:
+    def _divergence(self, name: str, kind: str) -> pd.DataFrame:
         """Do categories use different experts? One row a layer; none where there is nothing to compare."""
-        labels, categories = pd.factorize(np.array([category for category, _ in documents.values()]))
-        if len(categories) < 2 or np.bincount(labels).min() < 2:
+        documents = self.documents[name, kind]
+        if not documents.can_be_compared:
             return pd.DataFrame({"category_divergence_bits": [], "category_p_value": []})
-        use = np.stack([use for _, use in documents.values()]).astype(float)  # [documents, L, E]
-
-        def divergence(order: np.ndarray) -> np.ndarray:
-            """Jensen-Shannon divergence of the categories' use of experts, bits: [L]."""
-            is_in = np.eye(len(categories))[labels[order]]  # [documents, categories]
-            shares = np.einsum("dc,dle->cle", is_in, use)
-            shares /= shares.sum(2, keepdims=True)
-            entropy_of_mean = special.entr(shares.mean(0)).sum(-1)
-            mean_entropy = special.entr(shares).mean(0).sum(-1)
-            return (entropy_of_mean - mean_entropy) / math.log(2)
-
-        generator = np.random.default_rng(0)
-        observed = divergence(np.arange(len(labels)))
-        permuted = [divergence(generator.permutation(len(labels))) for _ in range(self.PERMUTATIONS)]
-        as_large = (np.stack(permuted) >= observed).sum(0)
-        p_values = (1 + as_large) / (1 + self.PERMUTATIONS)
-        columns = {"category_divergence_bits": observed, "category_p_value": p_values}
+        use = np.stack([routing.use for routing in self.sums[name, kind].values()])  # [categories, L, E]
+        columns = {"category_divergence_bits": divergence_bits(use), "category_p_value": documents.p_values()}
         return pd.DataFrame(columns, index=list(self.routers))
 
     def _layer_rows(self) -> Iterator[Row]:
         for (name, kind), by_category in self.sums.items():
             total = functools.reduce(RoutingStatistics.__add__, by_category.values()).by_layer()
-            table = total.join(self._divergence(self.documents[name, kind]))
+            table = total.join(self._divergence(name, kind))
             about = {"config_name": name, "kind": kind, "run_id": self.run_id}
             for layer, row in zip(table.index, table.to_dict("records"), strict=True):
                 yield about | {"layer": layer, "router": self.routers[layer]} | strict_json(row)
@@ -5445,10 +5495,12 @@ class _TokenView:
     def html(self) -> str:
         """Prompts in order; the first of each category is open. Where there is not room for all, each
         category has its share."""
-        category = {name: texts[0].category for name, texts in self.by_prompt.items()}
         rank: dict[str, int] = {}  # of a prompt in its category
-        for name in self.by_prompt:
-            rank[name] = sum(category[other] == category[name] for other in rank)
+        num_seen: collections.Counter[str] = collections.Counter()  # by category
+        for name, texts in self.by_prompt.items():
+            category = texts[0].category
+            rank[name] = num_seen[category]
+            num_seen[category] += 1
         parts: dict[str, str] = {}
         room = VIEW_LIMIT
         for name in sorted(self.by_prompt, key=rank.__getitem__):
@@ -6817,17 +6869,19 @@ PHASES = {  # kind of row -> what is done when it is there
     "score": "scores of text computed",
 }
 AUTO_BATCH_TOKENS = 8192  # what --batch-size auto begins with; halved whenever memory does not suffice
+ANALYSIS = "analysis_summary.json"
+REPORT = "REPORT.md"
+REPORT_PAGE = "report.html"
 # What a run leaves in its folder, in the words of the manual. These are set aside together:
 RUN_FILES: dict[str, str] = {
     **{table.file: f"a row: {table.row}" for table in TABLES},
     **TOKEN_LOG_FILES,
     TASK_RESULTS: "with --tasks: what lm-evaluation-harness reports, by configuration and task",
     NULL_DIAGNOSTICS: "do the nulls hold on the scored text?",
-    "analysis_summary.json": "summaries, tests and verdicts; strict JSON, null with a reason where a test "
-    "says nothing",
-    "REPORT.md": "the report: answer, tables, tests, plots, what an earlier attempt expected beside what was "
+    ANALYSIS: "summaries, tests and verdicts; strict JSON, null with a reason where a test says nothing",
+    REPORT: "the report: answer, tables, tests, plots, what an earlier attempt expected beside what was "
     "measured",
-    "report.html": "the report in one file, its plots inside: to be sent, and opened anywhere",
+    REPORT_PAGE: "the report in one file, its plots inside: to be sent, and opened anywhere",
     "plots": "the plots, PNG at 300 DPI",
     "checkpoints": f"what is finished: `{CHECKPOINT_FILE}` and a file of each further process; settings, and "
     "a `results` list of rows, each with a checksum and what its routers did",
@@ -8363,12 +8417,16 @@ def _describe(values: pd.Series) -> dict[str, Any]:
     return measures | {"n": len(known)}
 
 
+SPREAD = "std_experts_per_token"  # summarized like a metric, but nothing that configurations are tested by
+
+
 def summarize(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
-    """Configuration -> metric -> mean, std, median, min, max, n; each metric from the first table with it."""
+    """Configuration -> metric, or SPREAD -> mean, std, median, min, max, n; each from the first table with
+    it."""
     summary: dict[str, dict[str, dict[str, Any]]] = collections.defaultdict(dict)
     for table, frame in zip(KINDS.values(), results, strict=True):
         for name, rows in frame.groupby("config_name", sort=False):
-            for metric in table.metrics:
+            for metric in (*table.metrics, SPREAD):
                 if metric not in summary[name]:
                     summary[name][metric] = _describe(rows[metric])
     return dict(summary)
@@ -9317,24 +9375,8 @@ def results_beside(df: pd.DataFrame, output_dir: Path) -> Results:
     return Results(generation, *beside)
 
 
-def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | None = None) -> dict[str, Any]:
-    """Summaries and paired tests of what a run measured; also in `analysis_summary.json`, strict JSON.
-
-    df: rows of generation, as `run_full_experiment_suite` returns them; the other tables of the same run are
-    taken from `output_dir`. Rows whose status is not "ok" are counted and left out. Pairs are formed by the
-    item's name, never by row order. baseline: the configuration that the others are compared with, see
-    `choose_baseline`.
-
-    Returns a dict with baseline, own_k, n_rows, n_failed, n_prompts, configurations, summary_by_config,
-    summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), compute
-    (`summarize_compute`), throughput (`summarize_throughput`), verdict (`quality_verdicts`), shuffle_effects,
-    field (`compare_field`), task_fields (`compare_field_on_tasks`), quality_margin, noise_floor, tasks
-    (`compare_tasks`), null_diagnostics, layers (`summarize_layers`),
-    token_kinds (`compare_token_kinds`) and hypotheses. Raises UserError for a table that is none of this
-    script's, for a baseline that is not in it, and when no row is left.
-    """
-    folder = Path(output_dir)
-    results = results_beside(df, folder)
+def analyze_tables(results: Results, folder: Path, baseline: str | None = None) -> dict[str, Any]:
+    """`analyze_results` of the tables of a run that have been read."""
     done = results.finished()
     n_rows = sum(map(len, results))
     n_done = sum(map(len, done))
@@ -9373,8 +9415,28 @@ def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | No
         "token_kinds": compare_token_kinds(read_side_table(TOKEN_KINDS, folder, runs), configs),
     }
     analysis = strict_json(analysis | {"hypotheses": check_hypotheses(analysis)})
-    write_json(folder / "analysis_summary.json", analysis)
+    write_json(folder / ANALYSIS, analysis)
     return analysis
+
+
+def analyze_results(df: pd.DataFrame, output_dir: str | Path, baseline: str | None = None) -> dict[str, Any]:
+    """Summaries and paired tests of what a run measured; also in `analysis_summary.json`, strict JSON.
+
+    df: rows of generation, as `run_full_experiment_suite` returns them; the other tables of the same run are
+    taken from `output_dir`. Rows whose status is not "ok" are counted and left out. Pairs are formed by the
+    item's name, never by row order. baseline: the configuration that the others are compared with, see
+    `choose_baseline`.
+
+    Returns a dict with baseline, own_k, n_rows, n_failed, n_prompts, configurations, summary_by_config,
+    summary_by_category, statistical_tests (configuration -> metric -> tests against the baseline), compute
+    (`summarize_compute`), throughput (`summarize_throughput`), verdict (`quality_verdicts`), shuffle_effects,
+    field (`compare_field`), task_fields (`compare_field_on_tasks`), quality_margin, noise_floor, tasks
+    (`compare_tasks`), null_diagnostics, layers (`summarize_layers`),
+    token_kinds (`compare_token_kinds`) and hypotheses. Raises UserError for a table that is none of this
+    script's, for a baseline that is not in it, and when no row is left.
+    """
+    folder = Path(output_dir)
+    return analyze_tables(results_beside(df, folder), folder, baseline)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -10014,20 +10076,20 @@ def verdict_frame(analysis: Mapping[str, Any]) -> pd.DataFrame:
     return frame
 
 
-def plot_data(df: pd.DataFrame, analysis: Mapping[str, Any], output_dir: Path) -> PlotData:
+def plot_data(results: Results, analysis: Mapping[str, Any], output_dir: Path) -> PlotData:
     """What the plots of a run are drawn from. Somebody's words are shown as they are, not as formulas."""
 
     def shown(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
         literal = {name: frame[name].map(_visible).str.replace("$", r"\$", regex=False) for name in columns}
         return frame.assign(**literal)
 
-    results = results_beside(df, output_dir)
     done = results.finished()
     runs = set().union(*map(run_ids, results))
     cells = {name: json.dumps(config) for name, config in analysis["configurations"].items()}
 
     def by_layer(table: Table) -> pd.DataFrame:
-        rows = first_kind(read_side_table(table, output_dir, runs))
+        rows = read_side_table(table, output_dir, runs)
+        rows = first_kind(rows[rows["config_name"].isin(cells)])  # the folder may hold more than is analysed
         return rows.assign(configuration=rows["config_name"].map(cells))
 
     counts = by_layer(EXPERT_COUNTS)
@@ -10070,10 +10132,10 @@ def _save_figure(path: Path) -> None:
         figure.savefig(part, format="png", dpi=300, metadata={"Software": None})
 
 
-def draw_plots(df: pd.DataFrame, output_dir: Path, analysis: Mapping[str, Any]) -> DrawnPlots:
+def draw_plots(results: Results, output_dir: Path, analysis: Mapping[str, Any]) -> DrawnPlots:
     """Draw every plot in PLOTS that has data. One that fails is left out and named: it must not lose the
     report."""
-    data = plot_data(df, analysis, output_dir)
+    data = plot_data(results, analysis, output_dir)
     drawn = DrawnPlots([], {})
     for name in PLOTS:  # no plot of an earlier run beside the report of this one
         discard(output_dir / "plots" / f"{name}.png")
@@ -10107,8 +10169,9 @@ def create_visualizations(
 
     df, baseline: see `analyze_results`. A plot that cannot be drawn is left out, and named in the log.
     """
-    analysis = analyze_results(df, output_dir, baseline)
-    return draw_plots(df, Path(output_dir), analysis).paths
+    folder = Path(output_dir)
+    results = results_beside(df, folder)
+    return draw_plots(results, folder, analyze_tables(results, folder, baseline)).paths
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -10173,6 +10236,20 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[ReportCo
             is_numbers = all(cell == NOTHING_TO_SHOW or re.match(r"[-+<]? ?\d", cell) for cell in cells)
             shown.append([column.title, "---:" if place and is_numbers else "---", *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*shown, strict=True))
+
+
+def render_markdown(
+    template: str, context: Mapping[str, Any], tables: Mapping[str, Sequence[ReportColumn]]
+) -> str:
+    """A template filled with `context`, which may say bullets(sentences) and table(name of one of `tables`,
+    rows). What is missing in it raises."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = environment.from_string(template).render(
+        context,
+        bullets=lambda sentences: "\n".join(f"- {sentence}" for sentence in sentences),
+        table=lambda name, rows: markdown_table(rows, tables[name]),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 _CONFIGURATION = ReportColumn("configuration", "configuration", "code")
@@ -10575,7 +10652,8 @@ INTERVALS_HOLD_FROM = 50  # independent units: from here on 93 to 97 %, unless t
 
 
 def few_units_sentence(tests: Iterable[Mapping[str, Any]]) -> str:
-    """What to think of the intervals of a table when they are over few units; empty where they hold."""
+    """What to think of the intervals of a table, its tests, when they are over few units; empty where they
+    hold."""
     units = [test["n_units"] for test in tests if test.get("ci95_low") is not None]
     if not units or min(units) >= INTERVALS_HOLD_FROM:
         return ""
@@ -10655,12 +10733,14 @@ def may_adapt(config: Config) -> bool:
 
 
 def constancy_sentences(analysis: Mapping[str, Any]) -> list[str]:
-    """Adaptive configurations that gave every prompt, or every text, the same number of experts."""
+    """Adaptive configurations that gave every token in every layer the same number of experts."""
     sentences = []
     for name, summary in analysis["summary_by_config"].items():
         spread = summary["avg_experts_per_token"]
+        is_same_between_texts = spread["n"] > 1 and spread["min"] == spread["max"]
+        is_same_within_texts = summary[SPREAD]["max"] == 0  # None where the table is of a script without it
         config = analysis["configurations"][name]
-        if may_adapt(config) and spread["n"] > 1 and spread["min"] == spread["max"]:
+        if may_adapt(config) and is_same_between_texts and is_same_within_texts:
             advice = f"choose another `{RULES[config['method']].knob.name}`"
             if config.get("p_values") == "softmax":
                 advice = "with `p_values` = softmax that is certain (see `SoftmaxNull` in the script)"
@@ -10729,8 +10809,8 @@ def subject_sentence(results: Results, analysis: Mapping[str, Any]) -> str:
         tokens = ""
         if not pd.isna(first["max_new_tokens"]):
             tokens = f" with {amount(int(first['max_new_tokens']), 'new token')} each"
-        time = duration(done.generation["inference_time_sec"].sum())
-        amounts.append(f"{names} x {prompts}{tokens}, {time} of inference")
+        took = duration(done.generation["inference_time_sec"].sum())
+        amounts.append(f"{names} x {prompts}{tokens}, {took} of inference")
     if len(done.scores):
         amounts.append(scored_words(results, analysis))
     if len(done.tasks):
@@ -10748,12 +10828,12 @@ def suite_time_sentence(results: Results) -> str:
     done = results.finished().generation
     if not len(done):
         return ""
-    time = duration(done["inference_time_sec"].sum())
+    took = duration(done["inference_time_sec"].sum())
     expected = [
         f"{low} to {high} minutes on {where}" for where, (low, high) in EXPECTED_SUITE_MINUTES.items()
     ]
     return (
-        f"Suite time: {time} of inference here, {machine(done.iloc[0])}; expected for OLMoE-1B-7B: "
+        f"Suite time: {took} of inference here, {machine(done.iloc[0])}; expected for OLMoE-1B-7B: "
         f"{'; '.join(expected)}."
     )
 
@@ -11152,6 +11232,8 @@ Noise floor, the model's own routing against itself:
 Does it matter which token gets many experts?
 
 {{ bullets(shuffles) }}
+
+{{ few_units(shuffled) if few_units(shuffled) != few_units(quality) }}
 {% endif %}
 {% endif %}
 
@@ -11173,8 +11255,9 @@ Kolmogorov-Smirnov distance from uniform, by layer: {{ distances }}.
 {{ table("summary", summary) }}
 
 Experts: mean and standard deviation over {{ item }}s of the mean over tokens and layers; range: fewest and \
-most experts that any token got in any layer. At floor, at cap, no rejection: shares of all (token, layer) \
-decisions of the rules that have them.{% if is_timed %} Times are medians over prompts.{% endif %}
+most experts that any token got in any layer. At floor, at cap, no rejection: of the rules that have them, \
+shares of the (token, layer) decisions of a {{ item }}, a mean over {{ item }}s.{% if is_timed %} Times are \
+medians over prompts.{% endif %}
 
 {% if compute %}
 ## Compute
@@ -11313,7 +11396,6 @@ def report_context(
     kind = main_kind(done)
     measured = getattr(done, kind)
     layers = layer_rows(analysis)
-    shuffled = analysis["shuffle_effects"].values()
     diagnostics = analysis["null_diagnostics"] or {}
     drawn = [name for name in PLOTS if (folder / "plots" / f"{name}.png").exists()]
     first = FIRST_PLOT if FIRST_PLOT in drawn else None
@@ -11340,6 +11422,7 @@ def report_context(
         "untested": reason_sentences(analysis),
         "noise": noise_sentences(analysis),
         "shuffles": shuffle_sentences(analysis),
+        "shuffled": list(analysis["shuffle_effects"].values()),
         "nulls": null_rows(analysis),
         "diagnostics": diagnostics,
         "null_origin": null_origin(diagnostics),
@@ -11377,10 +11460,16 @@ def report_context(
         "model": show(measured.iloc[0], "model_name"),
         "level": f"{SIGNIFICANCE_LEVEL:g}",
         "margin": f"{100 * math.expm1(analysis['quality_margin']):.0f} %",
-        "few_units": lambda tests: few_units_sentence([*tests, *shuffled]),
-        "bullets": lambda sentences: "\n".join(f"- {sentence}" for sentence in sentences),
-        "table": lambda name, rows: markdown_table(rows, REPORT_TABLES[name]),
+        "few_units": few_units_sentence,
     }
+
+
+def report_text(
+    results: Results, analysis: Mapping[str, Any], folder: Path, failed_plots: Mapping[str, str]
+) -> str:
+    """The text of REPORT.md in `folder`; see `generate_markdown_report`."""
+    context = report_context(results, analysis, folder, failed_plots)
+    return render_markdown(REPORT_TEMPLATE, context, REPORT_TABLES)
 
 
 def generate_markdown_report(
@@ -11395,10 +11484,7 @@ def generate_markdown_report(
     """
     path = Path(output_path)
     results = results_beside(df, path.parent)
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    context = report_context(results, analysis, path.parent, failed_plots or {})
-    text = environment.from_string(REPORT_TEMPLATE).render(context)
-    write_whole(path, re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+    write_whole(path, report_text(results, analysis, path.parent, failed_plots or {}))
     return path
 
 
@@ -11637,8 +11723,8 @@ def page_html(report_markdown: str, plots_folder: Path, sections: Sequence[str] 
 
 def write_page(folder: Path, sections: Sequence[str] = ()) -> Path:
     """Write report.html from the REPORT.md and the plots that lie in `folder`; sections: see `page_html`."""
-    markdown = (folder / "REPORT.md").read_text(encoding="utf-8")
-    path = folder / "report.html"
+    markdown = (folder / REPORT).read_text(encoding="utf-8")
+    path = folder / REPORT_PAGE
     write_whole(path, page_html(markdown, folder / "plots", sections))
     return path
 
@@ -11654,11 +11740,12 @@ def write_report(df: pd.DataFrame, output_dir: str | Path, baseline: str | None 
     """Analysis, plots and report of a run, into `output_dir`; see `analyze_results` for the arguments."""
     folder = Path(output_dir)
     start = time.perf_counter()
-    analysis = analyze_results(df, folder, baseline)
+    results = results_beside(df, folder)
+    analysis = analyze_tables(results, folder, baseline)
     logger.info(f"analysed in {duration(time.perf_counter() - start)}")
-    drawn = draw_plots(df, folder, analysis)
-    generate_markdown_report(df, analysis, folder / "REPORT.md", drawn.failed)
-    tokens = token_view(results_beside(df, folder), folder)
+    drawn = draw_plots(results, folder, analysis)
+    write_whole(folder / REPORT, report_text(results, analysis, folder, drawn.failed))
+    tokens = token_view(results, folder)
     sections = [f'<h2 id="tokens">Token by token</h2>\n{tokens}'] if tokens else []
     write_page(folder, sections)
     return WrittenReport(drawn.paths, drawn.failed, analysis)
@@ -11764,7 +11851,8 @@ def configuration_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
         generated = summary.get("avg_experts_per_token", {}).get("mean")
         tests = analysis["statistical_tests"].get(name, {})
         clock = tests.get("inference_time_sec", {})
-        row = verdict | {"configuration": name, "experts": verdict.get("mean_experts", generated)}
+        scored = verdict.get("mean_experts")
+        row = verdict | {"configuration": name, "experts": generated if scored is None else scored}
         row["time"] = clock.get("median_ratio")
         row["verdict"] = "baseline" if name == base else verdict.get("verdict")
         rows.append(row)
@@ -11847,7 +11935,7 @@ def terminal_answer(analysis: Mapping[str, Any]) -> str:
 def terminal_paths(folder: Path) -> str:
     """Where to read on: the report as a page and as Markdown, the plots, and the tables of the run."""
     lines = []
-    reports = [folder / "report.html", folder / "REPORT.md"]
+    reports = [folder / REPORT_PAGE, folder / REPORT]
     tables = [folder / table.file for table in TABLES]
     for title, paths in (("report", reports), ("plots", [folder / "plots"]), ("tables", tables)):
         there = [path for path in paths if path.exists()]
@@ -12421,8 +12509,6 @@ def _comparison_context(comparison: Mapping[str, Any]) -> dict[str, Any]:
         "tests": [test | {"is_significant": significance(test)} for test in comparison["tests"]],
         "first": comparison["folders"][0]["folder"],
         "level": f"{SIGNIFICANCE_LEVEL:g}",
-        "bullets": lambda sentences: "\n".join(f"- {sentence}" for sentence in sentences),
-        "table": lambda name, rows: markdown_table(rows, COMPARISON_TABLES[name]),
     }
 
 
@@ -12460,9 +12546,8 @@ def compare_results(folders: Sequence[str | Path], output_dir: str | Path) -> di
             _save_figure(folder / "plots" / "comparison.png")
         finally:
             plt.close("all")
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = environment.from_string(COMPARISON_TEMPLATE).render(_comparison_context(comparison))
-    write_whole(folder / "COMPARISON.md", re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+    text = render_markdown(COMPARISON_TEMPLATE, _comparison_context(comparison), COMPARISON_TABLES)
+    write_whole(folder / "COMPARISON.md", text)
     return comparison
 
 
@@ -13024,7 +13109,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     with log_to(args.output / LOG_FILE):
         written = write_report(results.generation, args.output, args.baseline)
-        logger.debug(f"report: {args.output / 'REPORT.md'}")
+        logger.debug(f"report: {args.output / REPORT}")
     say(f"\n{terminal_answer(written.analysis)}\n\n{terminal_paths(args.output)}")
     return 1 if written.failed or results.num_failed else 0
 

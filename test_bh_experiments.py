@@ -63,6 +63,7 @@ import torch
 import tqdm.auto
 from hypothesis import HealthCheck, given, settings, strategies
 from scipy import stats
+from scipy.spatial import distance
 from torch import nn
 
 import run_bh_experiments as bh
@@ -3147,12 +3148,13 @@ def test_categories_that_differ_diverge(spoken, monkeypatch):
 def test_categories_that_are_alike_do_not_diverge():
     """Under the null the permutation test rejects in about 5 % of cases."""
     generator = np.random.default_rng(0)
-    tables = bh.LayerTables([SimpleNamespace(index=0, name="one")], "run")
     small = 0
     for _ in range(40):
         use = generator.integers(0, 9, (8, 1, 6))
-        documents = {str(n): ("ab"[n % 2], use[n]) for n in range(8)}
-        small += tables._divergence(documents)["category_p_value"][0] <= 0.05
+        documents = bh.FirstDocuments()
+        for n in range(8):
+            documents.add("ab"[n % 2], str(n), use[n])
+        small += documents.p_values()[0] <= 0.05
     assert small <= 7
 
 
@@ -6486,8 +6488,8 @@ def test_every_metric_is_summarized_and_tested(tmp_path):
     """Of the declared metrics, each from the table that has it; the static ladder is not tested."""
     results = invented_results()
     analysis = analysis_of(results, tmp_path)
-    assert set(analysis["summary_by_config"]["bh_loose"]) == set(bh.GENERATION.metrics)
-    assert set(analysis["summary_by_config"]["topk_4"]) == set(bh.SCORES.metrics)
+    assert set(analysis["summary_by_config"]["bh_loose"]) == {*bh.GENERATION.metrics, bh.SPREAD}
+    assert set(analysis["summary_by_config"]["topk_4"]) == {*bh.SCORES.metrics, bh.SPREAD}
     assert {name: set(tests) for name, tests in analysis["statistical_tests"].items()} == dict.fromkeys(
         ("bh_strict", "bh_loose"), set(bh.GENERATION.metrics)
     )
@@ -7053,7 +7055,7 @@ def invented_run(request, tmp_path_factory):
     configs = SUITES[request.param]
     results = write_run(folder, configs, 6)
     analysis = bh.analyze_results(results.generation, folder)
-    data = bh.plot_data(results.generation, analysis, folder)
+    data = bh.plot_data(results, analysis, folder)
     return SimpleNamespace(configs=configs, results=results, analysis=analysis, data=data)
 
 
@@ -7190,7 +7192,7 @@ def test_a_configuration_has_one_colour_in_all_plots(tmp_path, as_drawn):
     """Whatever a plot leaves out."""
     names = ("topk_4", "topk_8", "bh_strict", "bh_loose")
     results = write_run(tmp_path, names, 3, tasks=False)
-    data = bh.plot_data(results.generation, bh.analyze_results(results.generation, tmp_path), tmp_path)
+    data = bh.plot_data(results, bh.analyze_results(results.generation, tmp_path), tmp_path)
     palette = bh._palette(results.generation, names)
     for name in ("expert_counts", "experts_vs_latency"):
         ax = bh.PLOTS[name].draw(bh.PLOTS[name].data(data))
@@ -7230,7 +7232,7 @@ def test_the_baseline_is_shown_first(tmp_path, as_drawn):
     results = write_run(tmp_path, names, 3, tasks=False)
     for baseline, first in ((None, "topk_8"), ("min_p", "min_p")):
         analysis = bh.analyze_results(results.generation, tmp_path, baseline)
-        data = bh.plot_data(results.generation, analysis, tmp_path)
+        data = bh.plot_data(results, analysis, tmp_path)
         axes = bh.plot_expert_usage_heatmap(data.usage)
         titles = [ax.get_title(loc="left") for ax in axes]
         others = [name for name in names if name != first]
@@ -7331,8 +7333,11 @@ CLOCK = a_test(median_ratio=1.1, mean_difference=0.2)
 TWICE = {"inference_time_sec": a_test(median_ratio=1.012, ci95_low=-0.01, ci95_high=0.02),
          "nll": a_test(mean_difference=-0.00002)}  # fmt: skip
 SHUFFLED = a_test(unshuffled="bh_strict", mean_difference=0.03, ci95_low=0.02, ci95_high=0.04)
-CONSTANT = {"avg_experts_per_token": {"mean": 4.0, "min": 4.0, "max": 4.0, "n": 12}}
-VARYING = {"avg_experts_per_token": {"mean": 4.0, "min": 3.0, "max": 5.0, "n": 12}}
+CONSTANT = {"avg_experts_per_token": {"mean": 4.0, "min": 4.0, "max": 4.0, "n": 12},
+            "std_experts_per_token": {"mean": 0.0, "min": 0.0, "max": 0.0, "n": 12}}  # fmt: skip
+VARYING = CONSTANT | {"avg_experts_per_token": {"mean": 4.0, "min": 3.0, "max": 5.0, "n": 12}}
+SPREAD_WITHIN = CONSTANT | {"std_experts_per_token": {"mean": 0.5, "min": 0.0, "max": 1.97, "n": 12}}
+SPREAD_UNKNOWN = CONSTANT | {"std_experts_per_token": dict.fromkeys(("mean", "min", "max")) | {"n": 0}}
 SOFTMAX = own_config("bh_strict", bh.ROUTING_CONFIGS["bh_strict"] | {"p_values": "softmax"})[0]
 FIXED = own_config("bh_loose", bh.ROUTING_CONFIGS["bh_loose"] | {"min_k": 4, "max_k": 4})[0]
 
@@ -7623,12 +7628,17 @@ SENTENCES = {
             ["`soft` ran 4.00 experts everywhere: it does not adapt; with `p_values` = softmax that is "
              "certain (see `SoftmaxNull` in the script)."],
         ),
-        "no claim": (an_analysis(summary_by_config={"bh_strict": VARYING}), []),
+        "no claim": (
+            an_analysis(summary_by_config={"bh_strict": VARYING, "bh_loose": SPREAD_WITHIN,
+                                           "top_p": SPREAD_UNKNOWN}),
+            [],
+        ),
         "nothing to say": (  # of what cannot adapt, and of one prompt
             an_analysis(
                 summary_by_config={
                     "topk_4": CONSTANT, "fixed": CONSTANT,
-                    "bh_loose": {"avg_experts_per_token": CONSTANT["avg_experts_per_token"] | {"n": 1}},
+                    "bh_loose": CONSTANT
+                    | {"avg_experts_per_token": CONSTANT["avg_experts_per_token"] | {"n": 1}},
                 },
                 configurations=an_analysis()["configurations"] | {"fixed": FIXED},
             ),
@@ -7965,7 +7975,7 @@ def test_a_key_that_is_missing_raises(tmp_path, monkeypatch):
     analysis = analysis_of(results, tmp_path) | diagnostics
     context = bh.report_context(results, analysis, tmp_path, {"layer_profile": "no width"})
     shown = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(bh.REPORT_TEMPLATE))
-    assert shown == set(context)
+    assert shown == set(context) | {"bullets", "table"}
     # With something in every conditional part, so that each is looked at.
     rows = {name: [{"configuration": "x"}] for name in ("tasks", "layers", "failures")}
     rows |= {name: [{"configuration": "x"}] for name in ("compute", "phases", "throughput")}
@@ -7998,7 +8008,7 @@ def test_report_says_where_intervals_hold(tmp_path):
 def test_advice_fits_the_method(tmp_path):
     """A constant count is told of rules that could adapt, with their own knob, and of nothing else."""
     results = invented_results(("topk_8", "bh_strict", "bh_loose"), 4)
-    constant = results.generation.assign(avg_experts_per_token=4.0)
+    constant = results.generation.assign(avg_experts_per_token=4.0, std_experts_per_token=0.0)
     results = dataclasses.replace(results, generation=constant)
     for weights in ("model", "sum"):
         fields = {"method": "topk", "k": 4, "renormalize": weights}
@@ -10686,8 +10696,9 @@ def test_texts_of_tokens_of_byte_level_bpe():
     ("text", "before", "kind"),
     [(" word", "x", "word_start"), ("word", "", "word_start"), ("Word", "(", "word_start"),
      ("word", " ", "word_start"), ("ing", " walk", "word_continuation"), ("'s", " it", "word_continuation"),
-     ("b", "1", "word_continuation"), ("b", " a", "word_continuation"), (" 12", "x", "digits"), ("½", "", "digits"), (".", "x", "punctuation"),
-     (" (", "x", "punctuation"), ("\n\n", ".", ""), (" ", "a", ""), ("", "a", "")],
+     ("b", "1", "word_continuation"), ("b", " a", "word_continuation"), (" 12", "x", "digits"),
+     ("½", "", "digits"), (".", "x", "punctuation"), (" (", "x", "punctuation"),
+     ("\n\n", ".", ""), (" ", "a", ""), ("", "a", "")],
 )  # fmt: skip
 def test_kind_of_a_word(text, before, kind):
     assert bh.word_kind(text, before) == kind
@@ -13136,6 +13147,216 @@ def test_documents_of_tasks_that_were_asked_something_else_are_not_paired():
     assert "3 scores of documents whose input was not" in bh.left_out_sentences(field)[-1]
     older = bh.compare_tasks(tasks.assign(input_hash=""), "topk_8", {})
     assert {entry["n_pairs"] for entry in older if "n_pairs" in entry} == {40}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 28. Tables by layer, figures and report: what a second reading found
+# ---------------------------------------------------------------------------------------------------------
+
+# Do categories use different experts?
+
+
+def test_categories_that_swap_their_names_are_a_tie():
+    """Of the 90 ways to give six documents three categories, two each, 6 are the measured one with other
+    names: of 199 permutations drawn, 13. No difference is so large that p is smaller."""
+    random = np.random.default_rng(0)
+    p_values = []
+    for _ in range(20):
+        documents = bh.FirstDocuments()
+        for n in range(6):
+            use = random.integers(1, 50, (2, 5))
+            use[:, n // 2] += 100
+            documents.add("abc"[n // 2], str(n), use)
+        p_values += documents.p_values().tolist()
+    assert set(p_values) == {(1 + 13) / 200}
+
+
+def used(use):
+    """What the routers did, as far as tables of categories ask: the use of experts [L, E]."""
+    layers = tuple(SimpleNamespace(index=index, own_k=2) for index in range(len(use)))
+    counts = np.zeros((len(use), use.shape[1] + 1), dtype=np.int64)
+    counts[:, 2] = use.sum(1) // 2
+    config = bh.resolve_config("topk_2", {"method": "topk", "k": 2})
+    return bh.RoutingStatistics(counts, use, counts[:, 0], counts[:, 2], config, layers)
+
+
+def layer_tables(*categories):
+    """Two layers under one configuration; categories: name, number of documents, the expert they favour."""
+    random = np.random.default_rng(0)
+    tables = bh.LayerTables([SimpleNamespace(index=index, name=f"l{index}") for index in range(2)], "run")
+    for category, number, favoured in categories:
+        for n in range(number):
+            use = random.integers(1, 9, (2, 4))
+            use[:, favoured] += 9
+            tables.add("a", "task", category, f"{category}:{n}", used(use))
+    return tables
+
+
+def test_a_long_category_before_another_leaves_it_room(monkeypatch):
+    """Tasks come one after the other: of each some documents are kept."""
+    monkeypatch.setattr(bh, "DOCUMENTS_OF_CATEGORY", 30)
+    rows = list(layer_tables(("long", 70, 0), ("other", 40, 1), ("short", 2, 2))._layer_rows())
+    assert [row["category_p_value"] for row in rows] == [0.005, 0.005]
+    assert all(row["category_divergence_bits"] > 0.1 for row in rows)
+    rows = list(layer_tables(("long", 70, 0), ("single", 1, 1))._layer_rows())
+    assert [row["category_p_value"] for row in rows] == [None, None]
+
+
+def test_divergence_is_of_all_documents(monkeypatch):
+    """As `expert_usage.csv` has them; the permutation test alone is of the first ones."""
+    tables = layer_tables(("x", 25, 0), ("y", 9, 1))
+    shares = pd.DataFrame(tables._usage_rows()).set_index(["layer", "category"])
+    expected = []
+    for layer in range(2):
+        x, y = (shares.loc[(layer, category), "share"].to_numpy() for category in "xy")
+        expected.append(distance.jensenshannon(x, y, base=2) ** 2)
+    for quota in (200, 3):
+        monkeypatch.setattr(bh, "DOCUMENTS_OF_CATEGORY", quota)
+        rows = layer_tables(("x", 25, 0), ("y", 9, 1))._layer_rows()
+        assert [row["category_divergence_bits"] for row in rows] == pytest.approx(expected)
+
+
+def test_documents_kept_for_the_permutation_test_are_few_and_small(monkeypatch):
+    """The first of each category, in parts or whole; fewer the more categories there are, but always two."""
+    monkeypatch.setattr(bh, "DOCUMENTS_OF_CATEGORY", 4)
+    monkeypatch.setattr(bh.FirstDocuments, "MAX_DOCUMENTS", 9)
+    documents = bh.FirstDocuments()
+    use = np.full((1, 2), 200)
+    kept = []
+    for category in "abcdef":
+        for n in (0, 1, 0, 2, 3, 4):
+            documents.add(category, str(n), use)
+        documents.add("a", "3", use)  # once it has gone it does not come back
+        assert collections.Counter(category for category, _ in documents.use) == documents.num_kept
+        kept.append(list(documents.num_kept.values()))
+    assert kept == [[4], [4, 4], [3, 3, 3], [2] * 4, [2] * 5, [2] * 6]
+    assert list(documents.use) == [(category, str(n)) for category in "abcdef" for n in range(2)]
+    assert {key[1]: (total.dtype, total[0, 0]) for key, total in documents.use.items()} == {
+        "0": (np.uint16, 400),
+        "1": (np.uint8, 200),
+    }
+    assert documents.can_be_compared
+
+
+# The report
+
+
+FEW_UNITS = r"\(here as few as (\d+)\)"
+
+
+@pytest.mark.parametrize(
+    ("documents", "units", "told"),
+    [(60, 12, ["12"]),  # of the shuffled counts alone: the tables say nothing of them
+     (20, 12, ["20", "12", "20"]),  # the table of quality, the shuffled counts, the table of tests
+     (20, 20, ["20", "20"])],  # once for quality and the shuffled counts, which are of the same
+)  # fmt: skip
+def test_few_units_are_told_of_the_table_they_are_in(documents, units, told, tmp_path):
+    effect = a_test(n_units=units, mean_difference=0.03, unshuffled="bh_strict")
+    results = invented_results(("topk_8", "bh_strict"), documents)
+    report = report_of(results, tmp_path, shuffle_effects={"s": effect})
+    assert re.findall(FEW_UNITS, report) == told
+    shuffles = report.index("the counts of `bh_strict` given to other tokens")
+    if documents > units:
+        assert report.index(f"as few as {units})") > shuffles
+
+
+def test_the_report_does_not_contradict_its_own_summary(tmp_path):
+    """The same mean in every prompt says nothing of the tokens in it."""
+    results = invented_results(("topk_8", "bh_strict"), 4)
+    same_means = dataclasses.replace(results, generation=results.generation.assign(avg_experts_per_token=4.0))
+    assert "does not adapt" not in report_of(same_means, tmp_path)
+
+
+def test_the_summary_says_what_its_shares_are(tmp_path):
+    """A mean over prompts: a short one counts like a long one."""
+    results = invented_results(("topk_8", "bh_strict"), 2)
+    is_bh = results.generation["config_name"] == "bh_strict"
+    frame = results.generation
+    frame.loc[is_bh, "floor_frac"] = [0.1, 0.4]
+    frame.loc[is_bh, "num_output_tokens"] = [1, 1000]
+    report = report_of(dataclasses.replace(results, generation=frame), tmp_path)
+    assert "shares of the (token, layer) decisions of a prompt, a mean over prompts." in report
+    assert re.search(r"\| `bh_strict` \| .* \| 25\.0% \|", sections_of(report)["Summary by configuration"])
+
+
+def test_a_report_reads_the_measured_tables_once(tmp_path, monkeypatch):
+    """They are large: analysis, plots, report and view share what was read."""
+    only_plots(monkeypatch, "expert_counts")
+    results = write_run(tmp_path, ("topk_8", "bh_strict"), 3)
+    read = collections.Counter()
+    read_csv = bh.read_csv
+
+    def counting(path, columns):
+        read[path.name] += 1
+        return read_csv(path, columns)
+
+    monkeypatch.setattr(bh, "read_csv", counting)
+    bh.write_report(results.generation, tmp_path)
+    tables = (bh.GENERATION, bh.SCORES, bh.TASKS)
+    assert [read[table.file] for table in tables] == [1, 1, 1]
+
+
+# Some configurations of a folder
+
+
+def test_plots_of_some_configurations_of_a_folder(tmp_path, monkeypatch):
+    """Also where nothing was scored: the tables by layer hold the others too."""
+    results = dataclasses.replace(
+        write_run(tmp_path, ("topk_8", "bh_strict", "bh_loose"), 3, tasks=False),
+        scores=bh.EMPTY_RESULTS.scores,
+    )
+    write_results(results, tmp_path)
+    some = results.generation[results.generation["config_name"].isin(["topk_8", "bh_strict"])]
+    data = bh.plot_data(bh.results_beside(some, tmp_path), bh.analyze_results(some, tmp_path), tmp_path)
+    for frame in (data.layers, data.usage, data.counts):
+        assert set(frame["config_name"]) == {"topk_8", "bh_strict"}
+        assert frame["configuration"].map(json.loads).map(len).all()
+    only_plots(monkeypatch, "expert_counts")
+    assert [path.stem for path in bh.create_visualizations(some, tmp_path)] == ["expert_counts"]
+
+
+# The view of many texts
+
+
+class Counted(str):
+    """A word that counts how often such words are compared."""
+
+    comparisons = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        Counted.comparisons += 1
+        return str.__eq__(self, other)
+
+
+def test_view_of_many_texts_looks_at_each_once(monkeypatch):
+    """Which prompt of its category a prompt is, is not found by looking at all the others."""
+    monkeypatch.setattr(bh, "VIEW_LIMIT", 1000)
+    monkeypatch.setattr(Counted, "comparisons", 0)
+    texts = [viewed(["a", "b"], f"p{n}", Counted(f"c{n % 2}")) for n in range(300)]
+    page = bh.token_view_html(texts)
+    assert Counted.comparisons < 5 * len(texts)
+    shown = re.findall(r"<summary>c(\d): p(\d+)</summary>", page)
+    assert shown[:2] == [("0", "0"), ("1", "1")]
+    assert f"{len(texts) - len(shown)} more prompts are in" in page
+
+
+# The answer on the terminal
+
+
+def test_terminal_shows_experts_of_what_was_generated_alone(tmp_path):
+    """Where a configuration's scores all failed, the experts of its texts stand in their place."""
+    results = invented_results(("topk_8", "bh_strict"), 6)
+    scores = results.scores
+    failed = scores["config_name"] == "bh_strict"
+    scores.loc[failed, ["nll", "avg_experts_per_token", "effective_experts"]] = math.nan
+    scores.loc[failed, "status"] = "error"
+    analysis = analysis_of(dataclasses.replace(results, scores=scores), tmp_path)
+    assert analysis["verdict"]["bh_strict"]["mean_experts"] is None
+    rows = bh.configuration_rows(analysis)
+    generated = results.generation.set_index("config_name").loc["bh_strict", "avg_experts_per_token"]
+    assert rows[1]["experts"] == pytest.approx(generated.mean())
+    assert rows[1]["saved"] == pytest.approx(1 - generated.mean() / 8)
 
 
 if __name__ == "__main__":
