@@ -11938,8 +11938,8 @@ def read_results_folder(letter: str, path: Path) -> ResultsFolder:
     if not path.is_dir():
         raise UserError(f"compare {path}: there is no such folder")
     results = Results.read(path)
-    done = results.finished()
-    done = dataclasses.replace(done, scores=deciding_scores(done.scores))
+    # As in the analysis of the folder, what decides is chosen among all rows: not what happened to finish.
+    done = dataclasses.replace(results, scores=deciding_scores(results.scores)).finished()
     if not sum(map(len, done)):
         raise UserError(f"compare {path}: none of its {sum(map(len, results))} experiments finished")
     configs = configurations(done)
