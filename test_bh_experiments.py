@@ -12903,7 +12903,8 @@ def test_report_and_comparison_of_another_version(small_log, tmp_path, monkeypat
         assert "of_tomorrow" not in page.read_text(encoding="utf-8")
 
 
-# 26. What a run goes by: files of tasks, the latest clock, the mask under shuffle, memory, names
+# ---------------------------------------------------------------------------------------------------------
+# 28. What a run goes by: files of tasks, the latest clock, the mask under shuffle, memory, names
 # ---------------------------------------------------------------------------------------------------------
 
 
