@@ -82,6 +82,7 @@ import csv
 import dataclasses
 import difflib
 import errno
+import fnmatch
 import functools
 import gzip
 import hashlib
@@ -1143,6 +1144,20 @@ def _may_be_of_hub(source: str) -> bool:
     return bool(is_name) and Path(source).suffix.lower() not in (".txt", ".md", *DATASET_FILES)
 
 
+def _told_apart(documents: Sequence[Document], folders: Sequence[Path]) -> list[Document]:
+    """The documents, of which those that share a name have as many of the folders above them in front of it
+    as it takes to tell them apart. folders: where each one's name begins, absolute."""
+    names = [document.name for document in documents]
+    deepest = max((len(folder.parts) for folder in folders), default=0)
+    for depth in range(1, deepest):
+        times = collections.Counter(names)
+        for place, document in enumerate(documents):
+            if times[names[place]] > 1:
+                above = folders[place].parts[1:][-depth:]  # without the root
+                names[place] = "/".join((*above, document.name))
+    return [dataclasses.replace(document, name=name) for document, name in zip(documents, names, strict=True)]
+
+
 def load_text_documents(
     sources: Sequence[str | Path],
     split: str | None = None,
@@ -1153,9 +1168,11 @@ def load_text_documents(
 
     A text file is a document. So is a row of a data set: a .csv, .json, .jsonl or .parquet file, a folder of
     such files, or a hub NAME or NAME:CONFIG (see `load_dataset_prompts` for split and text_column; of each
-    the first `limit` rows). Of a folder with .txt files every text and data file is taken. Raises UserError.
+    the first `limit` rows). Of a folder with .txt files every text and data file is taken. Documents of two
+    sources that have one name get the folders above them in front of it. Raises UserError.
     """
-    documents = []
+    documents: list[Document] = []
+    folders: list[Path] = []  # of each document, the one in which its name begins
     for source in map(str, sources):
         path = Path(source)
         is_dataset = path.suffix.lower() in DATASET_FILES if path.exists() else _may_be_of_hub(source)
@@ -1165,13 +1182,16 @@ def load_text_documents(
                 kinds = ", ".join(DATASET_FILES)
                 raise UserError(f"--text {source}: the folder holds no .txt file, and none of {kinds}")
             is_dataset = ".txt" not in suffixes
+        folder = path.parent
         if is_dataset:
             documents += _text_rows(source, split, text_column, limit)
         elif path.is_dir():
+            folder = path
             documents += _folder_documents(path, split, text_column, limit)
         else:
             documents.append(Document(path.name, _read_text(path, "--text")))
-    return documents
+        folders += [Path(os.path.abspath(folder))] * (len(documents) - len(folders))
+    return _told_apart(documents, folders)
 
 
 @dataclass(frozen=True)
@@ -1405,8 +1425,11 @@ class StandIn:
     up: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> StandIn:
-        parts = (self.offset, self.down, self.up)
-        return StandIn(*(None if part is None else part.to(device, dtype) for part in parts))
+        return StandIn(
+            offset=self.offset.to(device, dtype),
+            down=None if self.down is None else self.down.to(device, dtype),
+            up=None if self.up is None else self.up.to(device, dtype),
+        )
 
     def output(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Sum over candidates of weight x stand-in: hidden [T, H], indices and weights [T, K] -> [T, H]."""
@@ -1433,14 +1456,23 @@ class Calibration:
     logits [L, N, E] float32 and own [L, N, K] int16, the experts that the model chose, for N tokens. Both are
     kept, and not the scores, so that one forward pass serves every temperature. means [L, E, H] and norms [L,
     E], if they were asked for: what an expert puts out on average for tokens that rank it in the lower half
-    of their Top-K, and the mean norm of what it puts out for all tokens that chose it.
+    of their Top-K, and the mean norm of what it puts out for all tokens that chose it. max_k int16 [L]: the
+    most experts that each layer can run; older files lack it.
     """
 
-    def __init__(self, logits: Tensor, own: Tensor, means: Tensor | None = None, norms: Tensor | None = None):
+    def __init__(
+        self,
+        logits: Tensor,
+        own: Tensor,
+        means: Tensor | None = None,
+        norms: Tensor | None = None,
+        max_k: Tensor | None = None,
+    ):
         self.logits = logits
         self.own = own
         self.means = means
         self.norms = norms
+        self.max_k = max_k
         self.linear_maps: dict[int, list[StandIn]] = {}  # rank -> one a layer
         self._nulls: dict[Any, EmpiricalNull] = {}
 
@@ -1449,6 +1481,10 @@ class Calibration:
         scores = gate_scores(self.logits[layer_index], temperature)
         everywhere = torch.ones_like(scores, dtype=torch.bool)
         return scores, everywhere.scatter(1, self.own[layer_index].long(), False)
+
+    def widest(self, layer_index: int) -> int:
+        """The most experts that a layer can run; E where that was not kept."""
+        return self.logits.shape[-1] if self.max_k is None else int(self.max_k[layer_index])
 
     def null(self, layer_index: int, temperature: float) -> EmpiricalNull:
         """The null of one layer: the scores of its irrelevant pairs. Built once: every patch asks for it."""
@@ -1487,7 +1523,8 @@ class Calibration:
 
     def save(self, path: Path, about: Mapping[str, Any]) -> None:
         """Write as safetensors, whole or not at all, together with what it was made from."""
-        tensors = {"logits": self.logits, "own": self.own, "means": self.means, "norms": self.norms}
+        names = ("logits", "own", "means", "norms", "max_k")
+        tensors = {name: getattr(self, name) for name in names}
         save_tensors(path, {name: part for name, part in tensors.items() if part is not None}, about)
 
     @classmethod
@@ -1562,6 +1599,12 @@ def _pooled_logits_null(
     return _calibrated(calibration, "pooled_logits").pooled_null(layer_index, temperature, on_logits=True)
 
 
+@functools.cache
+def _closed_form(kind: type[FlatNull | SoftmaxNull], num_experts: int) -> Null:
+    """One null for all layers and patches, which keeps its tables of critical scores."""
+    return kind(num_experts)
+
+
 NULLS = {
     "empirical": NullKind(
         "(1 + number of null scores >= s) / (n0 + 1), per layer",
@@ -1574,7 +1617,7 @@ NULLS = {
         "(1 - q)^(E - 1)",
         "the gates are uniform on the simplex (flat Dirichlet, so each is Beta(1, E - 1)). Closed form, no "
         "data; strict",
-        lambda calibration, layer_index, temperature, num_experts: FlatNull(num_experts),
+        lambda calibration, layer_index, temperature, num_experts: _closed_form(FlatNull, num_experts),
     ),
     "pooled": NullKind(
         "(1 + number of null scores >= s) / (n0 + 1), per layer",
@@ -1593,7 +1636,7 @@ NULLS = {
         "1 - q",
         "none that holds. p_(k) >= 1 - 1/k for any logits, so BH always returns `min_k`. For the record: an "
         "earlier attempt used it",
-        lambda calibration, layer_index, temperature, num_experts: SoftmaxNull(num_experts),
+        lambda calibration, layer_index, temperature, num_experts: _closed_form(SoftmaxNull, num_experts),
     ),
 }
 
@@ -1703,8 +1746,9 @@ ADAPTIVE_FIELDS = (
     count_field("min_k", 1, "fewest experts"),
     count_field("max_k", 8, "most experts"),
     Field("shuffle", bool, False, lambda value: True, "true or false",
-          "permute the counts over the tokens of a forward pass: a control for *which* token gets many. In "
-          "decoding a pass has one token, and nothing to permute"),
+          "permute the counts over the tokens of a forward pass, padding left out: a control for *which* "
+          "token gets many. In decoding a pass has one token a text, and nothing to permute where there is "
+          "one text"),
     Field("random", bool, False, lambda value: True, "true or false",
           "run as many experts of the model's own Top-K, but any: a control for *which* experts run. Drawn "
           "by the same seed in every pass, so in decoding each token gets those of the same ranks"),
@@ -1737,23 +1781,36 @@ def bh_rejections(p_values: Tensor, alpha: float) -> Tensor:
     return _last_true(ranked <= bh_levels(alpha, p_values.shape[-1]).to(ranked.device))
 
 
-@functools.lru_cache(maxsize=1024)
+# Every patch asks for the same tables; they go when their null does.
+_TABLES: weakref.WeakKeyDictionary[Null, dict[tuple[Any, ...], Tensor]] = weakref.WeakKeyDictionary()
+
+
 def critical_scores(
     null: Null, alpha: float, num_experts: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """The scores c_1 >= ... >= c_E at which BH at `alpha` rejects: [E]. Kept: every patch asks for them.
+    """The scores c_1 >= ... >= c_E at which BH at `alpha` rejects: [E]. Computed once for a null.
 
-    For a fixed null p_(k) <= k alpha / E is the same event as s_(k) >= c_k. Raises UserError where the null
-    rests on too few scores for so small an alpha.
+    For a fixed null p_(k) <= k alpha / E is the same event as s_(k) >= c_k.
     """
-    smallest = null.smallest_alpha(num_experts)
+    of_null = _TABLES.setdefault(null, {})
+    key = (alpha, num_experts, device, dtype)
+    if key not in of_null:
+        levels = bh_levels(alpha, num_experts)
+        of_null[key] = null.critical_scores(levels).to(device=device, dtype=dtype)
+    return of_null[key]
+
+
+def _check_alpha(null: Null, alpha: float, num_experts: int, correction: float) -> None:
+    """UserError where the null rests on too few scores for BH at alpha / correction to reject anything."""
+    smallest = null.smallest_alpha(num_experts) * correction
     if alpha < smallest:
+        experts = "E" if correction == 1 else f"{correction:.3g} E"
+        needed = f"{experts} / alpha = {correction * num_experts / alpha:,.0f}"
         raise UserError(
-            f"alpha = {alpha:.2g} needs n0 + 1 >= E / alpha = {num_experts / alpha:,.0f} null scores a "
-            f"layer; the calibration has n0 = {null.n0:,}, enough for alpha >= {smallest:.2g}. Use a "
-            "larger alpha, a longer --calibration-text, or --p-values flat"
+            f"alpha = {alpha:.2g} needs n0 + 1 >= {needed} null scores a layer; the calibration has n0 = "
+            f"{null.n0:,}, enough for alpha >= {smallest:.2g}. Use a larger alpha, a longer "
+            "--calibration-text, or --p-values flat"
         )
-    return null.critical_scores(bh_levels(alpha, num_experts)).to(device=device, dtype=dtype)
 
 
 # So few tokens are ranked on a CPU by the operation that the router has just used: in decoding, code that is
@@ -1799,9 +1856,12 @@ class Gates:
             return self.logits.to(self.scores.dtype).sort(dim=-1, descending=True).values
         return self.ranked
 
-    def rejections(self, alpha: float) -> Tensor:
-        """How many experts BH at `alpha` picks: the largest k with s_(k) >= c_k, over all E ranks: [T]."""
-        table = critical_scores(self.null, alpha, self.num_experts, self.scores.device, self.scores.dtype)
+    def rejections(self, alpha: float, correction: float = 1.0) -> Tensor:
+        """How many experts BH at alpha / correction picks: the largest k with s_(k) >= c_k, over all E ranks:
+        [T]. UserError where the null rests on too few scores for so small an alpha."""
+        _check_alpha(self.null, alpha, self.num_experts, correction)
+        level = alpha / correction
+        table = critical_scores(self.null, level, self.num_experts, self.scores.device, self.scores.dtype)
         return _last_true(self.tested >= table)
 
     @functools.cached_property
@@ -1942,7 +2002,7 @@ def _count_bh(gates: Gates, config: Config) -> Tensor:
     smallest_knob=lambda null, num_experts: null.smallest_alpha(num_experts) * by_correction(num_experts),
 )
 def _count_by(gates: Gates, config: Config) -> Tensor:
-    return gates.rejections(config["alpha"] / by_correction(gates.num_experts))
+    return gates.rejections(config["alpha"], by_correction(gates.num_experts))
 
 
 @register_rule(
@@ -2317,7 +2377,7 @@ def benjamini_hochberg_routing(
 
     num_experts = router_logits.shape[-1]
     logits = router_logits.to(scores.dtype) / config["temperature"]
-    gates = Gates(scores, null or FlatNull(num_experts), logits)
+    gates = Gates(scores, null or _closed_form(FlatNull, num_experts), logits)
     rejections = gates.rejections(config["alpha"])  # [...]
     wanted = rejections.clamp(config["min_k"], config["max_k"]).unsqueeze(-1)  # [..., 1]
 
@@ -2831,12 +2891,14 @@ class _LayerRouting:
         width: int,
         calibration: Calibration | None,
         observe: Callable[[Tensor], None],
+        find_tokens: Callable[[int], Tensor],
     ):
         """config: of this layer, resolved. width: K, how many candidates the router returns. observe: called
-        with the counts [T] before floor and cap."""
+        with the counts [T] before floor and cap. find_tokens: T -> which of these are no padding [T]."""
         self.layer = layer
         self.config = config
         self.observe = observe
+        self.find_tokens = find_tokens
         self.rule = RULES[config["method"]]
         floor, cap = count_bounds(config)
         self.floor = min(floor, layer.max_k)
@@ -2933,6 +2995,13 @@ class _LayerRouting:
         factor = total / (own_total if self.weight_sum in ("own_share", "own_k") else kept_total)
         return (candidates.weights * factor).to(candidates.weights.dtype)
 
+    def shuffled(self, count: Tensor) -> Tensor:
+        """The counts [T, 1] permuted over the tokens of the call; padding keeps its own."""
+        token = self.find_tokens(len(count)).nonzero()[:, 0].to(count.device)
+        generator = torch.Generator().manual_seed(self.layer.index)
+        order = torch.randperm(len(token), generator=generator).to(count.device)
+        return count.index_copy(0, token, count[token[order]])
+
     def wrap_router(self, forward: Callable, experts_forward: Callable) -> Callable:
         """A `forward` for the router: its own candidates, those beyond the rule's count with weight zero."""
 
@@ -2949,8 +3018,7 @@ class _LayerRouting:
             self.observe(wanted)
             count = wanted.clamp(self.floor, self.cap).unsqueeze(-1)  # [T, 1]
             if self.shuffles:
-                generator = torch.Generator().manual_seed(self.layer.index)
-                count = count[torch.randperm(len(count), generator=generator).to(count.device)]
+                count = self.shuffled(count)
             rank = self.rank(candidates, output_norms)
             dropped = rank >= count  # [T, K]
             scaled = self.scaled_weights(candidates, rank, dropped)
@@ -3084,12 +3152,12 @@ class RoutingStatistics:
 
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
         return RoutingStatistics(
-            self.counts + other.counts,
-            self.use + other.use,
-            self.unchosen + other.unchosen,
-            self.mass + other.mass,
-            self.config,
-            self.layers,
+            counts=self.counts + other.counts,
+            use=self.use + other.use,
+            unchosen=self.unchosen + other.unchosen,
+            mass=self.mass + other.mass,
+            config=self.config,
+            layers=self.layers,
         )
 
     def by_layer(self) -> pd.DataFrame:
@@ -3118,31 +3186,23 @@ class RoutingStatistics:
 
     def _sums(self) -> dict[str, np.ndarray]:
         """What may be added over layers, one entry a layer."""
-        decisions, at_floor, at_cap, unchosen = np.zeros((4, len(self.layers)), dtype=np.int64)
-        stand_ins = np.zeros(len(self.layers))  # what stood in for dropped experts, in experts
         number = np.arange(self.counts.shape[1])
+        stand_ins = np.zeros(len(self.layers))  # what stood in for dropped experts, in experts
+        names = ("adaptive_decisions", "at_floor", "at_cap", "unchosen")
+        adaptive = {name: np.zeros(len(self.layers), dtype=np.int64) for name in names}
+        is_adaptive = not RULES[self.config["method"]].is_static
         for row, layer in enumerate(self.layers):
-            if is_routed(self.config, layer.index):
-                dropped = (layer.own_k - number).clip(min=0)
-                stand_ins[row] = self.counts[row] @ dropped * stand_in_cost(self.config["stand_in"], layer)
-        if not RULES[self.config["method"]].is_static:
-            for row, layer in enumerate(self.layers):
-                if is_routed(self.config, layer.index):
-                    floor, cap = count_bounds(layer_config(self.config, layer.index))
-                    widest = self.use.shape[1]
-                    decisions[row] = self.counts[row].sum()
-                    at_floor[row] = self.counts[row, min(floor, widest)]
-                    at_cap[row] = self.counts[row, min(cap, widest)]
-                    unchosen[row] = self.unchosen[row]
-        return {
-            "counts": self.counts,
-            "mass": self.mass,
-            "stand_ins": stand_ins,
-            "decisions": decisions,
-            "at_floor": at_floor,
-            "at_cap": at_cap,
-            "unchosen": unchosen,
-        }
+            if not is_routed(self.config, layer.index):
+                continue
+            dropped = (layer.own_k - number).clip(min=0)
+            stand_ins[row] = self.counts[row] @ dropped * stand_in_cost(self.config["stand_in"], layer)
+            if is_adaptive:
+                floor, cap = count_bounds(layer_config(self.config, layer.index))
+                adaptive["adaptive_decisions"][row] = self.counts[row].sum()
+                adaptive["at_floor"][row] = self.counts[row, min(floor, layer.max_k)]
+                adaptive["at_cap"][row] = self.counts[row, min(cap, layer.max_k)]
+                adaptive["unchosen"][row] = self.unchosen[row]
+        return {"counts": self.counts, "mass": self.mass, "stand_ins": stand_ins, **adaptive}
 
     @staticmethod
     def _decision_measures(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -3160,9 +3220,9 @@ class RoutingStatistics:
                 "std_experts_per_token": np.sqrt(variance.clip(min=0)),
                 "min_experts": occurs.argmax(1),
                 "max_experts": number[-1] - occurs[:, ::-1].argmax(1),
-                "floor_frac": sums["at_floor"] / sums["decisions"],
-                "cap_frac": sums["at_cap"] / sums["decisions"],
-                "zero_rejection_frac": sums["unchosen"] / sums["decisions"],
+                "floor_frac": sums["at_floor"] / sums["adaptive_decisions"],
+                "cap_frac": sums["at_cap"] / sums["adaptive_decisions"],
+                "zero_rejection_frac": sums["unchosen"] / sums["adaptive_decisions"],
                 "gate_mass_frac": sums["mass"] / MASS_UNIT / tokens,
                 "num_tokens": tokens,
             }
@@ -3189,7 +3249,14 @@ class RoutingStatistics:
         sums = _unpacked(text, "<i8").reshape(len(layers), -1)
         num_experts = (sums.shape[1] - 3) // 2
         counts, use, unchosen, mass = np.split(sums, [num_experts + 1, 2 * num_experts + 1, -1], axis=1)
-        return cls(counts, use, unchosen[:, 0], mass[:, 0], config, tuple(layers))
+        return cls(
+            counts=counts,
+            use=use,
+            unchosen=unchosen[:, 0],
+            mass=mass[:, 0],
+            config=config,
+            layers=tuple(layers),
+        )
 
 
 def parameter_count(parameter: Tensor) -> int:
@@ -3398,7 +3465,7 @@ class _LayerSums:
         gates = self.layer.logits(first).float().softmax(-1)
         mass = gates.gather(-1, indices.clamp(max=gates.shape[-1] - 1)).double()  # [N, K]
         number = ran.sum(-1)  # [N]
-        kept_mass = (mass * ran).sum(-1)  # [N]
+        kept_mass = mass.masked_fill(~ran, 0).sum(-1)  # [N]; what padding has may be NaN
         self._count(self.counts, (phase, row, number), is_token)
         token, slot = ran.nonzero(as_tuple=True)
         self._count(self.use, (phase[token], row[token], indices[token, slot]), torch.ones_like(token))
@@ -3488,6 +3555,14 @@ class RoutingRecorder:
 
         return observe
 
+    def token_finder(self, place: int) -> Callable[[int], Tensor]:
+        """A function that says which of the T tokens that a layer is at work on are no padding: T -> [T]."""
+
+        def find_tokens(tokens: int) -> Tensor:
+            return self._is_token(self._call(place), tokens)
+
+        return find_tokens
+
     def _keeps(self, calls: Sequence[_Call]) -> bool:
         """Whether what is decided for each token of these calls is to be kept, and can be."""
         num_kept = sum(len(kept.ids) for kept in self._kept)
@@ -3517,7 +3592,7 @@ class RoutingRecorder:
             row = torch.cat([self._row_of_tokens(call, place) for call in seen])
             tokens = torch.tensor([len(call.outputs[place][0]) for call in seen])
             phase = torch.tensor([call.phase for call in seen]).repeat_interleave(tokens)
-            is_token = torch.cat([self._is_token(call, place) for call in seen])
+            is_token = torch.cat([self._is_token(call, len(call.outputs[place][0])) for call in seen])
             device = sums.counts.device
             number, mass = sums.add(output, wanted, (phase.to(device), row.to(device)), is_token.to(device))
             if keeps:
@@ -3535,9 +3610,9 @@ class RoutingRecorder:
             return torch.zeros(tokens, dtype=torch.int64)
         return torch.arange(tokens) // call.shape[1]
 
-    def _is_token(self, call: _Call, place: int) -> Tensor:
-        """Which of the tokens [T] are no padding."""
-        tokens = len(call.outputs[place][0])
+    @staticmethod
+    def _is_token(call: _Call, tokens: int) -> Tensor:
+        """Which of the tokens [T] of a call are no padding."""
         if call.mask is None or call.shape is None or math.prod(call.shape) != tokens:
             return torch.ones(tokens, dtype=torch.bool)
         return call.mask[:, -call.shape[1] :].reshape(-1) != 0
@@ -3560,7 +3635,7 @@ class RoutingRecorder:
         }
 
     def _statistics_of(self, sums: Mapping[str, np.ndarray]) -> RoutingStatistics:
-        return RoutingStatistics(*(sums[name] for name in self.NAMES), self.config, tuple(self.layers))
+        return RoutingStatistics(**sums, config=self.config, layers=tuple(self.layers))
 
     def statistics(self) -> list[RoutingStatistics]:
         """What was seen since the start: one for each row of the batch, or one."""
@@ -3715,7 +3790,9 @@ def patched_routing(
                 own = _LEFT_ALONE | {"k": layer.own_k}
                 settings = layer_config(config, layer.index) if is_routed(config, layer.index) else own
                 observe = recorder.observer(place)
-                routing = _LayerRouting(layer, settings, candidates[place], calibration, observe)
+                find_tokens = recorder.token_finder(place)
+                width = candidates[place]
+                routing = _LayerRouting(layer, settings, width, calibration, observe, find_tokens)
                 router_forward = routing.wrap_router(layer.router.forward, layer.experts.forward)
                 experts_forward = routing.wrap_experts(layer.experts.forward)
                 _replace_forward(stack, layer.name, layer.router, router_forward)
@@ -3761,8 +3838,8 @@ def writing_plainly(model: nn.Module) -> Iterator[None]:
     with evaluating(model), contextlib.ExitStack() as stack:
         if own is not None:
             names = ("bos_token_id", "eos_token_id", "pad_token_id")
-            special = {name: getattr(own, name, None) for name in names}
-            _replace(stack, model, "generation_config", transformers.GenerationConfig(**special))
+            special_tokens = {name: getattr(own, name, None) for name in names}
+            _replace(stack, model, "generation_config", transformers.GenerationConfig(**special_tokens))
         yield
 
 
@@ -4014,7 +4091,9 @@ def record_routers(model: nn.Module, batches: Sequence[Tensor], outputs: bool = 
             length = batch.shape[1]
             _run_for_hooks(model, batch)
     calibration = Calibration(
-        torch.stack(list(map(torch.cat, logits))), torch.stack(list(map(torch.cat, own)))
+        logits=torch.stack(list(map(torch.cat, logits))),
+        own=torch.stack(list(map(torch.cat, own))),
+        max_k=torch.tensor([layer.max_k for layer in layers], dtype=torch.int16),
     )
     if outputs:
         calibration.means = torch.stack([layer_sums.means() for layer_sums in sums])
@@ -4084,8 +4163,12 @@ def fit_linear_maps(
             own = torch.cat(chosen[layer.index])
             inputs[layer.index].clear()
             size = (layer.num_experts, layer.hidden_size)
-            parts = {
-                rank: (torch.zeros(size), torch.zeros(size[0], rank, size[1]), torch.zeros(*size, rank))
+            stand_ins = {
+                rank: StandIn(
+                    offset=torch.zeros(size),
+                    down=torch.zeros(layer.num_experts, rank, layer.hidden_size),
+                    up=torch.zeros(*size, rank),
+                )
                 for rank in ranks
             }
             for expert in range(layer.num_experts):
@@ -4095,11 +4178,13 @@ def fit_linear_maps(
                 index = torch.full((len(own_inputs), 1), expert, device=layer.device)
                 weight = torch.ones(len(own_inputs), 1, dtype=own_inputs.dtype, device=layer.device)
                 outputs = forwards[layer.index](own_inputs, index, weight)
-                for rank, fitted in _fit_linear_map(own_inputs.float(), outputs.float(), ranks).items():
-                    for part, value in zip(parts[rank], fitted, strict=True):
-                        part[expert] = value.cpu()
+                fitted = _fit_linear_map(own_inputs.float(), outputs.float(), ranks)
+                for rank, (offset, down, up) in fitted.items():
+                    stand_ins[rank].offset[expert] = offset.cpu()
+                    stand_ins[rank].down[expert] = down.cpu()
+                    stand_ins[rank].up[expert] = up.cpu()
             for rank in ranks:
-                maps[rank].append(StandIn(*parts[rank]))
+                maps[rank].append(stand_ins[rank])
     return maps
 
 
@@ -4160,13 +4245,13 @@ def _calibration_gates(config: Config, calibration: Calibration) -> dict[int, Ga
 
 def _mean_experts(config: Config, gates: Mapping[int, Gates], calibration: Calibration) -> float:
     """How many experts `config` keeps on the calibration text, on average over tokens and all MoE layers."""
-    num_layers, _, num_experts = calibration.logits.shape
+    num_layers = len(calibration.logits)
     own_k = calibration.own.shape[-1]
     total = float(own_k * (num_layers - len(gates)))
     for layer, of_layer in gates.items():
         settings = layer_config(config, layer)
-        floor, cap = count_bounds(settings)
-        counts = RULES[config["method"]].count(of_layer, settings).clamp(floor, min(cap, num_experts))
+        floor, cap = (min(bound, calibration.widest(layer)) for bound in count_bounds(settings))
+        counts = RULES[config["method"]].count(of_layer, settings).clamp(floor, cap)
         total += counts.double().mean().item()
     return total / num_layers
 
@@ -5587,6 +5672,22 @@ def row_key(row: Row) -> Key:
     return (row["kind"], *(row[column] for column in KEY_COLUMNS[row["kind"]]))
 
 
+def generation_key(config_name: str, prompt_id: str, sample: int) -> Key:
+    return ("generation", config_name, prompt_id, sample)
+
+
+def score_key(config_name: str, item_id: str) -> Key:
+    return ("score", config_name, item_id)
+
+
+def task_key(config_name: str, task: str) -> Key:
+    return ("task", config_name, task)
+
+
+def throughput_key(config_name: str, batch_size: int, input_hash: str) -> Key:
+    return ("throughput", config_name, batch_size, input_hash)
+
+
 def item_words(row: Row) -> str:
     """What a row measured its configuration on."""
     item = row_key(row)[2]
@@ -5619,11 +5720,18 @@ def settings_beside(output_dir: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)  # there is one for every row
 class _Place:
-    """Where a finished row lies in a checkpoint file, in bytes, and whether it is one that failed."""
+    """Where a finished row lies in a checkpoint file, in bytes, when it was made, and whether it failed."""
 
     offset: int
     length: int
     status: str
+    timestamp: str
+
+    @classmethod
+    def of(cls, row: Row, offset: int, length: int) -> _Place:
+        # Interned: many rows have the same.
+        status = sys.intern(row["status"])
+        return cls(offset, length, status, sys.intern(row.get("timestamp") or ""))
 
 
 class CheckpointFile:
@@ -5681,7 +5789,7 @@ class CheckpointFile:
         for line in file:
             row = None if line == self.END[1:] else _checked_row(line)
             if row is not None:
-                self.places[row_key(row)] = _Place(offset, len(line), sys.intern(row["status"]))
+                self.places[row_key(row)] = _Place.of(row, offset, len(line))
             elif line == self.END[1:]:
                 is_whole = True
             else:
@@ -5767,7 +5875,7 @@ class CheckpointFile:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         offset = self._end + len(data) - len(line)
         key = row_key(row)
-        self.places[key] = _Place(offset, len(line), sys.intern(row["status"]))
+        self.places[key] = _Place.of(row, offset, len(line))
         self._end += len(data)
         self._unsynced += 1
         if self._unsynced >= self.sync_every:
@@ -5822,10 +5930,21 @@ class Checkpoint:
         return self.own.append(row)
 
     def _file_with(self, key: Key) -> CheckpointFile | None:
-        """The file whose row of this key counts: one that did not fail, if there is one."""
+        """The file whose row of this key counts: the latest that did not fail, if there is one.
+
+        Of a batch that was timed the latest of all: every configuration is timed anew together, and what was
+        timed before does not compare.
+        """
+
+        def order(file: CheckpointFile) -> tuple[Any, ...]:
+            place = file.places[key]
+            is_finished = place.status == "ok"
+            if key[0] == "throughput":
+                return (place.timestamp, is_finished)
+            return (is_finished, place.timestamp)
+
         holding = [file for file in (self.own, *self.others) if key in file.places]
-        finished = [file for file in holding if file.places[key].status == "ok"]
-        return next(iter(finished or holding), None)
+        return max(holding, key=order, default=None)
 
     def keys(self) -> list[Key]:
         """What is there, finished or failed, in the order of the files."""
@@ -5833,13 +5952,10 @@ class Checkpoint:
 
     def done(self, retry_failed: bool = False) -> set[Key]:
         """What need not be run: what is there, or of that what did not fail."""
-        files = (self.own, *self.others)
-        return {
-            key
-            for file in files
-            for key, place in file.places.items()
-            if place.status == "ok" or not retry_failed
-        }
+        keys = self.keys()
+        if not retry_failed:
+            return set(keys)
+        return {key for key in keys if self._file_with(key).places[key].status == "ok"}
 
     def rows(self, keys: Iterable[Key]) -> Iterator[dict[str, Any]]:
         """The rows of those of `keys` that are finished, in their order."""
@@ -6906,7 +7022,7 @@ RUN_IDENTITY: dict[str, str] = {  # argument -> BY_ROW, NOTHING, or the entry of
     **dict.fromkeys(("model_name", "model", "revision", "trust_remote_code"), "model"),
     "tokenizer": "tokenizer",
     "device": "device",
-    **dict.fromkeys(("dtype", "use_fp16"), "dtype"),
+    **dict.fromkeys(("dtype", "use_fp16", "keep_precision"), "dtype"),
     "seed": "seed",
     "sampling": "sampling",
     "apply_chat_template": "chat_template",
@@ -6925,12 +7041,69 @@ RUN_IDENTITY: dict[str, str] = {  # argument -> BY_ROW, NOTHING, or the entry of
 }
 
 
+# What counts of a folder with task files
+NO_TASK_FILES = hashlib.sha256(b"").hexdigest()[:16]
+HASHED_BYTES = (
+    2**30
+)  # so much is read, the smallest files first; beyond, a file's size and time of change count
+WRITTEN_BY_RUNS = (
+    *RUN_FILES, LOG_FILE, CALIBRATION_FILE, LINEAR_FILE.format(rank="*"), EARLIER.format(number="*"),
+)  # fmt: skip
+
+
+def task_files(folder: Path, output_dir: Path) -> Iterator[Path]:
+    """The files below a folder, which tasks can use: code and data too. Without hidden ones, Python's and the
+    hub's caches, and what runs have written."""
+    from datasets import config
+
+    caches = {Path(config.HF_CACHE_HOME).resolve(), Path(config.HF_DATASETS_CACHE).resolve()}
+    for place, folders, files in os.walk(folder):
+        here = Path(place)
+        is_of_run = here.resolve() == output_dir.resolve()
+        is_of_run = is_of_run or (here / "checkpoints" / CHECKPOINT_FILE).exists()
+        patterns = (".*", "__pycache__", *(WRITTEN_BY_RUNS if is_of_run else ()))
+        left_out = {name for name in (*folders, *files) for of in patterns if fnmatch.fnmatchcase(name, of)}
+        folders[:] = [
+            name for name in folders if name not in left_out and (here / name).resolve() not in caches
+        ]
+        yield from (here / name for name in files if name not in left_out and (here / name).is_file())
+
+
+def _content_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def task_files_hash(folder: Path, output_dir: Path) -> str:
+    """The names and contents of `task_files`, as far as HASHED_BYTES go."""
+    files = [(path.stat(), path) for path in task_files(folder, output_dir)]
+    remaining = HASHED_BYTES
+    unread = 0
+    content: dict[str, Any] = {}
+    for about, path in sorted(files, key=lambda entry: (entry[0].st_size, entry[1])):
+        name = path.relative_to(folder).as_posix()
+        if about.st_size <= remaining and os.access(path, os.R_OK):
+            remaining -= about.st_size
+            content[name] = _content_hash(path)
+        else:
+            unread += 1
+            content[name] = [about.st_size, about.st_mtime_ns]
+    if unread:
+        what = f"{amount(unread, 'file')} of --include-path {folder}"
+        logger.info(f"{what}: size and time of change are compared on resume, not what they hold")
+    return fingerprint(content)
+
+
 @dataclass(frozen=True)
 class SuitePlan:
-    """What a suite measures: each prompt continued under `configs`, each text scored under `scoring`."""
+    """What a suite measures: each prompt continued under `configs`, each text scored under
+    `scored_configs`."""
 
     configs: Configs  # the model's own routing among them
-    scoring: Configs  # the same, and the static ladder
+    scored_configs: Configs  # the same, and the static ladder
     prompts: Sequence[Prompt]
     texts: Sequence[TextItem]
     new_tokens: int
@@ -6959,16 +7132,18 @@ class SuitePlan:
     def keys(self) -> dict[str, list[Key]]:
         """The rows it will have, by kind, in the order of their tables."""
         generation = [
-            ("generation", name, prompt["id"], sample)
+            generation_key(name, prompt["id"], sample)
             for prompt in self.prompts
             for sample in range(self.num_samples)
             for name in self.configs
         ]
-        score = [("score", name, text.id) for text in self.texts for name in self.scoring]
+        score = [score_key(name, text.id) for text in self.texts for name in self.scored_configs]
         keys = {"generation": generation, "score": score}
         if self.generate_batch:
-            batch = (self.generate_batch, fingerprint(self.batch_inputs))
-            keys["throughput"] = [("throughput", name, *batch) for name in self.configs]
+            batch_hash = fingerprint(self.batch_inputs)
+            keys["throughput"] = [
+                throughput_key(name, self.generate_batch, batch_hash) for name in self.configs
+            ]
         return keys
 
     def inputs(self) -> dict[str, dict[str, str]]:
@@ -7047,7 +7222,8 @@ class BHExperimentRunner:
     calibration_text: a text file for the empirical nulls, or "sampled": the model writes its own text; see
     `calibration_source` for what is taken without it.
     seed: for the sampled calibration text, and for sampling. dtype: a name; "auto" is `choose_dtype` on a GPU
-    and `choose_cpu_precision` on a CPU. revision, device_map, trust_remote_code: see `load_model`.
+    and `choose_cpu_precision` on a CPU, or with `keep_precision` that of the run which the output folder
+    holds. revision, device_map, trust_remote_code: see `load_model`.
     sampling: {"temperature": ..., "top_p": ...}, greedy when None.
     batch_size: scored texts in a forward pass, a number or "auto". command: what the rows say ran them.
     apply_chat_template: feed each prompt in as the message of a user, see `chat_tokens`.
@@ -7076,6 +7252,7 @@ class BHExperimentRunner:
         batch_size: int | str = "auto",
         command: str = "",
         apply_chat_template: bool = False,
+        keep_precision: bool = True,
     ):
         if (model is None) != (tokenizer is None):
             raise UserError("a ready model needs its tokenizer: pass both model= and tokenizer=, or neither")
@@ -7102,7 +7279,9 @@ class BHExperimentRunner:
         place = choose_device(device) if model is None else input_device(model)
         self.processes = Processes(use_cpu=place.type == "cpu")
         if model is None:
-            model, tokenizer = self._load(place, dtype if use_fp16 else "float32", device_map, revision)
+            earlier = settings_beside(self.output_dir) if keep_precision else {}
+            dtype = dtype if use_fp16 else "float32"
+            model, tokenizer = self._load(place, dtype, device_map, revision, earlier)
         self.model = model
         self.tokenizer = tokenizer
         self.apply_chat_template = apply_chat_template
@@ -7123,16 +7302,21 @@ class BHExperimentRunner:
         self._batch_limit = sys.maxsize  # how many texts the memory was enough for
 
     def _load(
-        self, place: torch.device, dtype: str, device_map: str | None, revision: str | None
+        self,
+        place: torch.device,
+        dtype: str,
+        device_map: str | None,
+        revision: str | None,
+        earlier: Mapping[str, Any],
     ) -> tuple[nn.Module, Any]:
-        """Model and tokenizer, in the precision that `dtype` names."""
+        """Model and tokenizer, in the precision that `dtype` names. earlier: settings, see `_precision`."""
         if self.processes.world > 1 and device_map:
             raise UserError("--device-map spreads one process over all GPUs: leave out accelerate launch")
         if self.processes.world > 1 and place.type == "cuda":
             place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         announce_remote_code(self.model_name, self.trust_remote_code)
         outline = functools.partial(model_outline, self.model_name, revision, self.trust_remote_code)
-        precision = self._precision(dtype, place, outline)
+        precision = self._precision(dtype, place, outline, earlier)
         self.precision_reason = precision.reason
         start = time.perf_counter()
         model, tokenizer = load_model(
@@ -7154,14 +7338,15 @@ class BHExperimentRunner:
         shape = f"{len(self.layers)} MoE layers x {self.layers[0].num_experts} experts, top-{self.own_k}"
         return f"BHExperimentRunner({self.model_name!r}, {shape}, {self.dtype} on {self.device})"
 
-    def _precision(self, dtype: str, place: torch.device, outline: Callable[[], nn.Module]) -> Precision:
+    def _precision(
+        self, dtype: str, place: torch.device, outline: Callable[[], nn.Module], earlier: Mapping[str, Any]
+    ) -> Precision:
         """The precision of that name. On a CPU "auto" goes by the clock, which may fall the other way another
-        day: where the output folder holds a run on a CPU, that run's precision is taken."""
+        day: where the `earlier` settings are of a run on a CPU, that run's precision is taken."""
         if dtype != "auto":
             return Precision(choose_dtype(place, dtype), "asked for")
         if place.type != "cpu":
             return Precision(choose_dtype(place), "what the hardware computes in")
-        earlier = settings_beside(self.output_dir)
         if earlier.get("device") == "cpu" and earlier.get("dtype") in DTYPES:
             return Precision(getattr(torch, earlier["dtype"]), f"as in the run that {self.output_dir} holds")
         # By the clock of one process, or some would choose otherwise.
@@ -7471,16 +7656,22 @@ class BHExperimentRunner:
                     f"linear stand-ins of rank {rank} fitted on {tokens.numel()} tokens of {source.words} in "
                     f"{seconds:.1f} s"
                 )
-        return [StandIn(*parts) for parts in zip(stored["offset"], stored["down"], stored["up"], strict=True)]
+        by_layer = zip(stored["offset"], stored["down"], stored["up"], strict=True)
+        return [StandIn(offset=offset, down=down, up=up) for offset, down, up in by_layer]
 
     def diagnose(self, texts: Sequence[TextItem], run_id: str = "", max_tokens: int = 8192) -> dict[str, Any]:
-        """`diagnose_nulls` on scored texts, up to `max_tokens`; also written to null_diagnostics.json."""
+        """`diagnose_nulls` on scored texts, up to `max_tokens`; also written to null_diagnostics.json.
+
+        As where they are scored, all tokens but the last are fed in. The routing of a first one does not
+        count: shorter texts are left out.
+        """
         batches: list[Tensor] = []
         total = 0
         for item in texts:
-            if total < max_tokens and len(item.token_ids) - 1 <= self.context:
-                batches.append(torch.as_tensor(item.token_ids, dtype=torch.int64)[None])
-                total += len(item.token_ids)
+            ids = torch.as_tensor(item.token_ids, dtype=torch.int64)[None, :-1]  # [1, S]
+            if total < max_tokens and 2 <= ids.numel() <= self.context:
+                batches.append(ids)
+                total += ids.numel()
         if not batches:
             return {}
         report = diagnose_nulls(self.calibration, record_routers(self.model, batches))
@@ -7488,6 +7679,15 @@ class BHExperimentRunner:
         report["calibrated_on"] = self.calibration_source.words
         write_json(self.output_dir / NULL_DIAGNOSTICS, {"run_id": run_id} | report, indent=None)
         return report
+
+    def _diagnose(self, texts: Sequence[TextItem], run_id: str) -> None:
+        """`diagnose`, without which a run goes on where it fails."""
+        try:
+            self.diagnose(texts, run_id)
+        except Exception as error:  # such as too little memory
+            logger.warning(f"the nulls are not diagnosed: {type(error).__name__}: {_first_line(error)}")
+            logger.debug("where it failed", exc_info=True)
+            self._empty_cache()
 
     # Rows
 
@@ -7526,13 +7726,17 @@ class BHExperimentRunner:
             "num_threads": torch.get_num_threads(),
         }
 
+    def _empty_cache(self) -> None:
+        """After an out-of-memory error, start clean."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _failed(self, row: dict[str, Any], error: Exception) -> dict[str, Any]:
         """The row of a failure, which the log says as well."""
         message = f"{type(error).__name__}: {error}"
         logger.error(f"{row['config_name']} x {item_words(row)} failed: {message}")
         logger.debug("where it failed", exc_info=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # after an out-of-memory error, start clean
+        self._empty_cache()
         return row | {"status": "error", "error": message}
 
     # Generation
@@ -7639,7 +7843,7 @@ class BHExperimentRunner:
         """Continue a prompt under every configuration that is not done; a failure is a row."""
         run: PromptRun | None = None
         for name, config in plan.configs.items():
-            if not saver.lacks(("generation", name, prompt["id"], sample)):
+            if not saver.lacks(generation_key(name, prompt["id"], sample)):
                 continue
             try:
                 if run is None:
@@ -7784,7 +7988,7 @@ class BHExperimentRunner:
         """
         remaining = list(texts)
         while remaining:
-            part = remaining[: self._batch_limit]
+            part = remaining[: self._batch_limit]  # never empty: a single text is always dealt with
             if self._score_together(plan, part, repeats, saver):
                 remaining = remaining[len(part) :]
             else:
@@ -7796,18 +8000,26 @@ class BHExperimentRunner:
         self, plan: SuitePlan, texts: Sequence[TextItem], repeats: bool, saver: _Saver
     ) -> bool:
         """Score texts in one batch, under every configuration that is not done; whether the memory was
-        enough."""
+        enough, or a smaller batch cannot be."""
         try:
             batch = ScoredBatch(self.model, texts, plan.token_log)
-            for name, config in plan.scoring.items():
-                if any(saver.lacks(("score", name, text.id)) for text in texts):
+            for name, config in plan.scored_configs.items():
+                if any(saver.lacks(score_key(name, text.id)) for text in texts):
                     for row in self._rows_or_failures(batch, name, config, repeats):
                         saver.save(row)
         except RuntimeError as error:
-            if accelerate.utils.memory.should_reduce_batch_size(error):
+            if not accelerate.utils.memory.should_reduce_batch_size(error):
+                raise
+            if len(texts) > 1:
                 return False
-            raise
+            self._fail_text(plan, texts[0], error, saver)
         return True
+
+    def _fail_text(self, plan: SuitePlan, text: TextItem, error: Exception, saver: _Saver) -> None:
+        """Rows of failures for a text, under every configuration that is not done."""
+        for name, config in plan.scored_configs.items():
+            if saver.lacks(score_key(name, text.id)):
+                saver.save(self._failed(self._score_row(name, config, text), error))
 
     def _batches(self, texts: Sequence[TextItem]) -> list[list[TextItem]]:
         """Which texts are scored together, by length. This follows from the texts alone, not from what is
@@ -7858,21 +8070,21 @@ class BHExperimentRunner:
         `accelerate launch` each process runs its share.
         """
         plan = self._plan(
-            routing_configs,
-            test_prompts,
-            max_new_tokens,
-            texts,
-            num_samples,
-            generate_batch,
-            baseline,
-            token_log,
+            routing_configs=routing_configs,
+            test_prompts=test_prompts,
+            max_new_tokens=max_new_tokens,
+            texts=texts,
+            num_samples=num_samples,
+            generate_batch=generate_batch,
+            baseline=baseline,
+            token_log=token_log,
         )
         settings = {**self.settings, "max_new_tokens": plan.new_tokens}
         keys = plan.keys()
-        run_id = fingerprint(strict_json([settings, plan.configs, plan.scoring, plan.inputs(), keys]))
+        run_id = fingerprint(strict_json([settings, plan.configs, plan.scored_configs, plan.inputs(), keys]))
         # Whether tokens are logged is no part of the run's name: it changes the log and token_kinds.csv only.
         with self._opened(settings | {"token_log": token_log}, resume) as checkpoint, self._computing():
-            self._check_rows(checkpoint, plan.scoring, plan.inputs())
+            self._check_rows(checkpoint, plan.scored_configs, plan.inputs())
             self._say_what_was_added(plan.configs, routing_configs)
             self._say_what_names_mean(plan.configs)
             done = checkpoint.done(retry_failed)
@@ -7886,14 +8098,16 @@ class BHExperimentRunner:
             diagnosed = read_json_object(self.output_dir / NULL_DIAGNOSTICS).get("run_id")
             is_needed = any(uses_calibrated_null(config) for config in plan.configs.values())
             if is_needed and self.processes.rank == 0 and diagnosed != run_id:
-                self.diagnose(plan.deciding_texts, run_id)
+                self._diagnose(plan.deciding_texts, run_id)
             if pending:
                 self._warm_up(plan)
             self._run_units(plan, _Saver(checkpoint, done, fail_fast))
-            return self._finish(checkpoint, plan.scoring, keys, run_id, token_log=token_log).generation
+            results = self._finish(checkpoint, plan.scored_configs, keys, run_id, token_log=token_log)
+            return results.generation
 
     def _plan(
         self,
+        *,
         routing_configs: Configs | None,
         test_prompts: Sequence[Prompt] | None,
         max_new_tokens: int,
@@ -7923,10 +8137,9 @@ class BHExperimentRunner:
         check_ids([prompt["id"] for prompt in prompts])
         check_ids([text.id for text in scored])
         configs = self._configs(routing_configs, baseline)
-        scoring = self._with_static_ladder(configs) if scored else configs
         return SuitePlan(
             configs=configs,
-            scoring=scoring,
+            scored_configs=self._with_static_ladder(configs) if scored else configs,
             prompts=prompts,
             texts=scored,
             new_tokens=new_tokens,
@@ -7959,7 +8172,7 @@ class BHExperimentRunner:
         for prompt in plan.prompts:
             for sample in range(plan.num_samples):
                 work = functools.partial(self._generate_unit, plan, prompt, sample, saver)
-                keys = [("generation", name, prompt["id"], sample) for name in plan.configs]
+                keys = [generation_key(name, prompt["id"], sample) for name in plan.configs]
                 units.append(_Unit("generation", f"prompt {prompt['id']}", keys, work))
         if plan.generate_batch:
             work = functools.partial(self._throughput_unit, plan, saver)
@@ -7968,7 +8181,7 @@ class BHExperimentRunner:
         for number, texts in enumerate(self._batches(plan.texts)):
             repeats = number == 0  # one batch shows the noise floor, at little cost
             work = functools.partial(self._score_unit, plan, texts, repeats, saver)
-            keys = [("score", name, text.id) for text in texts for name in plan.scoring]
+            keys = [score_key(name, text.id) for text in texts for name in plan.scored_configs]
             named = f"text {texts[0].id}" + (f" and {len(texts) - 1} more" if len(texts) > 1 else "")
             units.append(_Unit("score", named, keys, work))
         return units[self.processes.rank :: self.processes.world]
@@ -8027,11 +8240,12 @@ class BHExperimentRunner:
         configs = self._configs(routing_configs, baseline)
         with _harness_seeds(self.device):
             loaded = load_tasks(names, include_path, num_fewshot, self.trust_remote_code)
-        own_files = [] if include_path is None else sorted(Path(include_path).rglob("*.y*ml"))
-        task_files = hashlib.sha256(b"".join(path.read_bytes() for path in own_files)).hexdigest()[:16]
+        own_files = NO_TASK_FILES
+        if include_path is not None:
+            own_files = task_files_hash(Path(include_path), self.output_dir)
         how = {"lm_eval": lm_eval.__version__, "num_fewshot": num_fewshot, "limit": limit}
-        settings = {**self.settings, **how, "task_files": task_files}
-        keys = {"task": [("task", config, name) for name in names for config in configs]}
+        settings = {**self.settings, **how, "task_files": own_files}
+        keys = {"task": [task_key(config, name) for name in names for config in configs]}
         inputs = {f"task {name}": {"task": fingerprint(name)} for name in names}
         run_id = fingerprint(strict_json([settings, configs, keys]))
         with self._opened(settings, resume) as checkpoint, self._computing():
@@ -8039,18 +8253,19 @@ class BHExperimentRunner:
             self._say_what_was_added(configs, routing_configs)
             self._say_what_names_mean(configs)
             done = checkpoint.done(retry_failed)
-            pending = [key for key in keys["task"] if key not in done]
-            finished = len(keys["task"]) - len(pending)
+            finished = sum(key in done for key in keys["task"])
             logger.info(f"{len(keys['task'])} tasks x configurations, {finished} of them finished already")
+            # Shared out first: processes may look at different moments at what is done.
+            share = keys["task"][self.processes.rank :: self.processes.world]
+            pending = [key for key in share if key not in done]
             self._calibrate_for(configs)
             saver = _Saver(checkpoint, done, fail_fast)
             if pending:
                 lm = harness_model(
                     self.model, self.tokenizer, 1 if self.batch_size == "auto" else self.batch_size
                 )
-            share = pending[self.processes.rank :: self.processes.world]
-            for number, (_, config_name, task) in enumerate(share, 1):
-                logger.info(f"{task} under {config_name}: {number} of {len(share)}")
+            for number, (_, config_name, task) in enumerate(pending, 1):
+                logger.info(f"{task} under {config_name}: {number} of {len(pending)}")
                 row = self._task_row(config_name, configs[config_name], task, loaded[task], lm, limit)
                 try:
                     saver.save(row)
@@ -11987,8 +12202,8 @@ def read_results_folder(letter: str, path: Path) -> ResultsFolder:
     if not path.is_dir():
         raise UserError(f"compare {path}: there is no such folder")
     results = Results.read(path)
-    done = results.finished()
-    done = dataclasses.replace(done, scores=deciding_scores(done.scores))
+    # As in the analysis of the folder, what decides is chosen among all rows: not what happened to finish.
+    done = dataclasses.replace(results, scores=deciding_scores(results.scores)).finished()
     if not sum(map(len, done)):
         raise UserError(f"compare {path}: none of its {sum(map(len, results))} experiments finished")
     configs = configurations(done)
@@ -13013,6 +13228,7 @@ def build_runner(args: argparse.Namespace) -> BHExperimentRunner:
         batch_size=args.batch_size,
         command=args.command,
         apply_chat_template=args.apply_chat_template,
+        keep_precision=not args.no_resume,
     )
 
 

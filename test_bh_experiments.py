@@ -22,6 +22,7 @@ import dataclasses
 import doctest
 import errno
 import functools
+import gc
 import gzip
 import hashlib
 import html
@@ -45,6 +46,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 import zlib
 from html.parser import HTMLParser
 from importlib.metadata import version
@@ -12913,7 +12915,7 @@ def test_report_and_comparison_of_another_version(small_log, tmp_path, monkeypat
         assert "of_tomorrow" not in page.read_text(encoding="utf-8")
 
 
-# Analysis: what is compared with what, and of how many independent units
+# 28. What is compared with what, and of how many independent units
 
 
 def undocumented(scores):
@@ -13150,7 +13152,7 @@ def test_documents_of_tasks_that_were_asked_something_else_are_not_paired():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 28. Tables by layer, figures and report: what a second reading found
+# 29. Tables by layer, figures and report: what a second reading found
 # ---------------------------------------------------------------------------------------------------------
 
 # Do categories use different experts?
@@ -13357,6 +13359,401 @@ def test_terminal_shows_experts_of_what_was_generated_alone(tmp_path):
     generated = results.generation.set_index("config_name").loc["bh_strict", "avg_experts_per_token"]
     assert rows[1]["experts"] == pytest.approx(generated.mean())
     assert rows[1]["saved"] == pytest.approx(1 - generated.mean() / 8)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 30. What a run goes by: files of tasks, the latest clock, the mask under shuffle, memory, names
+# ---------------------------------------------------------------------------------------------------------
+
+
+# Files of tasks
+
+
+def folder_of_task_files(folder):
+    """Files as tasks have them, and what is no part of them."""
+    files = {
+        "mine.yaml": "task: mine",
+        "data/rows.jsonl": '{"text": "a"}',
+        "utils.py": "def f(): pass",
+        ".hidden": "x",
+        "__pycache__/utils.pyc": "x",
+        "cache/rows.arrow": "x",
+        "out/REPORT.md": "x",
+        "out/experiment.log": "x",
+        "elsewhere/checkpoints/latest_checkpoint.json": "x",
+        "elsewhere/task_scores.csv": "x",
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [("mine.yaml", True), ("data/rows.jsonl", True), ("utils.py", True), ("new.csv", True),
+     (".hidden", False), ("__pycache__/utils.pyc", False), ("cache/rows.arrow", False),
+     ("out/REPORT.md", False), ("out/earlier_1", False), ("elsewhere/task_scores.csv", False)],
+)  # fmt: skip
+def test_files_that_tasks_can_use_are_part_of_a_run(name, counts, tmp_path, monkeypatch):
+    """Code and data too, and none that a run or a cache writes meanwhile."""
+    config = pytest.importorskip("datasets").config
+    monkeypatch.setattr(config, "HF_CACHE_HOME", str(tmp_path / "cache"))
+    folder = folder_of_task_files(tmp_path)
+    before = bh.task_files_hash(folder, folder / "out")
+    assert bh.task_files_hash(folder, folder / "out") == before
+    (folder / name).write_text("y")
+    assert (bh.task_files_hash(folder, folder / "out") != before) == counts
+
+
+def test_a_renamed_task_file_is_another_and_a_huge_one_goes_by_its_time(tmp_path, monkeypatch, caplog):
+    pytest.importorskip("datasets")
+    folder = folder_of_task_files(tmp_path)
+
+    def now():
+        return bh.task_files_hash(folder, folder / "out")
+
+    before = now()
+    (folder / "utils.py").rename(folder / "tools.py")
+    assert now() != before
+    monkeypatch.setattr(bh, "HASHED_BYTES", 12)  # enough for the smallest
+    with caplog.at_level("INFO"):
+        before = now()
+    assert "2 files of --include-path" in caplog.text
+    huge = folder / "data" / "rows.jsonl"
+    about = huge.stat()
+    huge.write_text(huge.read_text().replace("a", "b"))
+    os.utime(huge, ns=(about.st_atime_ns, about.st_mtime_ns + 10**9))
+    assert now() != before
+
+
+def failing_tasks(monkeypatch):
+    """Let every task fail at once; returns a list of those asked for: (task, configuration)."""
+    asked = []
+
+    def task_row(runner, name, config, task, *rest):
+        asked.append((task, name))
+        row = runner._row("task", name, config, {"task": bh.fingerprint(task)})
+        return row | {"task": task, "documents": [], "report": {}, "status": "error", "error": "stopped"}
+
+    monkeypatch.setattr(bh.BHExperimentRunner, "_task_row", task_row)
+    monkeypatch.setattr(bh, "harness_model", lambda *given: None)
+    monkeypatch.setattr(bh, "load_tasks", lambda names, *given: dict.fromkeys(names, {}))
+    return asked
+
+
+def test_a_run_of_tasks_is_refused_where_their_data_changed(mock_model, tmp_path, monkeypatch):
+    """As one of changed prompts is; what the run itself writes there changes nothing."""
+    pytest.importorskip("lm_eval")
+    failing_tasks(monkeypatch)
+    folder = folder_of_task_files(tmp_path / "mine")
+
+    def run_mine():
+        return mock_runner(mock_model, folder / "new").run_tasks(["mine"], TOP_8, include_path=folder)
+
+    run_mine()
+    run_mine()
+    (folder / "data" / "rows.jsonl").write_text('{"text": "b"}')
+    with pytest.raises(bh.UserError, match="holds results of another run: task_files is"):
+        run_mine()
+
+
+def test_processes_share_tasks_before_they_look_at_what_is_done(mock_model, tmp_path, monkeypatch):
+    """One that looks when the other has finished something still runs all of its share."""
+    pytest.importorskip("lm_eval")
+    asked = failing_tasks(monkeypatch)
+    names = ["one", "two", "three"]
+    for rank in range(2):
+        runner = mock_runner(mock_model, tmp_path)
+        runner.processes = SimpleNamespace(rank=rank, world=2, wait=lambda: None)
+        if rank == 1:  # whose tables the first process would have written
+            monkeypatch.setattr(runner, "_finish", lambda *given: bh.EMPTY_RESULTS)
+        runner.run_tasks(names, TOP_8, fail_fast=rank == 0)
+    assert asked == [("one", "topk_8"), ("two", "topk_8")]
+
+
+# The latest row counts
+
+
+def clock_row(name, speed, time, status="ok"):
+    return {
+        "kind": "throughput",
+        "config_name": name,
+        "batch_size": 4,
+        "input_hash": "h",
+        "status": status,
+        "tokens_per_sec": speed,
+        "timestamp": f"2026-01-01T00:00:{time:02}+00:00",
+    }
+
+
+def speeds_after(folder, *by_process):
+    """Configuration -> the speed that counts when each process has written its rows, as either sees it."""
+    for rank, rows in enumerate(by_process):
+        with contextlib.closing(open_folder(folder, rank)) as checkpoint:
+            for row in rows:
+                checkpoint.append(row)
+    seen = []
+    for rank in range(2):
+        with contextlib.closing(open_folder(folder, rank)) as checkpoint:
+            rows = list(checkpoint.rows(checkpoint.keys()))
+            seen.append({row["config_name"]: row["tokens_per_sec"] for row in rows})
+            failed = {row["config_name"] for row in rows if row["status"] != "ok"}
+            done = {name for _, name, *_ in checkpoint.done(retry_failed=True)}
+            assert done == set(seen[-1]) - failed
+    assert seen[0] == seen[1]
+    return seen[0]
+
+
+def test_what_was_timed_together_stands_together(tmp_path):
+    """A batch that another process times anew replaces all that was timed before, what finished too."""
+    first = [clock_row("topk_8", 10, 1), clock_row("bh", None, 1, "error")]
+    again = [clock_row("topk_8", 20, 5), clock_row("bh", 22, 5)]
+    failed = [clock_row("topk_8", None, 5, "error"), clock_row("bh", 22, 5)]
+    assert speeds_after(tmp_path / "a", first, again) == {"topk_8": 20, "bh": 22}
+    assert speeds_after(tmp_path / "b", again, first) == {"topk_8": 20, "bh": 22}
+    assert speeds_after(tmp_path / "c", first, failed) == {"topk_8": None, "bh": 22}
+
+
+def test_other_rows_that_finished_stay_before_later_failures(tmp_path):
+    rows = [checkpoint_row(1, status) | {"timestamp": time} for status, time in (("ok", "1"), ("error", "2"))]
+    for rank, row in enumerate(rows):
+        with contextlib.closing(open_folder(tmp_path, rank)) as checkpoint:
+            checkpoint.append(row)
+    with contextlib.closing(open_folder(tmp_path, 1)) as checkpoint:
+        assert [row["status"] for row in checkpoint.rows(checkpoint.keys())] == ["ok"]
+
+
+# Padding
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_shuffle_leaves_padding_out(side, tiny):
+    """The tokens of a padded batch have the counts that they have unshuffled, on other tokens."""
+    ids = sample_ids(2, 40) % 250 + 1
+    mask = torch.ones_like(ids)
+    padding = slice(6, None) if side == "right" else slice(None, -6)
+    mask[1, padding] = 0
+    config = RULES["top_p"]
+    counts = []
+    for shuffle in (False, True):
+        with bh.patched_routing(tiny.model, config | {"shuffle": shuffle}) as recorder:
+            recorder.keep_tokens()
+            logits_of(tiny.model, ids, mask)
+            texts = recorder.texts()
+        counts.append(np.concatenate([text.counts[:, 0] for text in texts]))
+    assert len(counts[0]) == 46
+    assert sorted(counts[0]) == sorted(counts[1])
+    assert list(counts[0]) != list(counts[1])
+
+
+def test_padding_that_is_no_number_adds_nothing(tiny):
+    layer = tiny.layers[0]
+    sums = bh._LayerSums(layer, 1)
+    logits = torch.zeros(2, layer.num_experts)
+    logits[1] = math.nan
+    nowhere = torch.zeros(2, dtype=torch.int64)
+    picked = torch.tensor([[0, 1], [0, 1]])
+    sums.add((logits, torch.ones(2, 2), picked), None, (nowhere, nowhere), torch.tensor([True, False]))
+    assert sums.mass.tolist() == [[2 * bh.MASS_UNIT // layer.num_experts], [0]]
+
+
+# Diagnostics, and memory
+
+
+def test_texts_are_diagnosed_as_they_are_scored(mock_model, tmp_path, monkeypatch):
+    """All tokens but the last are fed in, so what fits the context is no token too long."""
+    runner = mock_runner(mock_model, tmp_path)
+    runner.context = 16
+    fed = []
+    real = bh.record_routers
+
+    def record(model, batches, *given):
+        fed.extend(batch.shape for batch in batches)
+        return real(model, batches, *given)
+
+    runner.calibration_for([EMPIRICAL | {"stand_in": "nothing"}])
+    monkeypatch.setattr(bh, "record_routers", record)
+    texts = [text_item(str(n), range(3, 3 + n)) for n in (2, 17, 18, 5)]
+    assert runner.diagnose(texts)["n_tokens"] == 15 + 3
+    assert fed == [(1, 16), (1, 4)]
+
+
+def test_a_run_goes_on_without_a_diagnosis(mock_model, tmp_path, monkeypatch, caplog):
+    def diagnose(*given):
+        raise OutOfMemory("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(bh, "diagnose_nulls", diagnose)
+    with caplog.at_level("WARNING"):
+        results = run_suite(mock_model, tmp_path, {"x": EMPIRICAL}, prompts=PROMPTS[:1], texts=WINDOWS[:1])
+    assert "the nulls are not diagnosed: OutOfMemory: CUDA out of memory" in caplog.text
+    assert results.num_failed == 0
+    assert not (tmp_path / bh.NULL_DIAGNOSTICS).exists()
+
+
+def test_a_text_too_large_for_memory_fails_alone(mock_model, tmp_path, monkeypatch):
+    """Where not even its batch can be built: rows of failures for it, and the others are scored."""
+    tried = []
+
+    class Batch(bh.ScoredBatch):
+        def __init__(self, model, items, *given):
+            names = [item.id for item in items]
+            if "w1" in names:
+                tried.append(len(names))
+                assert len(tried) < 20  # not for ever
+                raise OutOfMemory("CUDA out of memory. Tried to allocate 2 GiB")
+            super().__init__(model, items, *given)
+
+    monkeypatch.setattr(bh, "ScoredBatch", Batch)
+    scores = run_suite(mock_model, tmp_path, prompts=[], texts=WINDOWS).scores
+    failed = scores[scores["status"] == "error"]
+    assert set(failed["item_id"]) == {"w1"}
+    assert len(failed) == scores["config_name"].nunique()
+    assert len(scores) == 3 * len(failed)
+    assert tried == [3, 1]
+
+
+# Nulls
+
+
+def test_tables_of_critical_scores_go_with_their_null(tiny, monkeypatch):
+    """Computed once for all patches, and kept no longer than the calibration."""
+    calibration = bh.Calibration(tiny.calibration.logits, tiny.calibration.own)
+    computed = []
+    real = bh.EmpiricalNull.critical_scores
+
+    def critical_scores(null, levels):
+        computed.append(null.n0)
+        return real(null, levels)
+
+    monkeypatch.setattr(bh.EmpiricalNull, "critical_scores", critical_scores)
+    for _ in range(2):
+        with bh.patched_routing(tiny.model, EMPIRICAL | {"alpha": 0.3}, calibration):
+            logits_of(tiny.model, sample_ids())
+    assert len(computed) == len(tiny.layers)
+    null = weakref.ref(calibration.null(0, 1.0))
+    del calibration
+    gc.collect()
+    assert null() is None
+
+
+def test_a_closed_form_is_asked_once_for_all_layers_and_patches(tiny, monkeypatch):
+    computed = []
+    real = bh.FlatNull.critical_scores
+
+    def critical_scores(null, levels):
+        computed.append(null.num_experts)
+        return real(null, levels)
+
+    monkeypatch.setattr(bh.FlatNull, "critical_scores", critical_scores)
+    for _ in range(2):
+        with bh.patched_routing(tiny.model, FLAT | {"alpha": 0.123}):
+            logits_of(tiny.model, sample_ids())
+    assert len(computed) == 1
+
+
+def test_too_few_null_scores_for_by_name_its_own_alpha():
+    """Not alpha / (1 + 1/2 + ... + 1/E), which nobody asked for; at what the message says it works."""
+    null = bh.EmpiricalNull(torch.randn(4000, generator=torch.Generator().manual_seed(0)))
+    gates = bh.Gates(torch.randn(2, 64).log_softmax(-1), null)
+    message = r"alpha = 0\.05 needs n0 \+ 1 >= 4\.74 E / alpha = 6,072 .* alpha >= 0\.076"
+    with pytest.raises(bh.UserError, match=message):
+        bh.RULES["by"].count(gates, {"alpha": 0.05})
+    bh.RULES["by"].count(gates, {"alpha": 0.077})
+    with pytest.raises(bh.UserError, match=r"alpha = 0\.01 needs n0 \+ 1 >= E / alpha = 6,400 .* >= 0\.016"):
+        bh.RULES["bh"].count(gates, {"alpha": 0.01})
+
+
+# Layers that cannot run more than their own K
+
+
+def test_cap_and_floor_of_a_layer_without_a_knob(tiny):
+    """At its own K it is at the cap, however large the configuration's."""
+    layers = [dataclasses.replace(layer, knob=None) for layer in tiny.layers]
+    own_k = layers[0].own_k
+    everything = {"method": "threshold", "threshold": 1e-9, "max_k": 2 * own_k}
+    with bh.patched_routing(tiny.model, everything, layers=layers) as recorder:
+        logits_of(tiny.model, sample_ids())
+    row = recorder.total().row()
+    assert (row["max_experts"], row["cap_frac"], row["floor_frac"]) == (own_k, 1, 0)
+    floor = everything | {"min_k": 2 * own_k}
+    with bh.patched_routing(tiny.model, floor, layers=layers) as recorder:
+        logits_of(tiny.model, sample_ids())
+    assert recorder.total().row()["floor_frac"] == 1
+
+
+def test_match_experts_goes_no_further_than_the_layers_can(tiny, tmp_path, monkeypatch):
+    """Where K has no knob, a target above it cannot be reached, also by a calibration that was saved."""
+    find = bh.find_moe_layers
+    monkeypatch.setattr(
+        bh, "find_moe_layers", lambda model: [dataclasses.replace(layer, knob=None) for layer in find(model)]
+    )
+    calibration = bh.record_routers(tiny.model, [sample_ids(2, 30)])
+    calibration.save(tmp_path / "x.safetensors", {})
+    rule = {"method": "top_p", "p": 0.5, "max_k": 16}
+    own_k = tiny.layers[0].own_k
+    for known in (calibration, bh.Calibration.load(tmp_path / "x.safetensors", {})):
+        with pytest.raises(bh.UserError, match=f"can keep 1.00 to {own_k}.00 experts"):
+            bh.match_experts("x", rule, own_k + 2, known)
+    older = bh.Calibration(calibration.logits, calibration.own)
+    with pytest.raises(bh.UserError, match="can keep 1.00 to 15"):
+        bh.match_experts("x", rule, 17, older)
+
+
+# Names, precision, and what decides
+
+
+def test_texts_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    """As many folders as it takes, and only where names clash."""
+    names = ["x/a/test.txt", "y/a/test.txt", "x/b/test.txt", "x/b/other.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{name} " * 20)
+
+    def named(*sources):
+        documents = bh.load_text_documents([tmp_path / source for source in sources])
+        return [document.name for document in documents]
+
+    assert named("x/a/test.txt", "x/b/test.txt") == ["a/test.txt", "b/test.txt"]
+    assert named(*names) == ["x/a/test.txt", "y/a/test.txt", "b/test.txt", "other.txt"]
+    assert named("x/a", "x/b") == ["a/test.txt", "other.txt", "b/test.txt"]
+    assert named("x/a/test.txt", "x/b/other.txt") == ["test.txt", "other.txt"]
+    windows = bh.text_windows([tmp_path / name for name in names[:3]], MockTokenizer(), 8)
+    assert {text.document for text in windows} == {"x/a/test.txt", "y/a/test.txt", "b/test.txt"}
+    with pytest.raises(bh.UserError, match="ids must differ"):
+        bh.text_windows([tmp_path / names[0]] * 2, MockTokenizer(), 8)
+
+
+def test_beginning_anew_chooses_the_precision_anew(tiny_folder, tmp_path, monkeypatch):
+    """--no-resume does not take it from the run that it sets aside."""
+    timed_as(monkeypatch, float32=1.0, bfloat16=0.5)
+    runner = bh.BHExperimentRunner(str(tiny_folder), tmp_path, device="cpu")
+    runner.run_full_experiment_suite({"topk_2": {"method": "topk", "k": 2}}, PROMPTS[:1], 2)
+    timed_as(monkeypatch, float32=0.5, bfloat16=1.0)
+    options = ["--model", str(tiny_folder), "--output", str(tmp_path), "--device", "cpu"]
+    made = []
+    for more in ([], ["--no-resume"]):
+        args = bh.parse_options(options + more)
+        args.command = ""
+        made.append(bh.build_runner(args).dtype)
+    assert made == ["bfloat16", "float32"]
+
+
+def test_compare_decides_as_the_analysis_where_all_text_failed(tmp_path):
+    """The references of prompts do not step in for text that could not be scored."""
+
+    def text_failed(scores):
+        text = scores.assign(source="text", item_id="w" + scores["item_id"], status="error", nll=math.nan)
+        return pd.concat([scores.assign(source="reference"), text], ignore_index=True)
+
+    folders = two_folders(tmp_path, text_failed)
+    results = bh.Results.read(folders[1])
+    analysis = bh.analyze_results(results.generation, folders[1])
+    assert {verdict["delta_nll"] for verdict in analysis["verdict"].values()} == {None}
+    comparison = bh.compare_results(folders, tmp_path / "out")
+    of_failed = [row for row in comparison["configurations"] if row["folder"] == "B"]
+    assert of_failed
+    assert {row.get("delta_nll") for row in of_failed} == {None}
 
 
 if __name__ == "__main__":
