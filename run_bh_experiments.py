@@ -9819,7 +9819,7 @@ def _nats_scale(ax: Any, which: str, values: list[float]) -> None:
     axis.set_ticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
     axis.set_ticks([], minor=True)
     if which == "x":
-        ax.tick_params(axis="x", labelsize="small")  # beside each other they need the room
+        ax.tick_params(axis="x", labelsize="x-small")  # beside each other they need the room
 
 
 MOST_COLORS = 12  # that can be told apart in one plot; more families are coloured by what stands in

@@ -12915,7 +12915,9 @@ def test_report_and_comparison_of_another_version(small_log, tmp_path, monkeypat
         assert "of_tomorrow" not in page.read_text(encoding="utf-8")
 
 
+# ---------------------------------------------------------------------------------------------------------
 # 28. What is compared with what, and of how many independent units
+# ---------------------------------------------------------------------------------------------------------
 
 
 def undocumented(scores):
