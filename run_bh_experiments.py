@@ -1781,25 +1781,6 @@ def bh_rejections(p_values: Tensor, alpha: float) -> Tensor:
     return _last_true(ranked <= bh_levels(alpha, p_values.shape[-1]).to(ranked.device))
 
 
-# Every patch asks for the same tables; they go when their null does.
-_TABLES: weakref.WeakKeyDictionary[Null, dict[tuple[Any, ...], Tensor]] = weakref.WeakKeyDictionary()
-
-
-def critical_scores(
-    null: Null, alpha: float, num_experts: int, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """The scores c_1 >= ... >= c_E at which BH at `alpha` rejects: [E]. Computed once for a null.
-
-    For a fixed null p_(k) <= k alpha / E is the same event as s_(k) >= c_k.
-    """
-    of_null = _TABLES.setdefault(null, {})
-    key = (alpha, num_experts, device, dtype)
-    if key not in of_null:
-        levels = bh_levels(alpha, num_experts)
-        of_null[key] = null.critical_scores(levels).to(device=device, dtype=dtype)
-    return of_null[key]
-
-
 def _check_alpha(null: Null, alpha: float, num_experts: int, correction: float) -> None:
     """UserError where the null rests on too few scores for BH at alpha / correction to reject anything."""
     smallest = null.smallest_alpha(num_experts) * correction
@@ -1811,6 +1792,26 @@ def _check_alpha(null: Null, alpha: float, num_experts: int, correction: float) 
             f"{null.n0:,}, enough for alpha >= {smallest:.2g}. Use a larger alpha, a longer "
             "--calibration-text, or --p-values flat"
         )
+
+
+# Every layer of every token asks for the same tables; they go when their null does.
+_TABLES: weakref.WeakKeyDictionary[Null, dict[tuple[Any, ...], Tensor]] = weakref.WeakKeyDictionary()
+
+
+def critical_scores(null: Null, alpha: float, correction: float, scores: Tensor) -> Tensor:
+    """The scores c_1 >= ... >= c_E at which BH at alpha / correction rejects, like `scores` [..., E]: [E].
+
+    For a fixed null p_(k) <= k alpha / E is the same event as s_(k) >= c_k. Computed once for a null. Raises
+    UserError where the null rests on too few scores for so small an alpha.
+    """
+    num_experts = scores.shape[-1]
+    of_null = _TABLES.setdefault(null, {})
+    key = (alpha, correction, num_experts, scores.device, scores.dtype)
+    if key not in of_null:
+        _check_alpha(null, alpha, num_experts, correction)
+        levels = bh_levels(alpha / correction, num_experts)
+        of_null[key] = null.critical_scores(levels).to(device=scores.device, dtype=scores.dtype)
+    return of_null[key]
 
 
 # So few tokens are ranked on a CPU by the operation that the router has just used: in decoding, code that is
@@ -1859,9 +1860,7 @@ class Gates:
     def rejections(self, alpha: float, correction: float = 1.0) -> Tensor:
         """How many experts BH at alpha / correction picks: the largest k with s_(k) >= c_k, over all E ranks:
         [T]. UserError where the null rests on too few scores for so small an alpha."""
-        _check_alpha(self.null, alpha, self.num_experts, correction)
-        level = alpha / correction
-        table = critical_scores(self.null, level, self.num_experts, self.scores.device, self.scores.dtype)
+        table = critical_scores(self.null, alpha, correction, self.scores)
         return _last_true(self.tested >= table)
 
     @functools.cached_property
