@@ -1148,11 +1148,14 @@ def _told_apart(documents: Sequence[Document], folders: Sequence[Path]) -> list[
     """The documents, of which those that share a name have as many of the folders above them in front of it
     as it takes to tell them apart. folders: where each one's name begins, absolute."""
     names = [document.name for document in documents]
+    paths = [folder / document.name for document, folder in zip(documents, folders, strict=True)]
     deepest = max((len(folder.parts) for folder in folders), default=0)
     for depth in range(1, deepest):
-        times = collections.Counter(names)
+        paths_of = collections.defaultdict(set)
+        for name, path in zip(names, paths, strict=True):
+            paths_of[name].add(path)
         for place, document in enumerate(documents):
-            if times[names[place]] > 1:
+            if len(paths_of[names[place]]) > 1:  # what was given twice has but one
                 above = folders[place].parts[1:][-depth:]  # without the root
                 names[place] = "/".join((*above, document.name))
     return [dataclasses.replace(document, name=name) for document, name in zip(documents, names, strict=True)]

@@ -4132,7 +4132,7 @@ def test_half_a_file_does_not_stay_for_ever(mock_model, tmp_path, monkeypatch):
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "quality_vs_experts.png.part").write_text("half")  # not drawn without scores
     only_plots(monkeypatch, "quality_vs_experts")
-    bh.draw_plots(results.generation, tmp_path, bh.analyze_results(results.generation, tmp_path))
+    bh.draw_plots(results, tmp_path, bh.analyze_results(results.generation, tmp_path))
     assert not [path.name for path in tmp_path.rglob("*.part")]
 
 
@@ -7679,6 +7679,27 @@ SENTENCES = {
         "no claim": (an_analysis(n_prompts=30), []),
         "nothing to say": (an_analysis(n_prompts=0), []),
     },
+    "left_out_sentences": {
+        "claim": (
+            {"left_out": {"bh_3": 2}, "n_items": 23, "n_own_items": 24, "n_other_inputs": 1},
+            ["`bh_3` is left out: it has only 2 of the 24 items of the model's own routing.",
+             "Compared are the 23 of 24 items that all the others have.",
+             "Left out: 1 score of documents whose input was not the model's own routing's."],
+        ),
+        "no claim": ({"left_out": {}, "n_items": 24, "n_own_items": 24}, []),
+        "nothing to say": ({}, []),
+    },
+    "other_input_sentences": {
+        "claim": (
+            {"baseline": "topk_8", "tasks": [{"configuration": "a", "task": "arc", "n_other_inputs": 2}]},
+            ["`a` on arc: 2 documents left out, whose input was not `topk_8`'s."],
+        ),
+        "no claim": (
+            {"baseline": "topk_8", "tasks": [{"configuration": "a", "task": "arc", "n_other_inputs": 0}]},
+            [],
+        ),
+        "nothing to say": ({"baseline": "topk_8", "tasks": []}, []),
+    },
     "calibration_sentence": {
         "claim": ({"calibrated_on": "text of *mine*"}, "Calibrated on text of \\*mine\\*."),
         "no claim": ({"n_tokens": 3}, ""),
@@ -7982,7 +8003,7 @@ def test_a_key_that_is_missing_raises(tmp_path, monkeypatch):
     rows = {name: [{"configuration": "x"}] for name in ("tasks", "layers", "failures")}
     rows |= {name: [{"configuration": "x"}] for name in ("compute", "phases", "throughput")}
     rows["token_kinds"] = [{"words": "x"}]
-    leagues = {"league": "x", "task_leagues": {"x": ("x", "x")}}
+    leagues = {"league": "x", "task_leagues": {"x": ("x", "x", ["x"])}}
     full = context | rows | leagues | {"shuffles": ["x"], "diverging": True, "plots": [("x", "X")]}
     before = (tmp_path / "REPORT.md").read_bytes()
     for name in full:
