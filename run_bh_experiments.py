@@ -6137,17 +6137,23 @@ def expert_shapes(model: nn.Module) -> list[torch.Size]:
     return shapes
 
 
+COLD_BYTES = 64e6  # more than caches hold
+MOST_COPIES = 64
+
+
 def projection_seconds(shapes: Sequence[torch.Size], turns: int = 5) -> dict[str, float]:
     """Time for matrices of these shapes [., .], each times one vector, by precision: the least of `turns`.
 
-    Both precisions are tried with one thread and with all: on a busy machine one is what is taken later (see
-    `choose_threads`), and the time of all would say nothing.
+    In decoding an expert's weights come from memory, so that their size counts: a turn takes as many copies
+    as no cache holds, of small ones MOST_COPIES. Both precisions are tried with one thread and with all: on a
+    busy machine one is what is taken later (see `choose_threads`), and the time of all would say nothing.
     """
+    num_copies = int(np.clip(COLD_BYTES / (4 * sum(map(math.prod, shapes))), 1, MOST_COPIES))
     seconds = {"float32": math.inf, "bfloat16": math.inf}  # where both take as long, the first is taken
     work = {
         name: [
             (torch.full((1, shape[-1]), 0.5, dtype=dtype), torch.full(tuple(shape), 0.5, dtype=dtype))
-            for shape in shapes
+            for shape in list(shapes) * num_copies
         ]
         for name, dtype in ((name, getattr(torch, name)) for name in seconds)
     }
@@ -6158,7 +6164,7 @@ def projection_seconds(shapes: Sequence[torch.Size], turns: int = 5) -> dict[str
                     start = time.perf_counter()
                     for vector, matrix in pairs:
                         nn.functional.linear(vector, matrix)
-                    seconds[name] = min(seconds[name], time.perf_counter() - start)
+                    seconds[name] = min(seconds[name], (time.perf_counter() - start) / num_copies)
     return seconds
 
 
