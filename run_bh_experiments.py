@@ -11010,7 +11010,8 @@ def machine(row: Row) -> str:
 
 def scored_words(results: Results, analysis: Mapping[str, Any]) -> str:
     """How much text was scored, and under what: what was asked for, and the static curve beside it."""
-    documents = amount(documents_of(deciding_scores(results.finished().scores)).nunique(), "document")
+    deciding = deciding_scores(results.scores)
+    documents = amount(documents_of(deciding[deciding["status"] == "ok"]).nunique(), "document")
     names = distinct(results.scores["config_name"])
     asked = distinct(results.generation["config_name"])
     static = [name for name in names if static_k(analysis["configurations"][name]) is not None]
@@ -11641,7 +11642,7 @@ def report_context(
             )
             for task, field in analysis["task_fields"].items()
         },
-        "scored_text": text_sentences(done.scores),
+        "scored_text": text_sentences(results.scores),
         "untested": reason_sentences(analysis),
         "noise": noise_sentences(analysis),
         "shuffles": shuffle_sentences(analysis),
