@@ -3591,6 +3591,19 @@ def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def ended_within(pid, seconds):
+    """How a child ended, and whether it did so by itself: as a scheduler does, it is killed after a while. A
+    SIGTERM that comes while Python runs a callback of the garbage collector is lost there."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), True
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    return ended(pid), False
+
+
 def wait_for_rows(path, number, pid):
     while not path.exists() or path.read_bytes().count(b'"crc32"') < number:
         assert os.waitpid(pid, os.WNOHANG) == (0, 0), "ended too early"
@@ -3641,6 +3654,7 @@ class KillSeries:
             "others' files changed",
             "other results",
             "left behind",
+            "signals not heeded",
         )
         self.report = dict.fromkeys(("suites", *counted), 0)
 
@@ -3688,7 +3702,10 @@ class KillSeries:
             if kill and (torn_rank is None or how[0] != 0):
                 os.kill(pid, self.random.choice([signal.SIGKILL, signal.SIGTERM]))
                 time.sleep(self.random.uniform(0, usual / 10))
-        how += [ended(pid) for pid in pids]
+        for pid in pids:
+            way, was_heeded = ended_within(pid, 30 if kill else 600)
+            how.append(way)
+            self.report["signals not heeded"] += not was_heeded
         # SIGTERM by itself where it comes before it is waited for.
         ends = {0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGXFSZ, LEFT_ALONE}
         assert set(how) <= ends, how
