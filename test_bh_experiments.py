@@ -13656,17 +13656,23 @@ def test_a_text_too_large_for_memory_fails_alone(mock_model, tmp_path, monkeypat
 # Nulls
 
 
+def counting_tables(monkeypatch, kind):
+    """The nulls of a kind of which a table of critical scores was computed, each time it was."""
+    computed = []
+    real = kind.critical_scores
+
+    def critical_scores(null, levels):
+        computed.append(weakref.ref(null))
+        return real(null, levels)
+
+    monkeypatch.setattr(kind, "critical_scores", critical_scores)
+    return computed
+
+
 def test_tables_of_critical_scores_go_with_their_null(tiny, monkeypatch):
     """Computed once for all patches, and kept no longer than the calibration."""
     calibration = bh.Calibration(tiny.calibration.logits, tiny.calibration.own)
-    computed = []
-    real = bh.EmpiricalNull.critical_scores
-
-    def critical_scores(null, levels):
-        computed.append(null.n0)
-        return real(null, levels)
-
-    monkeypatch.setattr(bh.EmpiricalNull, "critical_scores", critical_scores)
+    computed = counting_tables(monkeypatch, bh.EmpiricalNull)
     for _ in range(2):
         with bh.patched_routing(tiny.model, EMPIRICAL | {"alpha": 0.3}, calibration):
             logits_of(tiny.model, sample_ids())
@@ -13678,14 +13684,7 @@ def test_tables_of_critical_scores_go_with_their_null(tiny, monkeypatch):
 
 
 def test_a_closed_form_is_asked_once_for_all_layers_and_patches(tiny, monkeypatch):
-    computed = []
-    real = bh.FlatNull.critical_scores
-
-    def critical_scores(null, levels):
-        computed.append(null.num_experts)
-        return real(null, levels)
-
-    monkeypatch.setattr(bh.FlatNull, "critical_scores", critical_scores)
+    computed = counting_tables(monkeypatch, bh.FlatNull)
     for _ in range(2):
         with bh.patched_routing(tiny.model, FLAT | {"alpha": 0.123}):
             logits_of(tiny.model, sample_ids())
