@@ -238,6 +238,15 @@ def fingerprint(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of what a file holds, of which a piece at a time is in memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 LARGEST_SEED = 2**63 - 1  # what a column of whole numbers can hold
 
 
@@ -379,6 +388,7 @@ _FIELD: dict[str, dict[str, Any]] = {
     },
 }
 LINEAR = "linear:16"
+STATIC_STAND_INS = ("nothing", "mean", LINEAR)  # beside static Top-K
 
 
 def _with_stand_in(name: str, config: Mapping[str, Any], stand_in: str) -> dict[str, dict[str, Any]]:
@@ -392,7 +402,7 @@ def field_suite() -> dict[str, dict[str, Any]]:
     with a linear map; the oracle at four thresholds, as a bound."""
     suite: dict[str, dict[str, Any]] = {}
     for name, static in _STATIC.items():
-        for stand_in in ("nothing", "mean", LINEAR):
+        for stand_in in STATIC_STAND_INS:
             suite |= _with_stand_in(name, static, stand_in)
     suite[BASELINE] = ROUTING_CONFIGS.get(BASELINE, {"method": "topk", "k": 8})
     for name, config in _FIELD.items():
@@ -412,7 +422,7 @@ def field_on(configs: Configs, own_k: int) -> dict[str, Config]:
     left_out = {
         of_suite
         for name in wider
-        for stand_in in ("nothing", "mean", LINEAR)
+        for stand_in in STATIC_STAND_INS
         for of_suite in _with_stand_in(name, {}, stand_in)
     }
     return {name: config for name, config in configs.items() if name not in left_out}
@@ -3916,7 +3926,7 @@ def read_calibration_text(path: Path, tokenizer: Any) -> CalibrationText:
     if not number:
         raise UserError(f"--calibration-text {path}: {len(tokens)} tokens, {CALIBRATION_LENGTH} are needed")
     windows = tokens[: number * CALIBRATION_LENGTH].view(number, CALIBRATION_LENGTH)
-    identity = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    identity = file_hash(path)[:16]
     return CalibrationText(f"--calibration-text {path}", identity, windows)
 
 
@@ -6316,7 +6326,7 @@ def script_origin() -> dict[str, str]:
         commit = run_git([*git, "rev-parse", "HEAD"]).stdout
     except (OSError, subprocess.SubprocessError):
         commit = ""
-    return {"script_hash": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "git_commit": commit.strip()}
+    return {"script_hash": file_hash(path)[:16], "git_commit": commit.strip()}
 
 
 class _LineFormatter(logging.Formatter):
@@ -7051,9 +7061,8 @@ RUN_IDENTITY: dict[str, str] = {  # argument -> BY_ROW, NOTHING, or the entry of
 
 # What counts of a folder with task files
 NO_TASK_FILES = hashlib.sha256(b"").hexdigest()[:16]
-HASHED_BYTES = (
-    2**30
-)  # so much is read, the smallest files first; beyond, a file's size and time of change count
+# So much is read, the smallest files first; beyond it a file's size and time of change count.
+HASHED_BYTES = 2**30
 WRITTEN_BY_RUNS = (
     *RUN_FILES, LOG_FILE, CALIBRATION_FILE, LINEAR_FILE.format(rank="*"), EARLIER.format(number="*"),
 )  # fmt: skip
@@ -7077,14 +7086,6 @@ def task_files(folder: Path, output_dir: Path) -> Iterator[Path]:
         yield from (here / name for name in files if name not in left_out and (here / name).is_file())
 
 
-def _content_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def task_files_hash(folder: Path, output_dir: Path) -> str:
     """The names and contents of `task_files`, as far as HASHED_BYTES go."""
     files = [(path.stat(), path) for path in task_files(folder, output_dir)]
@@ -7095,7 +7096,7 @@ def task_files_hash(folder: Path, output_dir: Path) -> str:
         name = path.relative_to(folder).as_posix()
         if about.st_size <= remaining and os.access(path, os.R_OK):
             remaining -= about.st_size
-            content[name] = _content_hash(path)
+            content[name] = file_hash(path)
         else:
             unread += 1
             content[name] = [about.st_size, about.st_mtime_ns]
